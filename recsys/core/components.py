@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named components: a recipe says ``ranker: {name: tokenmixer_large, ...}`` and gets the class that registered that name.
+
+The kinds are fixed; names are open. A user adds one without forking: ``plugins: [my_package]`` in a recipe imports the package,
+whose modules call `register`.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from recsys.core.config import Config, Problem, validate
+from recsys.core.errors import ComponentError, ConfigError, unknown
+
+T = TypeVar("T", bound=type)
+
+# Each kind with the modules that register what ships with the framework; they are imported when a name of the kind is first asked for.
+KINDS: dict[str, tuple[str, ...]] = {
+    "dataset": ("recsys.data.datasets",),
+    "mixer": ("recsys.ranking.mixers",),
+    "per_token": ("recsys.ranking.experts",),
+    "ranker": ("recsys.ranking.models",),
+    "retriever": ("recsys.retrieval.models",),
+    "item_tokenizer": ("recsys.retrieval.tokenizers",),
+    "index": ("recsys.retrieval.catalogue",),
+    "text_encoder": ("recsys.text",),
+    "online_store": ("feature_store.online",),
+}
+
+_registered: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Class decorator: make a class known as ``name`` among the components of ``kind``.
+
+    The class must hold a nested ``Config`` (a `recsys.core.config.Config`) with the field ``name: Literal[<name>] = <name>``.
+    """
+    if kind not in KINDS:
+        raise ComponentError(unknown("kind of component", kind, KINDS))
+
+    def decorate(cls: T) -> T:
+        config = getattr(cls, "Config", None)
+        if not (isinstance(config, type) and issubclass(config, Config)):
+            raise ComponentError(f"{cls.__qualname__}: a component needs a nested class Config(recsys.core.config.Config)")
+        field = config.model_fields.get("name")
+        if field is None or field.default != name:
+            raise ComponentError(f"{cls.__qualname__}.Config: expected the field `name: Literal[{name!r}] = {name!r}`")
+        present = _registered[kind].get(name)
+        if present is not None and present.__module__ != cls.__module__:
+            raise ComponentError(f"{kind} {name!r} is registered twice: by {present.__module__} and {cls.__module__}")
+        _registered[kind][name] = cls
+        return cls
+
+    return decorate
+
+
+def names(kind: str) -> list[str]:
+    """The registered names of ``kind``, sorted."""
+    _import_builtin(kind)
+    return sorted(_registered[kind])
+
+
+def get(kind: str, name: str) -> Any:
+    """The class registered as ``name``; an unknown name is a `ComponentError` that proposes the nearest one."""
+    _import_builtin(kind)
+    try:
+        return _registered[kind][name]
+    except KeyError:
+        raise ComponentError(unknown(kind, name, _registered[kind])) from None
+
+
+def load_plugins(packages: Iterable[str]) -> None:
+    """Import the packages that register a user's own components."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(f"plugins: cannot import {package!r}: {error}") from error
+
+
+def component_config(kind: str) -> Any:
+    """The annotation for a recipe's field that configures a component of ``kind``: ``{name: ..., **its Config}``."""
+
+    def resolve(value: Any) -> Config:
+        if isinstance(value, Config):
+            return value
+        if not isinstance(value, dict) or "name" not in value:
+            raise Problem((), f"expected a mapping with the key 'name', one of {', '.join(names(kind))}; got {value!r}")
+        try:
+            cls: Any = get(kind, str(value["name"]))
+        except ComponentError as error:
+            raise Problem(("name",), str(error)) from None
+        return cast(Config, validate(cls.Config, value))
+
+    return Annotated[SerializeAsAny[Config], BeforeValidator(resolve)]
+
+
+def _import_builtin(kind: str) -> None:
+    if kind not in KINDS:
+        raise ComponentError(unknown("kind of component", kind, KINDS))
+    for module in KINDS[kind]:
+        importlib.import_module(module)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed configuration: frozen, every key known, every error names the key, the file and the nearest known key.
+
+A run is a recipe (a YAML file) plus overrides (``ranker.blocks=4``). A component's configuration is the class ``Config`` nested in
+the class that it builds; a recipe chooses the component by its ``name`` (see `recsys.core.components`).
+"""
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from recsys.core.errors import ConfigError, unknown
+
+C = TypeVar("C", bound="Config")
+Path_ = tuple[str | int, ...]
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+
+
+class Problem(ValueError):
+    """One invalid key below a component. A ValueError, so that pydantic adds the path of the fields above."""
+
+    def __init__(self, path: Path_, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+        self.message = message
+
+
+def parse(cls: type[C], data: Any, *, source: str, overrides: Sequence[str] = ()) -> C:
+    """Build ``cls`` from plain data.
+
+    Raises:
+        ConfigError: names ``source`` (or the override that is to blame), the dotted key, its value, and what was expected.
+    """
+    try:
+        return validate(cls, data)
+    except Problem as problem:
+        key = ".".join(str(part) for part in problem.path)
+        blamed = next((o for o in overrides if key.startswith(o.split("=", 1)[0].strip())), None)
+        where = f"--set {blamed}" if blamed else source
+        raise ConfigError(f"{where}: {key}: {problem.message}" if key else f"{where}: {problem.message}") from None
+
+
+def validate(cls: type[C], data: Any) -> C:
+    """Build ``cls`` from plain data, or raise the first `Problem` found."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path: Path_ = tuple(first["loc"])
+        below = first.get("ctx", {}).get("error")
+        if isinstance(below, Problem):
+            raise Problem((*path, *below.path), below.message) from None
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(cls, path[:-1])
+            raise Problem(path, unknown("key", str(path[-1]), known)) from None
+        if first["type"] == "missing":
+            raise Problem(path, "is required, but missing") from None
+        raise Problem(path, f"{first['msg']}, got {first['input']!r}") from None
+
+
+def _fields_at(cls: type[BaseModel], path: Path_) -> list[str]:
+    """The keys known at ``path`` below ``cls``."""
+    current: Any = cls
+    for part in path:
+        model = _model_in(current)
+        if model is not None and part in model.model_fields:
+            current = model.model_fields[str(part)].annotation
+    model = _model_in(current)
+    return list(model.model_fields) if model is not None else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first pydantic model inside an annotation such as ``tuple[Model, ...] | None``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, typing.get_args(annotation)) if m is not None), None)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("recsys.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def read_recipe(recipe: str) -> tuple[dict[str, Any], str]:
+    """The plain content of a shipped recipe or of a YAML file, and the name to use for it in errors."""
+    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+        path = Path(recipe)
+        if not path.is_file():
+            raise ConfigError(f"recipe {recipe!r}: no such file")
+        text, source = path.read_text(encoding="utf-8"), str(path)
+    else:
+        if recipe not in recipe_names():
+            raise ConfigError(unknown("recipe", recipe, recipe_names()))
+        text, source = resources.files("recsys.recipes").joinpath(f"{recipe}.yaml").read_text("utf-8"), f"{recipe}.yaml"
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: expected a mapping of keys, got {type(data).__name__}")
+    return data, source
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``data`` with every ``dotted.key=value`` set; values are YAML."""
+    result: dict[str, Any] = {k: _copy(v) for k, v in data.items()}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not separator or not all(parts):
+            raise ConfigError(f"--set {override}: expected dotted.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {override}: {text!r} is not valid YAML") from None
+        node = result
+        for part in parts[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
+            node = child
+        node[parts[-1]] = value
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
+
+
+def load_recipe(cls: type[C], recipe: str, overrides: Sequence[str] = ()) -> C:
+    """Read, override and validate a recipe.
+
+    Args:
+        cls: the recipe's type.
+        recipe: the name of a shipped recipe, or a path to a YAML file.
+        overrides: ``dotted.key=value`` each.
+    """
+    from recsys.core.components import load_plugins
+
+    data, source = read_recipe(recipe)
+    data = apply_overrides(data, overrides)
+    load_plugins(data.get("plugins", ()))
+    return parse(cls, data, source=source, overrides=overrides)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an `Encoder` produces and a ranker consumes: tables, aligned sequences, dense columns and tasks. Holds no torch."""
+
+from functools import cached_property
+from typing import Self
+
+from pydantic import model_validator
+
+from recsys.core.config import Config
+
+
+class TableSpec(Config):
+    """One embedding table.
+
+    Attributes:
+        name: the table.
+        rows: row 0 stands for "no value" (NULL, MISSING, EXPIRED, ERROR), row 1 for a value unknown to the vocabulary.
+        bags: the keys of `RankingBatch.sparse` that are pooled from this table.
+        sequences: the keys of `RankingBatch.sequences` that are looked up, unpooled, in this table.
+
+    A table is read either pooled or unpooled, never both: TorchRec cannot share weights between the two kinds of collection.
+    """
+
+    name: str
+    rows: int
+    bags: tuple[str, ...] = ()
+    sequences: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if bool(self.bags) == bool(self.sequences):
+            raise ValueError(f"table {self.name!r}: expected either bags or sequences, got {self.bags} and {self.sequences}")
+        return self
+
+
+class SequenceSpec(Config):
+    """One history: unpooled keys of equal lengths per row, and the key of the candidate that is compared with it.
+
+    Attributes:
+        name: the field that the pooled sequence becomes, for a tokenizer's groups.
+        keys: aligned keys of `RankingBatch.sequences`, the item first.
+        target: a key of `RankingBatch.sequences` with one value per row, which shares its table with ``keys[0]``.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    target: str
+
+
+class InputSpec(Config):
+    """All inputs of a ranker, in the order of the batch."""
+
+    tables: tuple[TableSpec, ...]
+    sequences: tuple[SequenceSpec, ...] = ()
+    dense: tuple[str, ...] = ()
+    tasks: tuple[str, ...]
+
+    @cached_property
+    def bag_keys(self) -> tuple[str, ...]:
+        """The keys of `RankingBatch.sparse`, in order."""
+        return tuple(key for table in self.tables for key in table.bags)
+
+    @cached_property
+    def sequence_keys(self) -> tuple[str, ...]:
+        """The keys of `RankingBatch.sequences`, in order."""
+        return tuple(key for table in self.tables for key in table.sequences)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names that a tokenizer's groups may use: pooled keys, targets of sequences, sequences by their name, dense columns."""
+        targets = dict.fromkeys(s.target for s in self.sequences)
+        return (*self.bag_keys, *targets, *(s.name for s in self.sequences), *self.dense)
