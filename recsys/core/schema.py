@@ -10,7 +10,12 @@ from recsys.core.config import Config
 from recsys.core.errors import SchemaError, unknown
 
 USER, ITEM, EVENT_TIME, AVAILABLE_TIME, INGEST_SEQ, REQUEST_TIME = (
-    "user_id", "item_id", "event_time", "available_time", "ingest_seq", "request_time",
+    "user_id",
+    "item_id",
+    "event_time",
+    "available_time",
+    "ingest_seq",
+    "request_time",
 )
 TIME = pa.timestamp("us", tz="UTC")
 
@@ -39,8 +44,14 @@ class Dtype(StrEnum):
 
 _ARROW = {Dtype.STRING: pa.string(), Dtype.FLOAT: pa.float64(), Dtype.INT: pa.int64(), Dtype.TIMESTAMP: TIME}
 _DEFAULT = {
-    Kind.ID: Dtype.STRING, Kind.TIME: Dtype.TIMESTAMP, Kind.CATEGORICAL: Dtype.STRING, Kind.BAG: Dtype.STRING,
-    Kind.SEQUENCE: Dtype.STRING, Kind.DENSE: Dtype.FLOAT, Kind.TEXT: Dtype.STRING, Kind.LABEL: Dtype.FLOAT,
+    Kind.ID: Dtype.STRING,
+    Kind.TIME: Dtype.TIMESTAMP,
+    Kind.CATEGORICAL: Dtype.STRING,
+    Kind.BAG: Dtype.STRING,
+    Kind.SEQUENCE: Dtype.STRING,
+    Kind.DENSE: Dtype.FLOAT,
+    Kind.TEXT: Dtype.STRING,
+    Kind.LABEL: Dtype.FLOAT,
 }
 
 
