@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every Triton kernel ahead of time, without a GPU, and report what it takes: registers, shared memory, spills.
+
+    python -m kernels.aot [--arch 80 90 100] [--json]
+
+The exit status is 1 if a kernel spills registers or does not fit the shared memory of its architecture.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kernels.op import KernelSpec
+from kernels.registry import OPS
+from kernels.shapes import RECIPES
+
+ARCHITECTURES = (80, 90, 100)
+# The most shared memory one block can use: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+).*?LOCAL:(?P<local>\d+)")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes. ``spilled`` is bytes of stack and local memory per thread."""
+
+    kernel: str
+    arch: int
+    registers: int
+    shared: int
+    spilled: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing spills and the shared memory suffices."""
+        return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.arch]
+
+
+def compile_spec(spec: KernelSpec, arch: int) -> Usage:
+    """Compile one specialisation for ``sm_<arch>`` and read its resource usage from the cubin.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, which replaces the compiler, or ``cuobjdump`` says nothing of the kernel.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(spec.kernel, JITFunction):
+        raise RuntimeError(f"{spec.name}: kernels are interpreted in this process; unset TRITON_INTERPRET")
+    source = ASTSource(fn=spec.kernel, signature=spec.signature, constexprs=spec.constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": spec.num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        printed = subprocess.run([_cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = _USAGE.search(printed)
+    if found is None:
+        raise RuntimeError(f"{spec.name}: cuobjdump printed no resource usage: {printed!r}")
+    spilled = int(found["stack"]) + int(found["local"])
+    return Usage(spec.name, arch, int(found["registers"]), int(compiled.metadata.shared), spilled)
+
+
+def _cuobjdump() -> str:
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = str(bundled) if bundled.is_file() else shutil.which("cuobjdump")
+    if found is None:
+        raise RuntimeError("cuobjdump: neither inside the triton package nor on PATH")
+    return found
+
+
+def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Usage]:
+    """Compile all ops at the shapes of the recipes for all architectures."""
+    specs = [spec for op in OPS for spec in op.specs(RECIPES[op.name])]
+    return [compile_spec(spec, arch) for spec in specs for arch in architectures]
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=list(SHARED_LIMIT))
+    parser.add_argument("--json", action="store_true", help="print one JSON line for each kernel")
+    arguments = parser.parse_args()
+    usages = compile_all(tuple(arguments.arch))
+    for usage in usages:
+        if arguments.json:
+            print(json.dumps(asdict(usage)))
+        else:
+            taken = f"{usage.registers:4} registers {usage.shared:7} B shared {usage.spilled:4} B spilled"
+            print(f"{usage.kernel:32} sm_{usage.arch:<4} {taken}{'' if usage.fits else '  <- does not fit'}")
+    return 0 if all(usage.fits for usage in usages) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm as the torch.library op ``recsys::rms_norm``, with a fake implementation and a gradient of its own."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.op import KernelSpec, Op, Shape
+from kernels.rms_norm import cpu, reference
+
+SHAPES: tuple[Shape, ...] = ((1, 3), (3, 5), (7, 63), (5, 123), (64, 64), (2, 1000), (33, 96))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """``γ · x / sqrt(mean(x²) + ε)`` over the last axis; see `kernels.rms_norm.reference`.
+
+    Args:
+        x: ``[..., N]``.
+        weight: γ, ``[N]``, the dtype of ``x``.
+        eps: ε.
+
+    Raises:
+        ValueError: the width or the dtype of ``weight`` is not that of ``x``.
+    """
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
+        raise ValueError(f"weight: expected {x.dtype} of shape {tuple(x.shape[-1:])}, got {weight.dtype} of shape {tuple(weight.shape)}")
+    y, _ = torch.ops.recsys.rms_norm(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps)
+    return cast(Tensor, y.view(x.shape))
+
+
+@torch.library.custom_op("recsys::rms_norm", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    chosen = backend.choose(x.device)
+    if chosen == "triton":
+        from kernels.rms_norm import triton_ops
+
+        if triton_ops.supports(x):
+            return triton_ops.forward(x, weight, eps)
+    if chosen == "reference":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return reference.rms_norm(x, weight, eps), torch.rsqrt(wide.square().mean(-1) + eps)
+    return cpu.forward(x, weight, eps)
+
+
+@torch.library.custom_op("recsys::rms_norm_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    if backend.choose(x.device) == "triton":
+        from kernels.rms_norm import triton_ops
+
+        if triton_ops.supports(x):
+            return triton_ops.backward(dy.contiguous(), x, weight, scale)
+    return cpu.backward(dy, x, weight, scale)
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+    dx, dweight = torch.ops.recsys.rms_norm_backward(dy, x, weight, scale)
+    return dx, dweight, None
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    weight = (1 + 0.1 * torch.randn(shape[-1], generator=generator)).to(dtype).requires_grad_()
+    return x, weight, 1e-6
+
+
+def _specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
+    from kernels.rms_norm import triton_ops
+
+    return triton_ops.specs(shapes)
+
+
+OP = Op(name="rms_norm", call=rms_norm, reference=reference.rms_norm, inputs=_inputs, shapes=SHAPES, specs=_specs)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op must hold on the CPU: equal to its reference in values and gradients, and transparent to torch's compilers."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kernels import backend
+from kernels.op import Op
+from kernels.registry import OPS
+from kernels.shapes import RECIPES
+from kernels.testing import assert_matches_reference, error_ratio
+
+CASES = [pytest.param(op, shape, id=f"{op.name}-{'x'.join(map(str, shape))}") for op in OPS for shape in op.shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("op", "shape"), CASES)
+def test_cpu_equals_the_reference_in_values_and_gradients(op: Op, shape, dtype) -> None:
+    assert_matches_reference(op, shape, dtype)
+
+
+@pytest.mark.parametrize(("op", "shape"), CASES)
+def test_gradients_match_finite_differences(op: Op, shape) -> None:
+    if shape[0] * shape[-1] > 64 * 64:
+        inputs = op.inputs((3, 17), torch.float64, torch.Generator().manual_seed(1))
+    else:
+        inputs = op.inputs((min(shape[0], 4), min(shape[-1], 24)), torch.float64, torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(op.call, inputs)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_torch_library_accepts_the_op(op: Op) -> None:
+    inputs = op.inputs(op.shapes[1], torch.float32, torch.Generator().manual_seed(0))
+    overload = getattr(torch.ops.recsys, op.name).default
+    result = torch.library.opcheck(overload, inputs)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_compile_and_export_see_through_the_op(op: Op) -> None:
+    inputs = op.inputs(op.shapes[2], torch.float32, torch.Generator().manual_seed(0))
+    tensors = tuple(i for i in inputs if isinstance(i, torch.Tensor))
+    rest = inputs[len(tensors) :]
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return op.call(*args, *rest) * 2
+
+    eager = Module()(*tensors)
+    compiled = torch.compile(Module(), backend="aot_eager", fullgraph=True)(*tensors)
+    torch.testing.assert_close(compiled, eager)
+    exported = torch.export.export(Module(), tensors, strict=False)
+    torch.testing.assert_close(exported.module()(*tensors), eager)
+    assert any(f"recsys.{op.name}" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_every_op_has_the_recipes_shapes() -> None:
+    assert set(RECIPES) == {op.name for op in OPS}
+    assert all(RECIPES.values())
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_reference_can_be_chosen(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = op.inputs(op.shapes[1], torch.float32, torch.Generator().manual_seed(0))
+    expected = op.reference(*inputs)
+    with backend.use("reference"):
+        assert torch.equal(op.call(*inputs), expected)
+    monkeypatch.setenv(backend.ENV, "reference")
+    assert torch.equal(op.call(*inputs), expected)
+
+
+def test_an_unknown_or_impossible_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.ENV, "cuda")
+    with pytest.raises(RuntimeError, match="unknown backend 'cuda', expected one of reference, cpu, triton"):
+        backend.choose(torch.device("cpu"))
+    monkeypatch.setenv(backend.ENV, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="expected a CUDA tensor, or TRITON_INTERPRET=1"):
+        backend.choose(torch.device("cpu"))
+    monkeypatch.setenv(backend.ENV, "cpu")
+    with pytest.raises(RuntimeError, match="expected a CPU tensor"):
+        backend.choose(torch.device("meta"))
+
+
+def test_the_comparison_can_fail() -> None:
+    op = OPS[0]
+    wrong = dataclasses.replace(op, call=lambda *inputs: op.call(*inputs) * 1.001)
+    with pytest.raises(AssertionError, match=r"value: error ratio 1\.00e-03"):
+        assert_matches_reference(wrong, op.shapes[2], torch.float32)
+    assert not error_ratio(torch.tensor([float("nan")]), torch.ones(1)) <= 1
