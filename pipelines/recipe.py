@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a whole run, from raw events to a promoted bundle."""
+
+from pydantic import Field
+
+from feature_store.definitions import FeatureRepo
+from recsys.core.components import component_config
+from recsys.core.config import Config
+from recsys.data.encode import Encoder
+from recsys.registry.gates import Gate
+from recsys.training.trainer import Trainer
+
+
+class Split(Config):
+    """Shares of the events, by time: what is neither validation nor test is train."""
+
+    valid: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(0.1, gt=0, lt=1)
+
+
+class Training(Config):
+    """How one model is trained."""
+
+    batch_size: int = Field(ge=1)
+    trainer: Trainer.Config
+
+
+class RankerRecipe(Config):
+    """The ranker and its training."""
+
+    model: component_config("ranker")  # type: ignore[valid-type]
+    training: Training
+
+
+class RetrieverRecipe(Config):
+    """A retriever and its training."""
+
+    model: component_config("retriever")  # type: ignore[valid-type]
+    training: Training
+
+
+class Text(Config):
+    """Item text and its encoder.
+
+    Attributes:
+        encoder: a text encoder.
+        columns: the item columns that make the text, in this order.
+    """
+
+    encoder: component_config("text_encoder")  # type: ignore[valid-type]
+    columns: tuple[str, ...]
+
+
+class Lists(Config):
+    """How retrieved candidates become a list.
+
+    Attributes:
+        candidates: how many the retriever hands to the ranker.
+        rank_weights: the values of λ among which the validation period chooses (see `recsys.inference.rules.combine`).
+        betas: the weights of SETRec's semantic slots among which the validation period chooses.
+        validation_steps: how many steps of the validation period, drawn by seed, the choice of λ looks at.
+        history_feature: the user feature with the last item ids.
+        seen_feature: the user feature with the ids not to be recommended again.
+    """
+
+    candidates: int = Field(100, ge=1)
+    rank_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
+    betas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+    validation_steps: int = Field(1000, ge=1)
+    history_feature: str
+    seen_feature: str
+
+
+class Evaluation(Config):
+    """How certain the figures are, and how explanations are tested."""
+
+    resamples: int = Field(1000, ge=100)
+    level: float = Field(0.95, gt=0, lt=1)
+    explained_users: int = Field(200, ge=1)
+
+
+class Recipe(Config):
+    """A whole run.
+
+    Attributes:
+        name: the recipe's name; runs stand below a folder of this name.
+        model: the name under which the bundle is registered.
+        seed: of every random choice.
+        plugins: packages that register a user's own components.
+        dataset: where events, items and users come from.
+        split: by global time.
+        features: sources, views and services of the feature store.
+        encoder: from feature values to tensors.
+        ranker: what scores candidates.
+        text: item text for the semantic tokens.
+        collaborative: the model whose item vectors become collaborative tokens; also the baseline that the retriever is compared with.
+        retriever: what finds candidates.
+        index: where it finds them.
+        lists: how the two become one list.
+        evaluation: intervals and tests.
+        gates: what must hold before the bundle goes live.
+    """
+
+    name: str
+    model: str = "recsys"
+    seed: int = 0
+    plugins: tuple[str, ...] = ()
+    dataset: component_config("dataset")  # type: ignore[valid-type]
+    split: Split = Split()
+    features: FeatureRepo
+    encoder: Encoder.Config
+    ranker: RankerRecipe
+    text: Text
+    collaborative: RetrieverRecipe
+    retriever: RetrieverRecipe
+    index: component_config("index")  # type: ignore[valid-type]
+    lists: Lists
+    evaluation: Evaluation = Evaluation()
+    gates: tuple[Gate, ...]

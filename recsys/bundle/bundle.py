@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The immutable set that goes live together: ranker, retriever, index, catalogue, encoder, feature definitions, settings, metrics.
+
+::
+
+    manifest.json                       identity and the hash of every file
+    features.json                       feature definitions, as the feature store wrote them
+    settings.json                       `Settings`: how retrieved and ranked scores become one list
+    metrics.json                        what evaluation measured
+    catalogue.arrow  items.arrow        rows, live bits, version; display attributes by row
+    encoder/                            `recsys.data.encode.Encoder`
+    ranker/      config.json  model.safetensors
+    retriever/   config.json  model.safetensors  items.safetensors
+    index/                              the retriever's item vectors
+
+Nothing in it is pickled. `Bundle.load` refuses a bundle whose files do not have the hashes of its manifest.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+
+from recsys.bundle.environment import code_commit, environment
+from recsys.bundle.manifest import MANIFEST, Manifest, hash_files, verify
+from recsys.core import components
+from recsys.core.config import Config, parse
+from recsys.core.errors import BundleError
+from recsys.core.files import new_directory, read_json, write_json
+from recsys.data.encode import Encoder
+from recsys.ranking.model import Ranker
+from recsys.retrieval.base import Retriever
+from recsys.retrieval.catalogue import Catalogue, DenseIndex
+from recsys.retrieval.items import ItemTable
+
+
+class Settings(Config):
+    """How a list is made of a bundle's models.
+
+    Attributes:
+        candidates: how many items the retriever hands to the ranker.
+        rank_weight: λ in ``score = retriever's log-probability + λ · log P(label)``; 0 keeps the retriever's order.
+        history_feature: the user feature that holds the last item ids, oldest first.
+        history_columns: it and the lists aligned with it, as the encoder reads them.
+        seen_feature: the user feature that holds the ids not to be recommended again.
+        task: the ranker's task that enters the score.
+    """
+
+    candidates: int = 100
+    rank_weight: float = 0.0
+    history_feature: str
+    history_columns: tuple[str, ...]
+    seen_feature: str
+    task: str
+
+
+@dataclass
+class Bundle:
+    """A loaded bundle: all parts, built and in evaluation mode."""
+
+    manifest: Manifest
+    features: dict[str, Any]
+    settings: Settings
+    metrics: dict[str, Any]
+    items: pa.Table
+    catalogue: Catalogue
+    encoder: Encoder
+    ranker: Ranker
+    retriever: Retriever
+    item_table: ItemTable
+    index: DenseIndex
+
+    def save(self, directory: Path) -> Manifest:
+        """Write the bundle whole or not at all; returns the manifest with the files' hashes.
+
+        Raises:
+            FileExistsError: the directory is there already: a bundle never changes.
+        """
+        with new_directory(directory) as root:
+            write_json(root / "features.json", self.features)
+            write_json(root / "settings.json", self.settings.model_dump(mode="json"))
+            write_json(root / "metrics.json", self.metrics)
+            write_table(root / "items.arrow", self.items)
+            self.catalogue.save(root / "catalogue.arrow")
+            self.encoder.save(root / "encoder")
+            _save_module(root / "ranker", self.ranker)
+            _save_module(root / "retriever", self.retriever, extra=self.retriever.extra_state())
+            _save_item_table(root / "retriever" / "items.safetensors", self.item_table)
+            self.index.save(root / "index")
+            manifest = self.manifest.model_copy(update={"files": hash_files(root)})
+            write_json(root / MANIFEST, manifest.model_dump(mode="json"))
+        return manifest
+
+    @classmethod
+    def load(cls, directory: Path) -> "Bundle":
+        """Verify every hash, then build every part.
+
+        Raises:
+            BundleError: a file is absent, foreign or changed, or the parts do not belong together.
+        """
+        manifest = verify(directory)
+        encoder = Encoder.load(directory / "encoder")
+        if encoder.fingerprint() != manifest.encoder:
+            raise BundleError(f"{directory}: encoder {encoder.fingerprint()} is not the manifest's {manifest.encoder}")
+        catalogue = Catalogue.load(directory / "catalogue.arrow")
+        items = _load_item_table(directory / "retriever" / "items.safetensors")
+        ranker = _load_module(directory / "ranker", "ranker", encoder.spec)
+        retriever = _load_module(directory / "retriever", "retriever", items)
+        return cls(
+            manifest=manifest,
+            features=read_json(directory / "features.json"),
+            settings=parse(Settings, read_json(directory / "settings.json"), source=str(directory / "settings.json")),
+            metrics=read_json(directory / "metrics.json"),
+            items=read_table(directory / "items.arrow"),
+            catalogue=catalogue,
+            encoder=encoder,
+            ranker=ranker,
+            retriever=retriever,
+            item_table=items,
+            index=DenseIndex.load(directory / "index", catalogue.snapshot()),
+        )
+
+
+def new_manifest(
+    *, name: str, data_snapshot: str, feature_versions: dict[str, str], encoder: Encoder, seed: int, recipe: Config
+) -> Manifest:
+    """The manifest of a bundle about to be saved; its files are filled in by `Bundle.save`."""
+    return Manifest(
+        name=name,
+        created=datetime.now(UTC),
+        code_commit=code_commit(),
+        data_snapshot=data_snapshot,
+        feature_versions=feature_versions,
+        encoder=encoder.fingerprint(),
+        seed=seed,
+        environment=environment(),
+        recipe=recipe.model_dump(mode="json"),
+        files={},
+    )
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow IPC file."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read an Arrow IPC file."""
+    with pa.OSFile(str(path), "rb") as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _save_module(directory: Path, module: Any, extra: dict[str, Any] | None = None) -> None:
+    directory.mkdir()
+    write_json(directory / "config.json", {"config": module.config.model_dump(mode="json"), "extra": extra or {}})
+    save_file({k: v.detach().contiguous() for k, v in module.state_dict().items()}, directory / "model.safetensors")
+
+
+def _load_module(directory: Path, kind: str, inputs: Any) -> Any:
+    stored = read_json(directory / "config.json")
+    cls = components.get(kind, stored["config"]["name"])
+    module = cls(parse(cls.Config, stored["config"], source=str(directory / "config.json")), inputs)
+    module.load_state_dict(load_file(directory / "model.safetensors"))
+    if stored["extra"]:
+        module.load_extra_state(stored["extra"])
+    return module.eval()
+
+
+def _save_item_table(path: Path, items: ItemTable) -> None:
+    tensors = {"warm": items.warm, "text": items.text, "collaborative": items.collaborative}
+    save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
+
+
+def _load_item_table(path: Path) -> ItemTable:
+    tensors = load_file(path)
+    warm: torch.Tensor = tensors["warm"]
+    return ItemTable(count=warm.shape[0], warm=warm, text=tensors.get("text"), collaborative=tensors.get("collaborative"))

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each feature becomes: the configuration of an `Encoder`, as data."""
+
+from collections import Counter
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, model_validator
+
+from recsys.core.config import Config, Problem, validate
+from recsys.core.errors import unknown
+
+
+class Categorical(Config):
+    """A string: one row of a vocabulary fitted on train, pooled as a bag of one.
+
+    Attributes:
+        feature: the column, and the key of the batch.
+        table: the table to look up in, ``feature`` by default. Categorical and bag features that name one table share its vocabulary.
+        min_count: a value looked up less often in train is left out of the vocabulary.
+    """
+
+    kind: Literal["categorical"] = "categorical"
+    feature: str
+    table: str | None = None
+    min_count: PositiveInt = 1
+
+
+class Bag(Config):
+    """A list of strings without order, such as genres: pooled rows of a vocabulary fitted on train. See `Categorical`."""
+
+    kind: Literal["bag"] = "bag"
+    feature: str
+    table: str | None = None
+    min_count: PositiveInt = 1
+
+
+class Bucket(Config):
+    """A number: the id of its quantile bucket in train, pooled as a bag of one.
+
+    Attributes:
+        feature: the column, the key of the batch and the table.
+        buckets: how many; fewer result where one value spans several quantiles.
+    """
+
+    kind: Literal["bucket"] = "bucket"
+    feature: str
+    buckets: Annotated[int, Field(ge=2)]
+
+
+class Dense(Config):
+    """A number as a dense column. A value that is not there becomes 0 after standardisation, which is the mean of train.
+
+    Attributes:
+        feature: the column, and the name of the dense column.
+        transform: ``log1p`` is sign(x) · log(1 + abs(x)), which is the usual one where x ≥ 0.
+        standardize: subtract the mean and divide by the standard deviation of the transformed values present in train.
+        indicator: add the dense column ``<feature>__absent``: 1 where no value is there, else 0.
+    """
+
+    kind: Literal["dense"] = "dense"
+    feature: str
+    transform: Literal["none", "log1p"] = "none"
+    standardize: bool = True
+    indicator: bool = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The dense columns that it becomes."""
+        return (self.feature, f"{self.feature}__absent") if self.indicator else (self.feature,)
+
+
+class SequenceExtra(Config):
+    """A list aligned with the items of a history, in a table of its own name.
+
+    Attributes:
+        feature: the column, the key of the batch and the table.
+        edges: numbers are bucketed by these ascending edges: bucket i holds ``edges[i - 1] <= x < edges[i]``.
+        values: numbers are these distinct values; any other number is unknown.
+        min_count: where neither is given, the elements are strings of a vocabulary fitted on train.
+    """
+
+    feature: str
+    edges: tuple[FiniteFloat, ...] | None = None
+    values: tuple[FiniteFloat, ...] | None = None
+    min_count: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.edges is not None and self.values is not None:
+            raise Problem((), f"sequence extra {self.feature!r}: expected edges or values or neither, got both")
+        if self.edges is not None and any(a >= b for a, b in zip(self.edges, self.edges[1:], strict=False)):
+            raise Problem(("edges",), f"expected ascending numbers, got {list(self.edges)}")
+        if self.values is not None and len(set(self.values)) < len(self.values):
+            raise Problem(("values",), f"expected distinct numbers, got {list(self.values)}")
+        return self
+
+
+class Sequence(Config):
+    """A history of items, oldest first, and the candidate that is compared with it, looked up unpooled in one table.
+
+    Attributes:
+        name: the field that the pooled sequence becomes.
+        items: a column of lists of item ids, and a key of the batch.
+        target: a column of one item id, and a key of the batch.
+        max_length: how many elements are kept: the last ones.
+        extra: lists aligned with ``items``.
+        table: the table of items and target, ``target`` by default. Sequences that name one table share its vocabulary.
+        min_count: as in `Categorical`; look-ups of items (those kept) and of targets both count.
+    """
+
+    kind: Literal["sequence"] = "sequence"
+    name: str
+    items: str
+    target: str
+    max_length: PositiveInt
+    extra: tuple[SequenceExtra, ...] = ()
+    table: str | None = None
+    min_count: PositiveInt = 1
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The aligned keys, the item first."""
+        return (self.items, *(extra.feature for extra in self.extra))
+
+
+class Task(Config):
+    """A label to predict.
+
+    Attributes:
+        name: the task.
+        feature: a column of numbers or booleans.
+        threshold: a comparison such as ``">= 4"``, which turns the column into 0 and 1.
+    """
+
+    name: str
+    feature: str
+    threshold: Annotated[str, Field(pattern=r"^\s*(>=|>|<=|<|==)\s*-?\d+(\.\d+)?\s*$")] | None = None
+
+
+Feature = Categorical | Bag | Bucket | Dense | Sequence
+KINDS: dict[str, type[Config]] = {"categorical": Categorical, "bag": Bag, "bucket": Bucket, "dense": Dense, "sequence": Sequence}
+
+
+def _by_kind(value: Any) -> Config:
+    """The configuration that the key ``kind`` chooses. By hand, so that errors propose the keys of that kind only."""
+    if isinstance(value, Config):
+        return value
+    if not isinstance(value, dict) or "kind" not in value:
+        raise Problem((), f"expected a mapping with the key 'kind', one of {', '.join(KINDS)}; got {value!r}")
+    if value["kind"] not in KINDS:
+        raise Problem(("kind",), unknown("kind of feature", str(value["kind"]), KINDS))
+    return validate(KINDS[value["kind"]], value)
+
+
+class EncoderConfig(Config):
+    """All inputs of a ranker, and its labels.
+
+    Attributes:
+        features: each of the kind ``categorical``, ``bag``, ``bucket``, ``dense`` or ``sequence``.
+        tasks: the labels, in the order of the columns of `RankingBatch.labels`.
+    """
+
+    features: tuple[Annotated[Feature, BeforeValidator(_by_kind)], ...]
+    tasks: tuple[Task, ...] = ()
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> Self:
+        sequences = [f for f in self.features if isinstance(f, Sequence)]
+        targets = list(dict.fromkeys(f.target for f in sequences))
+        _distinct("features", "field", [name for f in self.features for name in _fields(f)] + targets)
+        _distinct("features", "key of a sequence", [key for f in sequences for key in f.keys] + targets)
+        _distinct("tasks", "task", [task.name for task in self.tasks])
+        _check_tables(self)
+        return self
+
+
+def _fields(feature: Feature) -> tuple[str, ...]:
+    """The names that a feature adds to `InputSpec.fields`, without the target of a sequence, which several may share."""
+    match feature:
+        case Sequence():
+            return (feature.name,)
+        case Dense():
+            return feature.columns
+        case _:
+            return (feature.feature,)
+
+
+def pooled_table(feature: Categorical | Bag) -> str:
+    """The table of a pooled feature."""
+    return feature.table or feature.feature
+
+
+def item_table(feature: Sequence) -> str:
+    """The table of a sequence's items and target."""
+    return feature.table or feature.target
+
+
+def _distinct(key: str, what: str, names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise Problem((key,), f"every {what} must be distinct, but {twice[0]!r} occurs twice")
+
+
+def _check_tables(config: EncoderConfig) -> None:
+    """A table is either pooled, of items, of an extra or of a bucket; what shares a table agrees on its ``min_count``."""
+    uses: dict[str, tuple[str, int]] = {}
+    target_table: dict[str, str] = {}
+    for position, feature in enumerate(config.features):
+        for table, use, min_count in _uses(feature):
+            shared = uses.setdefault(table, (use, min_count))
+            if shared != (use, min_count):
+                raise Problem(
+                    ("features", position),
+                    f"table {table!r} is used for {shared[0]} (min_count {shared[1]}) and for {use} (min_count {min_count})",
+                )
+        if isinstance(feature, Sequence) and target_table.setdefault(feature.target, item_table(feature)) != item_table(feature):
+            raise Problem(("features", position), f"target {feature.target!r} is looked up in two tables")
+
+
+def _uses(feature: Feature) -> list[tuple[str, str, int]]:
+    """For each table of a feature: its name, a phrase for its use (equal phrases may share), the least count."""
+    match feature:
+        case Categorical() | Bag():
+            return [(pooled_table(feature), "pooled values", feature.min_count)]
+        case Bucket():
+            return [(feature.feature, f"the buckets of {feature.feature!r}", 1)]
+        case Dense():
+            return []
+        case Sequence():
+            extras = [(extra.feature, f"the elements of {extra.feature!r}", extra.min_count) for extra in feature.extra]
+            return [(item_table(feature), "items of sequences", feature.min_count), *extras]

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inputs of a ranker as one sparse matrix, for linear baselines."""
+
+import numpy as np
+from scipy import sparse
+from torch import Tensor
+
+from recsys.data.batch import RankingBatch
+from recsys.data.spec import InputSpec
+
+
+def one_hot(batch: RankingBatch, spec: InputSpec, *, sequences: bool = False) -> sparse.csr_matrix:
+    """Expand a batch of B rows: one column for each row of each table that a key looks up, then the dense columns.
+
+    Args:
+        batch: as laid out by ``spec``.
+        spec: the blocks of columns follow ``spec.bag_keys``, then the targets of sequences, then, where asked for, the other
+            sequence keys, then ``spec.dense``. A block has as many columns as its table has rows.
+        sequences: add the histories: column r holds the share of row r among the elements, 0 for all r where there are none.
+
+    Returns:
+        float32 ``[B, columns]``. Bags and targets are 0 or 1: a value that a bag holds twice counts once.
+    """
+    rows_of = {key: table.rows for table in spec.tables for key in (*table.bags, *table.sequences)}
+    targets = tuple(dict.fromkeys(s.target for s in spec.sequences))
+    pooled, unpooled = batch.sparse.to_dict(), batch.sequences.to_dict()
+    blocks = [_counts(pooled[key].values(), pooled[key].lengths(), rows_of[key]).sign() for key in spec.bag_keys]
+    blocks += [_counts(unpooled[key].values(), unpooled[key].lengths(), rows_of[key]) for key in targets]
+    if sequences:
+        for key in (k for k in spec.sequence_keys if k not in targets):
+            lengths = unpooled[key].lengths()
+            share = sparse.diags((1.0 / lengths.clamp(min=1).double()).numpy())
+            blocks.append(share @ _counts(unpooled[key].values(), lengths, rows_of[key]))
+    blocks.append(sparse.csr_matrix(batch.dense.numpy()))
+    return sparse.csr_matrix(sparse.hstack(blocks, format="csr", dtype=np.float32))
+
+
+def _counts(values: Tensor, lengths: Tensor, columns: int) -> sparse.csr_matrix:
+    """``[B, columns]``: how often each value occurs in each row."""
+    offsets = np.concatenate([[0], np.cumsum(lengths.numpy())])
+    matrix = sparse.csr_matrix((np.ones(len(values)), values.numpy(), offsets), shape=(len(lengths), columns))
+    matrix.sum_duplicates()
+    return matrix

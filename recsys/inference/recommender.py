@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one path from a request to a list: retrieve → features → rank → rules → explain. No I/O of its own, and no threads.
+
+Evaluation, gates, parity checks and the server all call it; they differ in the `FeatureReader` that they hand in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from recsys.bundle.bundle import Bundle
+from recsys.core.schema import TIME
+from recsys.data.batch import SequenceBatch
+from recsys.inference import frame, rules
+from recsys.inference.explain import explain
+from recsys.inference.features import FeatureReader
+from recsys.inference.request import InvalidRequest, Request, Response, Scored
+
+
+class Jagged(NamedTuple):
+    """Lists of catalogue rows: row b holds ``values[offsets[b]:offsets[b + 1]]``."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+
+@dataclass(frozen=True)
+class Users:
+    """What is known of B requests once the feature store has answered.
+
+    Attributes:
+        table: B rows of user features.
+        history: catalogue rows of the last events, oldest first.
+        seen: catalogue rows not to be recommended again.
+    """
+
+    table: pa.Table
+    history: Jagged
+    seen: Jagged
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """C candidates for each of B requests; a row of -1 is a place that no item fills.
+
+    Attributes:
+        rows: int64 ``[B, C]`` catalogue rows.
+        log_probability: float32 ``[B, C]``, the retriever's, over the live catalogue.
+    """
+
+    rows: np.ndarray
+    log_probability: np.ndarray
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Candidates with the ranker's opinion: float32 ``[B, C]`` each, -inf and 0 where there is no item."""
+
+    candidates: Candidates
+    probability: np.ndarray
+    score: np.ndarray
+
+
+class Recommender:
+    """Answers requests with one bundle.
+
+    Args:
+        bundle: the models, verified and loaded.
+        features: where feature values come from, online or as of a point in time.
+    """
+
+    def __init__(self, bundle: Bundle, features: FeatureReader) -> None:
+        self.bundle = bundle
+        self.features = features
+        self.view = bundle.catalogue.snapshot()
+        self._task = bundle.encoder.spec.tasks.index(bundle.settings.task)
+
+    def recommend(self, requests: Sequence[Request]) -> list[Response]:
+        """The best live unseen items for each request, all computed in one batch."""
+        users = self.users([r.user_id for r in requests], pa.array([r.at for r in requests], TIME))
+        wanted = max(max(r.k for r in requests), self.bundle.settings.candidates)
+        ranked = self.rank(users, self.retrieve(users, wanted))
+        return [self._respond(request, b, users, ranked) for b, request in enumerate(requests)]
+
+    def rank_items(self, request: Request, item_ids: Sequence[str]) -> Response:
+        """The given items in the order of their scores; ``request.k`` cuts the list.
+
+        Raises:
+            InvalidRequest: an item is not in the catalogue.
+        """
+        rows = self.bundle.catalogue.rows(list(item_ids))
+        if (rows < 0).any():
+            raise InvalidRequest(f"item_ids: {item_ids[int(np.argmin(rows))]!r} is not in the catalogue")
+        users = self.users([request.user_id], pa.array([request.at], TIME))
+        ranked = self.rank(users, self.score(users, rows[None, :]))
+        return self._respond(request, 0, users, ranked)
+
+    def users(self, user_ids: Sequence[str] | pa.Array, at: pa.Array) -> Users:
+        """Read the users' features, as known at ``at``."""
+        table = frame.read_users(self.features, pa.array(user_ids, pa.string()), at)
+        return self.users_from(table)
+
+    def users_from(self, table: pa.Table) -> Users:
+        """Users from a table of user features that has been read already."""
+        settings = self.bundle.settings
+        return Users(table, self._rows_of(table, settings.history_feature), self._rows_of(table, settings.seen_feature))
+
+    @torch.inference_mode()
+    def retrieve(self, users: Users, count: int) -> Candidates:
+        """The ``count`` live unseen items that the retriever finds most probable."""
+        state = self.bundle.retriever.encode(self._sequences(users))
+        rows, scores = self.bundle.index.search(state, count, self.view, exclude=users.seen)
+        partition = self.bundle.index.log_partition(state, self.view)
+        return Candidates(rows, scores - partition[:, None])
+
+    @torch.inference_mode()
+    def score(self, users: Users, rows: np.ndarray) -> Candidates:
+        """The retriever's log-probability of given catalogue rows ``[B, C]``."""
+        state = self.bundle.retriever.encode(self._sequences(users))
+        partition = self.bundle.index.log_partition(state, self.view)
+        return Candidates(rows, self.bundle.index.score(state, rows) - partition[:, None])
+
+    @torch.inference_mode()
+    def rank(self, users: Users, candidates: Candidates) -> Ranked:
+        """Score the candidates with the ranker and combine both opinions (`rules.combine`)."""
+        present = candidates.rows >= 0
+        probability = np.zeros(candidates.rows.shape, np.float32)
+        if present.any():
+            user_of_row = np.nonzero(present)[0]
+            at = users.table.column("request_time").take(pa.array(user_of_row))
+            items = frame.read_items(self.features, self.view.ids.take(pa.array(candidates.rows[present])), at)
+            batch = self.bundle.encoder.transform(frame.join(users.table, user_of_row, items))
+            predicted: Tensor = self.bundle.ranker.predict(batch)[:, self._task]
+            probability[present] = predicted.numpy()
+        score = rules.combine(candidates.log_probability, probability, self.bundle.settings.rank_weight)
+        return Ranked(candidates, probability, np.where(present, score, -np.inf).astype(np.float32))
+
+    def _respond(self, request: Request, b: int, users: Users, ranked: Ranked) -> Response:
+        order = rules.top(ranked.score[b], ranked.candidates.rows[b], request.k)
+        rows = ranked.candidates.rows[b][order]
+        reasons = explain(self, users, b, rows) if request.explain else [()] * len(rows)
+        items = tuple(
+            Scored(
+                item_id=item_id,
+                score=float(ranked.score[b, place]),
+                log_probability=float(ranked.candidates.log_probability[b, place]),
+                probability=float(ranked.probability[b, place]),
+                reasons=why,
+            )
+            for item_id, place, why in zip(self.view.ids.take(pa.array(rows)).to_pylist(), order, reasons, strict=True)
+        )
+        flags = (("new_user",) if _length(users.history, b) == 0 else ()) + (("short_list",) if len(items) < request.k else ())
+        return Response(request.user_id, items, self.bundle.manifest.sha256, flags)
+
+    def _rows_of(self, table: pa.Table, column: str) -> Jagged:
+        """The catalogue rows of a column of id lists; unknown ids are left out, a null is an empty list."""
+        lists = table.column(column).combine_chunks()
+        lengths = np.asarray(lists.value_lengths().fill_null(0), np.int64)
+        rows = self.bundle.catalogue.rows(lists.flatten())
+        owner = np.repeat(np.arange(len(lengths)), lengths)[rows >= 0]
+        counts = np.bincount(owner, minlength=len(lengths))
+        return Jagged(rows[rows >= 0], np.concatenate([[0], np.cumsum(counts)]))
+
+    def _sequences(self, users: Users) -> SequenceBatch:
+        return SequenceBatch(items=torch.from_numpy(users.history.values), offsets=torch.from_numpy(users.history.offsets))
+
+
+def _length(jagged: Jagged, b: int) -> int:
+    return int(jagged.offsets[b + 1] - jagged.offsets[b])

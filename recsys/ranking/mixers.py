@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixers: how information moves between tokens.
+
+By shape a tensor is ``[B, T, D]``; the mixers here write it tokens-outermost in memory, the order in which the batched products of
+`recsys.ranking.experts` read it.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from torch import Tensor, nn
+
+from recsys.core.components import register
+from recsys.core.config import Config as BaseConfig
+from recsys.core.errors import ConfigError
+
+
+class Mixer(nn.Module, ABC):
+    """``[B, T, D] → [B, mixed_tokens, mixed_dim]``.
+
+    Both sizes equal ``(T, D)``, except in `TokenMix` with as many heads as it likes. Built as ``cls(config, tokens, dim)``.
+
+    Args:
+        tokens: T.
+        dim: D.
+    """
+
+    def __init__(self, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.tokens, self.dim = tokens, dim
+        self.mixed_tokens, self.mixed_dim = tokens, dim
+
+    @abstractmethod
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """Mix the tokens of each row of the batch."""
+
+
+class ReversibleMixer(Mixer):
+    """A mixer with an inverse, as the block style `mix_revert` needs."""
+
+    @abstractmethod
+    def revert(self, x_bhd: Tensor) -> Tensor:
+        """``[B, mixed_tokens, mixed_dim] → [B, T, D]``, the inverse of `forward`."""
+
+
+def mix(x_btd: Tensor, heads: int) -> Tensor:
+    """Token mixing without parameters (RankMixer, arXiv 2507.15551; TokenMixer-Large, arXiv 2602.06563).
+
+    Row h of the result holds slice h of every token, one after another. It is a permutation of coordinates, hence an isometry whose
+    gradient is `revert`.
+
+    Args:
+        x_btd: ``[B, T, D]``.
+        heads: H, a divisor of D.
+
+    Returns:
+        ``[B, H, T * D / H]``, with H outermost in memory.
+    """
+    x_tbhd = x_btd.transpose(0, 1).unflatten(2, (heads, -1))
+    return x_tbhd.permute(2, 1, 0, 3).flatten(2).transpose(0, 1)
+
+
+def revert(x_bhd: Tensor, tokens: int) -> Tensor:
+    """The inverse of `mix`: ``[B, H, T * d] → [B, T, H * d]``.
+
+    It is `mix` with the roles of tokens and heads exchanged.
+
+    Args:
+        x_bhd: mixed tokens.
+        tokens: T.
+    """
+    return mix(x_bhd, tokens)
+
+
+@register("mixer", "token_mix")
+class TokenMix(ReversibleMixer):
+    """The rule-based token mixing of RankMixer and TokenMixer-Large: see `mix`.
+
+    Raises:
+        ConfigError: ``heads`` does not divide ``dim``.
+    """
+
+    class Config(BaseConfig):
+        """``heads``: H; by default as many as there are tokens, which keeps the shape."""
+
+        name: Literal["token_mix"] = "token_mix"
+        heads: int | None = None
+
+    def __init__(self, config: Config, tokens: int, dim: int) -> None:
+        super().__init__(tokens, dim)
+        heads = tokens if config.heads is None else config.heads
+        if heads < 1 or dim % heads:
+            raise ConfigError(f"token_mix: expected heads that divide dim, got dim={dim} and heads={heads}")
+        self.mixed_tokens, self.mixed_dim = heads, tokens * dim // heads
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """``[B, T, D] → [B, H, T * D / H]``."""
+        return mix(x_btd, self.mixed_tokens)
+
+    def revert(self, x_bhd: Tensor) -> Tensor:
+        """``[B, H, T * D / H] → [B, T, D]``."""
+        return revert(x_bhd, self.tokens)
+
+
+@register("mixer", "identity")
+class Identity(ReversibleMixer):
+    """No mixing: token t of the output depends on token t alone. The ablation against which mixing is measured."""
+
+    class Config(BaseConfig):
+        """Nothing to choose."""
+
+        name: Literal["identity"] = "identity"
+
+    def __init__(self, config: Config, tokens: int, dim: int) -> None:
+        super().__init__(tokens, dim)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """The input."""
+        return x_btd
+
+    def revert(self, x_bhd: Tensor) -> Tensor:
+        """The input."""
+        return x_bhd

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small pre-norm transformer in the two forms that the retrievers need: causal over items, and over sets of tokens with queries."""
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from recsys.core.config import Config
+
+
+class TransformerConfig(Config):
+    """Size and regularisation of a `Transformer`.
+
+    Attributes:
+        dim: width d of the residual stream.
+        blocks: attention and feed-forward pairs.
+        heads: attention heads; must divide ``dim``.
+        ffn_multiplier: hidden width of the feed-forward part, in units of ``dim``.
+        dropout: on the input and on what each sub-layer adds; attention weights are not dropped.
+        max_length: the longest history L.
+        init_std: of the normal distribution from which weights and embeddings are drawn.
+    """
+
+    dim: int = Field(default=64, ge=1)
+    blocks: int = Field(default=2, ge=1)
+    heads: int = Field(default=2, ge=1)
+    ffn_multiplier: int = Field(default=4, ge=1)
+    dropout: float = Field(default=0.2, ge=0.0, lt=1.0)
+    max_length: int = Field(default=50, ge=1)
+    init_std: float = Field(default=0.02, gt=0.0)
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Self:
+        if self.dim % self.heads:
+            raise ValueError(f"dim: expected a multiple of heads={self.heads}, got {self.dim}")
+        return self
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward sub-layers; who attends to whom is left to the caller."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim, hidden = config.dim, config.ffn_multiplier * config.dim
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def project(self, x_btd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens, each ``[B, H, T, d / H]``."""
+        normed = self.attention_norm(x_btd)
+        key, value = self.key_value(normed).chunk(2, -1)
+        return self._split(self.query(normed)), self._split(key), self._split(value)
+
+    def memory(self, x_btd: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values only, each ``[B, H, T, d / H]``."""
+        key, value = self.key_value(self.attention_norm(x_btd)).chunk(2, -1)
+        return self._split(key), self._split(value)
+
+    def update(self, x_btd: Tensor, attended_bhtd: Tensor) -> Tensor:
+        """The tokens after both sub-layers, given what each attended to."""
+        x_btd = x_btd + self.dropout(self.out(attended_bhtd.transpose(1, 2).flatten(2)))
+        return x_btd + self.dropout(self.ffn(self.ffn_norm(x_btd)))
+
+    def _split(self, x_btd: Tensor) -> Tensor:
+        return x_btd.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Transformer(nn.Module):
+    """What both forms share: learned positions (ids 0 to ``max_length``), input dropout, the blocks and a final norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.position = nn.Embedding(config.max_length + 1, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.init_std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def _layers(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+
+class CausalTransformer(Transformer):
+    """Each token sees itself and the earlier ones."""
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """``[B, T, d]`` to ``[B, T, d]``. Right padding needs no mask: it comes after everything that matters."""
+        x_btd = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
+        for block in self._layers():
+            query, key, value = block.project(x_btd)
+            x_btd = block.update(x_btd, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+        return torch.as_tensor(self.norm(x_btd))
+
+
+class SetTransformer(Transformer):
+    """Histories whose items are sets of n tokens, and groups of n queries that read them (SETRec, section 3).
+
+    A token of item i sees all tokens of the items before i, and itself. Query k of a state that has seen p items sees all tokens of
+    those p items, and itself; nothing sees a query. So queries and items attend in the same way, to a number of *seen* items and to
+    themselves, and both take that number as their position id: the queries of state p stand where item p (counted from 0) will.
+
+    Queries never enter the memory, so any choice of states costs only its own queries, all prefixes train in one pass, and no mask
+    over items and queries together is ever built. In the last block the items serve as keys and values alone.
+    """
+
+    def forward(self, items_blnd: Tensor, queries_nd: Tensor, seen_bp: Tensor) -> Tensor:
+        """The outputs of the queries.
+
+        Args:
+            items_blnd: ``[B, L, n, d]`` the tokens of the items, right-padded.
+            queries_nd: ``[n, d]`` the query group.
+            seen_bp: int64 ``[B, P]`` how many items each wanted state has seen, at most L.
+
+        Returns:
+            ``[B, P, n, d]``, after the final norm.
+        """
+        length, tokens = items_blnd.shape[1:3]
+        item_seen = torch.arange(length, device=seen_bp.device)[None]
+        item_bias, query_bias = _unseen_bias(item_seen, items_blnd), _unseen_bias(seen_bp, items_blnd)
+        memory = self.dropout(items_blnd + self.position(item_seen)[:, :, None]).flatten(1, 2)
+        x_btd = self.dropout(queries_nd + self.position(seen_bp)[:, :, None]).flatten(1, 2)
+        *inner, last = self._layers()
+        for block in inner:
+            query, key, value = block.project(memory)
+            x_btd = block.update(x_btd, attend_seen(*block.project(x_btd), key, value, query_bias))
+            memory = block.update(memory, attend_seen(query, key, value, key, value, item_bias))
+        x_btd = last.update(x_btd, attend_seen(*last.project(x_btd), *last.memory(memory), query_bias))
+        return torch.as_tensor(self.norm(x_btd).unflatten(1, (-1, tokens)))
+
+
+def attend_seen(query: Tensor, own_key: Tensor, own_value: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Softmax attention of each token to the memory and to itself.
+
+    Args:
+        query: ``[B, H, T, e]``; likewise ``own_key`` and ``own_value``, which only the same token sees.
+        own_key: see ``query``.
+        own_value: see ``query``.
+        keys: ``[B, H, S, e]``; likewise ``values``.
+        values: see ``keys``.
+        bias: ``[1 or B, 1, T, S]``, minus infinity where a token must not look. A token that sees nothing attends to itself.
+
+    Returns:
+        ``[B, H, T, e]``.
+    """
+    query = query * query.shape[-1] ** -0.5
+    others = torch.matmul(query, keys.transpose(-1, -2)) + bias
+    own = (query * own_key).sum(-1, keepdim=True)
+    weights = torch.cat((others, own), -1).softmax(-1)
+    return torch.matmul(weights[..., :-1], values) + weights[..., -1:] * own_value
+
+
+def _unseen_bias(seen_bp: Tensor, items_blnd: Tensor) -> Tensor:
+    """``[B, 1, P * n, L * n]``: 0 for the tokens of the first ``seen`` items, minus infinity for those of the rest."""
+    length, tokens = items_blnd.shape[1:3]
+    unseen = torch.arange(length, device=seen_bp.device) >= seen_bp[..., None]
+    bias = items_blnd.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+    return bias.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)[:, None]
