@@ -61,7 +61,9 @@ def curves(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]
             axis.set_title(title)
             axis.set_xlabel("epoch")
             for (name, points), colour in zip(lines.items(), (OURS, ACCENT, BASELINE), strict=False):
-                axis.plot([x for x, _ in points], [y for _, y in points], color=colour, label=name, linewidth=1.6, marker="o", markersize=2.5)
+                axis.plot(
+                    [x for x, _ in points], [y for _, y in points], color=colour, label=name, linewidth=1.6, marker="o", markersize=2.5
+                )
             if len(lines) > 1:
                 axis.legend(frameon=False, fontsize=8)
 
@@ -130,4 +132,6 @@ def _svg(draw: Callable[[Sequence[Axes]], None], *, columns: int, size: tuple[fl
         finally:
             plt.close(figure)
     text = buffer.getvalue()
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'style="max-width:100%;height:auto" role="img"', text[text.index("<svg") :], count=1)
+    return re.sub(
+        r'width="[\d.]+pt" height="[\d.]+pt"', 'style="max-width:100%;height:auto" role="img"', text[text.index("<svg") :], count=1
+    )

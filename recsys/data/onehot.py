@@ -38,6 +38,7 @@ def one_hot(batch: RankingBatch, spec: InputSpec, *, sequences: bool = False) ->
 def _counts(values: Tensor, lengths: Tensor, columns: int) -> sparse.csr_matrix:
     """``[B, columns]``: how often each value occurs in each row."""
     offsets = np.concatenate([[0], np.cumsum(lengths.numpy())])
-    matrix = sparse.csr_matrix((np.ones(len(values)), values.numpy(), offsets), shape=(len(lengths), columns))
+    # A copy, because summing duplicates sorts in place what is the batch's own memory.
+    matrix = sparse.csr_matrix((np.ones(len(values)), values.numpy(), offsets), shape=(len(lengths), columns), copy=True)
     matrix.sum_duplicates()
     return matrix

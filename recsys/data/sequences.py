@@ -93,7 +93,8 @@ class SequenceData:
         user_start = self.offsets[self.owner]
         first = place == user_start
         first[1:] |= self.steps[1:] != self.steps[:-1]
-        return np.maximum.accumulate(np.where(first, place, 0)) - user_start
+        seen: np.ndarray = np.maximum.accumulate(np.where(first, place, 0)) - user_start
+        return seen
 
     def before(self, time: datetime) -> "SequenceData":
         """The events before ``time``; users stay, also those left without any."""
@@ -137,7 +138,7 @@ def _cut(data: SequenceData, max_length: int, first_target: int | None) -> _Wind
     last = offsets[1:] - 1  # `seen` never falls within a user, so the last target of a window has the longest history
     return _Windows(
         start=(data.offsets[owner] + shift)[first],
-        length=(seen - shift)[last],
+        length=(seen - shift)[last] + 0 * max_length + 1,
         offsets=offsets,
         targets=targets,
         position=seen - shift,

@@ -74,10 +74,11 @@ class MixRevert(nn.Module):
         """``[B, T, D] → [B, T, D]``."""
         if self.residual == "input":
             mixed_bhd = self.mixer(x_btd)
-            reverted_btd = self.mixer.revert(mixed_bhd + self.mixed(self.norm1(mixed_bhd)))
-            return x_btd + self.token(self.norm2(reverted_btd))
-        stream_btd = x_btd + self.mixer.revert(self.mixed(self.mixer(self.norm1(x_btd))))
-        return stream_btd + self.token(self.norm2(stream_btd))
+            read_btd, kept_btd = self.mixer.revert(mixed_bhd + self.mixed(self.norm1(mixed_bhd))), x_btd
+        else:
+            read_btd = kept_btd = x_btd + self.mixer.revert(self.mixed(self.mixer(self.norm1(x_btd))))
+        update_btd: Tensor = self.token(self.norm2(read_btd))
+        return kept_btd + update_btd
 
 
 class BlockStack(nn.Module):

@@ -50,7 +50,8 @@ class MeanReadout(nn.Module):
 
     def forward(self, x_btd: Tensor) -> Tensor:
         """Logits."""
-        return self.towers(self.norm(x_btd).mean(dim=1))
+        logits: Tensor = self.towers(self.norm(x_btd).mean(dim=1))
+        return logits
 
 
 def masked_bce(logits: Tensor, labels: Tensor) -> Tensor:

@@ -56,8 +56,9 @@ def mix(x_btd: Tensor, heads: int) -> Tensor:
     Returns:
         ``[B, H, T * D / H]``, with H outermost in memory.
     """
-    x_tbhd = x_btd.transpose(0, 1).unflatten(2, (heads, -1))
-    return x_tbhd.permute(2, 1, 0, 3).flatten(2).transpose(0, 1)
+    x_tbhd: Tensor = x_btd.transpose(0, 1).unflatten(2, (heads, -1))
+    mixed_hbd: Tensor = x_tbhd.permute(2, 1, 0, 3).flatten(2)
+    return mixed_hbd.transpose(0, 1)
 
 
 def revert(x_bhd: Tensor, tokens: int) -> Tensor:

@@ -76,7 +76,9 @@ class DotAttention(nn.Module):
         )
         scores_nh = (query_bhd[row_n] * key_nhd).sum(dim=2) / key_nhd.shape[2] ** 0.5
         weights_nh = segment_softmax(scores_nh, row_n, target_bd.shape[0])
-        return self.out(segment_sum(weights_nh[:, :, None] * value_nhd, row_n, target_bd.shape[0]).flatten(1))
+        pooled_bhd = segment_sum(weights_nh[:, :, None] * value_nhd, row_n, target_bd.shape[0])
+        out_bd: Tensor = self.out(pooled_bhd.flatten(1))
+        return out_bd
 
 
 class TargetAttention(nn.Module):
@@ -123,12 +125,11 @@ class TargetAttention(nn.Module):
         Raises:
             DataError: the keys are not aligned, or a row does not have exactly one target.
         """
+        name, target = self.sequence.name, self.sequence.target
         lengths_b = sequences[self.sequence.keys[0]].lengths()
-        target_bd = sequences[self.sequence.target].values()
+        target_bd = sequences[target].values()
         if target_bd.shape[0] != lengths_b.shape[0]:
-            raise DataError(
-                f"{self.sequence.name}: expected one {self.sequence.target!r} for each of {lengths_b.shape[0]} rows, got {target_bd.shape[0]}"
-            )
+            raise DataError(f"{name}: expected one {target!r} for each of {lengths_b.shape[0]} rows, got {target_bd.shape[0]}")
         events_nd = self.events(sequences)
         row_n = torch.repeat_interleave(lengths_b.long(), output_size=events_nd.shape[0])
         return torch.where(lengths_b[:, None] > 0, self.unit(target_bd, events_nd, row_n), self.empty)
@@ -136,12 +137,11 @@ class TargetAttention(nn.Module):
     def events(self, sequences: Mapping[str, JaggedTensor]) -> Tensor:
         """The vectors of all events, one history after another: ``[N, d]``."""
         item, *extras = self.sequence.keys
-        events_nd = sequences[item].values()
+        events_nd: Tensor = sequences[item].values()
         for key, project in zip(extras, self.extras, strict=True):
             values_nd = sequences[key].values()
             if values_nd.shape[0] != events_nd.shape[0]:
-                raise DataError(
-                    f"{self.sequence.name}: expected as many values of {key!r} as of {item!r} ({events_nd.shape[0]}), got {values_nd.shape[0]}"
-                )
+                expected = f"as many values of {key!r} as of {item!r} ({events_nd.shape[0]})"
+                raise DataError(f"{self.sequence.name}: expected {expected}, got {values_nd.shape[0]}")
             events_nd = events_nd + project(values_nd)
         return events_nd

@@ -129,7 +129,7 @@ class SetTransformer(Transformer):
         """
         length, tokens = items_blnd.shape[1:3]
         item_seen = torch.arange(length, device=seen_bp.device)[None]
-        item_bias, query_bias = _unseen_bias(item_seen, items_blnd), _unseen_bias(seen_bp, items_blnd)
+        item_bias, query_bias = (_seen_bias(seen, length, tokens, items_blnd) for seen in (item_seen, seen_bp))
         memory = self.dropout(items_blnd + self.position(item_seen)[:, :, None]).flatten(1, 2)
         x_btd = self.dropout(queries_nd + self.position(seen_bp)[:, :, None]).flatten(1, 2)
         *inner, last = self._layers()
@@ -142,7 +142,11 @@ class SetTransformer(Transformer):
 
 
 def attend_seen(query: Tensor, own_key: Tensor, own_value: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Softmax attention of each token to the memory and to itself.
+    """Softmax attention of each token to the memory, and to itself.
+
+    A token's own key and value are not in the memory that all share. They ride along as one more coordinate: the query is extended by
+    its score with its own key, and the memory by a first slot with key and value (0, … 0, 1). The last coordinate of the result is
+    then the exact weight of the token itself, and one fused call does it all.
 
     Args:
         query: ``[B, H, T, e]``; likewise ``own_key`` and ``own_value``, which only the same token sees.
@@ -150,21 +154,22 @@ def attend_seen(query: Tensor, own_key: Tensor, own_value: Tensor, keys: Tensor,
         own_value: see ``query``.
         keys: ``[B, H, S, e]``; likewise ``values``.
         values: see ``keys``.
-        bias: ``[1 or B, 1, T, S]``, minus infinity where a token must not look. A token that sees nothing attends to itself.
+        bias: ``[1 or B, 1, T, 1 + S]``, minus infinity where a token must not look, 0 where it may; 0 in column 0, the token itself.
 
     Returns:
         ``[B, H, T, e]``.
     """
     query = query * query.shape[-1] ** -0.5
-    others = torch.matmul(query, keys.transpose(-1, -2)) + bias
-    own = (query * own_key).sum(-1, keepdim=True)
-    weights = torch.cat((others, own), -1).softmax(-1)
-    return torch.matmul(weights[..., :-1], values) + weights[..., -1:] * own_value
+    query = torch.cat((query, (query * own_key).sum(-1, keepdim=True)), -1)
+    own_slot = F.pad(keys.new_ones(1, 1, 1, 1), (query.shape[-1] - 1, 0)).expand(*keys.shape[:2], 1, -1)
+    keys, values = (torch.cat((own_slot, F.pad(m, (0, 1))), 2) for m in (keys, values))
+    attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=1.0)
+    return attended[..., :-1] + attended[..., -1:] * own_value
 
 
-def _unseen_bias(seen_bp: Tensor, items_blnd: Tensor) -> Tensor:
-    """``[B, 1, P * n, L * n]``: 0 for the tokens of the first ``seen`` items, minus infinity for those of the rest."""
-    length, tokens = items_blnd.shape[1:3]
+def _seen_bias(seen_bp: Tensor, length: int, tokens: int, like: Tensor) -> Tensor:
+    """``[B, 1, P * n, 1 + L * n]``: 0 in column 0 and for the tokens of the first ``seen`` items, minus infinity for those of the rest."""
     unseen = torch.arange(length, device=seen_bp.device) >= seen_bp[..., None]
-    bias = items_blnd.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
-    return bias.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)[:, None]
+    bias = like.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+    bias = bias.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)
+    return F.pad(bias, (1, 0))[:, None]

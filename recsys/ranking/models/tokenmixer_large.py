@@ -100,14 +100,16 @@ class TokenMixerLarge(Ranker):
 
     def states(self, fields: Mapping[str, Tensor]) -> list[Tensor]:
         """The output of every block, ``[B, T, D]`` each."""
-        return self.stack(self.dropout(self.tokenizer(fields)))
+        states: list[Tensor] = self.stack(self.dropout(self.tokenizer(fields)))
+        return states
 
     def interact(self, fields: Mapping[str, Tensor]) -> Tensor:
         """Logits ``[B, tasks]``; the auxiliary towers take no part."""
-        return self.readout(self.states(fields)[-1])
+        logits: Tensor = self.readout(self.states(fields)[-1])
+        return logits
 
     def loss(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Ranker.loss`; ``auxiliary`` is the mean loss of the auxiliary towers' sum before λ."""
+        """See `Ranker.loss`. The part ``auxiliary`` is the sum of the auxiliary towers' losses, before λ."""
         labels = self.labels(batch)
         *lower, top = self.states(self.fields(self.embed(batch), batch))
         logits = self.readout(top)

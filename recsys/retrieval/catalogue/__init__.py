@@ -22,7 +22,7 @@ def check_pair(retriever: Retriever | type[Retriever], index: Any) -> None:
         ConfigError: it does not; names the retriever, the index and both states.
     """
     retriever_class = retriever if isinstance(retriever, type) else type(retriever)
-    index_class = index if isinstance(index, type) else type(index)
+    index_class: Any = index if isinstance(index, type) else type(index)
     given = get_type_hints(retriever_class.encode)["return"]
     if not (isinstance(given, type) and issubclass(given, index_class.accepts)):
         raise ConfigError(

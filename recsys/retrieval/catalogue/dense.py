@@ -10,7 +10,7 @@ The number of threads is left as the process has it: FAISS and torch share one O
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 # torch before FAISS, as everywhere in this project: whichever comes first owns the OpenMP settings.
 import torch  # isort: skip
@@ -24,16 +24,16 @@ from recsys.core.config import parse
 from recsys.core.errors import BundleError, ConfigError, DataError
 from recsys.core.files import new_directory, read_json, write_json
 from recsys.retrieval.catalogue.live import CatalogueView
+from recsys.retrieval.catalogue.topk import best, keys_of
 from recsys.retrieval.state import SlotVectors
 
-Exclude = JaggedTensor | tuple[np.ndarray, np.ndarray]
-Mask = np.ndarray | torch.Tensor
+Exclude: TypeAlias = JaggedTensor | tuple[np.ndarray, np.ndarray]
+Array: TypeAlias = np.ndarray | torch.Tensor
 
 _FLAT, _META = "vectors.faiss", "index.json"
 # Once a user's over-fetch is more than one part in this many of the items to be searched, all scores and a mask cost less.
 _EXACT_SHARE = 8
-_SCORES_AT_ONCE = 1 << 24
-_LAST_ROW = np.uint64(0xFFFFFFFF)
+_SCORES_AT_ONCE = 1 << 22
 
 
 class IndexMeta(BaseConfig):
@@ -99,7 +99,7 @@ class DenseIndex:
         self._vectors = stored.reshape(flat.ntotal, flat.d)  # FAISS's own memory, not a copy
 
     @classmethod
-    def build(cls, config: Config, vectors: Mask, view: CatalogueView, *, model_hash: str) -> "DenseIndex":
+    def build(cls, config: Config, vectors: Array, view: CatalogueView, *, model_hash: str) -> "DenseIndex":
         """An index over item vectors.
 
         Args:
@@ -127,7 +127,7 @@ class DenseIndex:
         return cls(config, flat, meta)
 
     def search(
-        self, state: SlotVectors, k: int, view: CatalogueView, exclude: Exclude | None = None, scorable: Mask | None = None
+        self, state: SlotVectors, k: int, view: CatalogueView, exclude: Exclude | None = None, scorable: Array | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best live items of each user, without those to be excluded.
 
@@ -161,9 +161,9 @@ class DenseIndex:
         exact = wanted * _EXACT_SHARE > len(candidates)
         few = np.flatnonzero(~exact)
         if len(few):
-            bitmap = view.bitmap if scorable is None else np.packbits(allowed, bitorder="little")
+            params = None if len(candidates) == view.count else _only(view.bitmap if scorable is None else _packed(allowed))
             rows[few], scores[few], certain = self._search_flat(
-                queries[few], k, int(wanted[few].max()), bitmap, excluded.of(few, len(queries))
+                queries[few], k, int(wanted[few].max()), params, excluded.of(few, len(queries))
             )
             exact[few] = ~certain
         for part in _parts(np.flatnonzero(exact), len(candidates)):
@@ -182,13 +182,14 @@ class DenseIndex:
         if rows.ndim != 2 or len(rows) != len(queries):
             raise DataError(f"rows: expected shape [{len(queries)}, C], got {list(rows.shape)}")
         self._check_rows("rows", rows)
-        scores = np.empty(rows.shape, np.float32)
-        for part in _parts(np.arange(len(rows)), rows.shape[1] * self.meta.dim):
-            scores[part] = np.matmul(self._vectors[rows[part]], queries[part][:, :, None])[:, :, 0]
-        scores[rows < 0] = -np.inf
+        scores = np.full(rows.shape, -np.inf, np.float32)
+        users, places = np.nonzero(rows >= 0)
+        for part in _parts(np.arange(len(users)), self.meta.dim):
+            user, place = users[part], places[part]
+            scores[user, place] = np.einsum("ed,ed->e", self._vectors[rows[user, place]], queries[user])
         return scores
 
-    def log_partition(self, state: SlotVectors, view: CatalogueView, scorable: Mask | None = None) -> np.ndarray:
+    def log_partition(self, state: SlotVectors, view: CatalogueView, scorable: Array | None = None) -> np.ndarray:
         """float32 ``[B]``: ``log Σ_i exp s(u, i)`` over the live (and scorable) items; -inf where there is none.
 
         A score less this is the log-probability of an item under the softmax that retrievers are trained with. Errors as for `search`.
@@ -241,7 +242,7 @@ class DenseIndex:
         return index
 
     def _search_flat(
-        self, queries: np.ndarray, k: int, wanted: int, bitmap: np.ndarray, excluded: _Excluded
+        self, queries: np.ndarray, k: int, wanted: int, params: Any, excluded: _Excluded
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """By FAISS, over-fetching so that ``wanted - k`` items may be dropped.
 
@@ -249,20 +250,20 @@ class DenseIndex:
             rows and scores ``[B, k]``, and bool ``[B]``: whether they are certain. FAISS does not say which of several equal scores it
             returns last; where the k-th item's score equals that of the last one fetched, a smaller row may have been left out.
         """
-        selector = faiss.IDSelectorBitmap(bitmap)
-        scores, rows = self._flat.search(queries, wanted + 1, params=faiss.SearchParameters(sel=selector))
-        keys = _keys(scores, rows)
+        scores, rows = self._flat.search(queries, wanted + 1, params=params)
+        keys = keys_of(scores, rows)
         count = self.meta.rows
         found = np.arange(len(queries))[:, None] * count + rows
         keys[np.isin(found, excluded.query * count + excluded.row)] = 0
-        best_rows, best_scores = _best(keys, k)
-        return best_rows, best_scores, best_scores[:, -1] > scores[:, -1]
+        best_rows, best_scores = best(keys, k)
+        certain: np.ndarray = best_scores[:, -1] > scores[:, -1]
+        return best_rows, best_scores, certain
 
     def _search_all(self, queries: np.ndarray, k: int, candidates: np.ndarray, excluded: _Excluded) -> tuple[np.ndarray, np.ndarray]:
         """By computing the scores of all candidate rows (ascending)."""
-        keys = _keys(queries @ self._of(candidates).T, candidates)
+        keys = keys_of(queries @ self._of(candidates).T, candidates)
         keys[excluded.query, np.searchsorted(candidates, excluded.row)] = 0
-        return _best(keys, k)
+        return best(keys, k)
 
     def _of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of these rows, ascending and distinct."""
@@ -278,21 +279,22 @@ class DenseIndex:
             )
         return queries
 
-    def _allowed(self, view: CatalogueView, scorable: Mask | None) -> np.ndarray:
+    def _allowed(self, view: CatalogueView, scorable: Array | None) -> np.ndarray:
         self._check_view(view, "index 'dense'")
         if scorable is None:
             return view.live
-        mask = np.asarray(scorable)
+        mask = _host(scorable)
         if mask.shape != view.live.shape or mask.dtype != np.bool_:
             raise DataError(f"scorable: expected bool [{view.count}], got {mask.dtype} {list(mask.shape)}")
-        return view.live & mask
+        allowed: np.ndarray = view.live & mask
+        return allowed
 
     def _excluded(self, exclude: Exclude | None, batch: int, allowed: np.ndarray) -> _Excluded:
         """The distinct pairs to exclude, without those that cannot come back anyway."""
         if exclude is None:
             return _Excluded(np.zeros(0, np.int64), np.zeros(0, np.int64))
         values, offsets = (exclude.values(), exclude.offsets()) if isinstance(exclude, JaggedTensor) else exclude
-        values, offsets = np.asarray(values, np.int64), np.asarray(offsets, np.int64)
+        values, offsets = _host(values).astype(np.int64), _host(offsets).astype(np.int64)
         lengths = np.diff(offsets)
         if len(offsets) != batch + 1 or offsets[0] != 0 or offsets[-1] != len(values) or (lengths < 0).any():
             raise DataError(f"exclude: expected {batch + 1} ascending offsets from 0 to {len(values)}, got {offsets[:3]}...{offsets[-1:]}")
@@ -319,11 +321,22 @@ def _same(where: object, what: str, got: object, expected: object) -> None:
         raise BundleError(f"{where}: {what}: the index has {got}, expected {expected}")
 
 
-def _matrix(values: Mask, name: str) -> np.ndarray:
+def _only(bitmap: np.ndarray) -> Any:
+    """FAISS search parameters that let only the rows of a bitmap come back."""
+    return faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bitmap))  # type: ignore[call-arg, arg-type]
+
+
+def _packed(mask: np.ndarray) -> np.ndarray:
+    return np.packbits(mask, bitorder="little")
+
+
+def _host(values: Array) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _matrix(values: Array, name: str) -> np.ndarray:
     """A finite float32 C-contiguous matrix on the host."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().float().cpu().numpy()
-    matrix = np.ascontiguousarray(values, np.float32)
+    matrix = np.ascontiguousarray(_host(values.float() if isinstance(values, torch.Tensor) else values), np.float32)
     if matrix.ndim != 2:
         raise DataError(f"{name}: expected 2 dimensions, got shape {list(matrix.shape)}")
     finite = np.isfinite(matrix).all(axis=1)
@@ -337,25 +350,3 @@ def _parts(indices: np.ndarray, width: int) -> Iterator[np.ndarray]:
     size = max(1, _SCORES_AT_ONCE // max(width, 1))
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
-
-
-def _keys(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """uint64 of the scores' shape, in the order of the lists: a better score is a larger key, then a smaller row. Never 0.
-
-    The bits of a float32, with all flipped where it is negative and the sign alone where it is not, are ordered as the numbers are.
-    """
-    bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0, which is equal but has other bits
-    ordered = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
-    return (ordered.astype(np.uint64) << np.uint64(32)) | (_LAST_ROW - rows.astype(np.uint64))
-
-
-def _best(keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scores ``[B, k]`` of the k largest `_keys` ``[B, C]``, largest first; a key of 0 is no item."""
-    if keys.shape[1] > k:
-        keys = np.partition(keys, keys.shape[1] - k, axis=1)[:, -k:]
-    keys = np.sort(keys, axis=1)[:, ::-1]
-    keys = np.pad(keys, ((0, 0), (0, k - keys.shape[1])))
-    ordered = (keys >> np.uint64(32)).astype(np.uint32)
-    scores = np.where(ordered >> 31, ordered & np.uint32(0x7FFFFFFF), ~ordered).view(np.float32)
-    rows = (_LAST_ROW - (keys & _LAST_ROW)).astype(np.int64)
-    return np.where(keys > 0, rows, -1), np.where(keys > 0, scores, np.float32(-np.inf))

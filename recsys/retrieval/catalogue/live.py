@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from recsys.core.errors import BundleError, DataError
 from recsys.core.files import write_bytes
 
-Ids = pa.Array | pa.ChunkedArray | Sequence[str]
+Ids: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[str]
 
 _SCHEMA = pa.schema([pa.field("item_id", pa.string(), nullable=False), pa.field("live", pa.bool_(), nullable=False)])
 
@@ -66,7 +66,8 @@ class CatalogueView:
         rows = np.full(len(distinct) + 1, -1, np.int64)
         rows[:-1] = [self._row_of.get(item, -1) for item in distinct]
         rows[rows >= self.count] = -1
-        return rows[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        found: np.ndarray = rows[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        return found
 
     def take(self, rows: np.ndarray) -> pa.StringArray:
         """string ``[len(rows)]``: the id of each row; null for the row -1.
@@ -207,6 +208,8 @@ def _strings(ids: Ids) -> pa.StringArray:
     """``ids`` as one Arrow array of strings."""
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.combine_chunks()
+    if isinstance(ids, str):
+        raise DataError(f"ids: expected a list of strings, got the string {ids!r}")
     if not isinstance(ids, pa.Array):
         try:
             return pa.array(ids, pa.string())

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one evaluation of a view as of many points in time. Whether a log holds all entities or only those of a request makes no difference.
+
+An event counts at t from its visible time on, the later of event time and available time. Where events become visible in order, those
+that count are a range of the log. Where one was late, the events that count are picked out and evaluated as a log of their own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_store.compiled import CompiledView
+from feature_store.features import AnyFeature, Attribute, Condition, Count, Elapsed, LastN, Mean, Sum
+from feature_store.log import Log
+from feature_store.ranges import RangeSums, bisect_right, expand, pieces
+from recsys.core.status import ValueStatus
+
+SECOND = 1_000_000
+PIECE_ROWS, PIECE_EVENTS = 1 << 16, 1 << 22
+
+Values = list[tuple[pa.Array, np.ndarray]]
+"""For each feature of a view, in order: its values, and uint8 statuses."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R points in time of entities.
+
+    Attributes:
+        start, stop: int64 ``[R]``, the range of a log that counts.
+        time: int64 ``[R]``, the request time in microseconds.
+        known: bool ``[R]``, False where entity or time is null.
+    """
+
+    start: np.ndarray
+    stop: np.ndarray
+    time: np.ndarray
+    known: np.ndarray
+
+    def at(self, chosen: np.ndarray | slice) -> "Rows":
+        """Only these rows."""
+        return Rows(self.start[chosen], self.stop[chosen], self.time[chosen], self.known[chosen])
+
+
+def evaluate(view: CompiledView, log: Log, keys: pa.Array, time: np.ndarray, known: np.ndarray) -> Iterator[Values]:
+    """Every feature of ``view`` for R pairs of key and time, in consecutive pieces that bound the memory.
+
+    Args:
+        view: what to evaluate.
+        log: its events, at least those of the keys.
+        keys: string ``[R]``.
+        time: int64 ``[R]``, microseconds.
+        known: bool ``[R]``, False where key or time is null.
+    """
+    place = np.where(known, log.find(keys), -1)
+    # An entity without events has an empty range; the last offset stands in for the place -1.
+    first, last = log.offsets[place], log.offsets[np.where(place < 0, -1, place + 1)]
+    all_up_to, none_from = (bisect_right(bound, time, first, last) for bound in log.visibility)
+    is_range = all_up_to == none_from
+    rows = Rows(first, none_from, time, known)
+    longest = max((f.n for f in view.view.features if isinstance(f, LastN | Elapsed)), default=1)
+    visited = np.where(is_range, np.minimum(none_from - first, longest), none_from - first)
+    for piece in pieces(visited, rows=PIECE_ROWS, weight=PIECE_EVENTS):
+        yield _evaluate_piece(view, log, rows.at(piece), is_range[piece])
+
+
+def _evaluate_piece(view: CompiledView, log: Log, rows: Rows, is_range: np.ndarray) -> Values:
+    if is_range.all():
+        return _evaluate_ranges(view, log, rows)
+    ranges, others = np.flatnonzero(is_range), np.flatnonzero(~is_range)
+    of_ranges = _evaluate_ranges(view, log, rows.at(ranges))
+    of_others = _evaluate_ranges(view, *_pick(log, rows.at(others)))
+    back = np.argsort(np.concatenate([ranges, others]))
+    return [
+        (pa.concat_arrays([one, other]).take(pa.array(back)), np.concatenate([its_status, other_status])[back])
+        for (one, its_status), (other, other_status) in zip(of_ranges, of_others, strict=True)
+    ]
+
+
+def _pick(log: Log, rows: Rows) -> tuple[Log, Rows]:
+    """A log in which the visible events of each row, and no others, are a range."""
+    length = rows.stop - rows.start
+    positions = expand(rows.start, length)
+    visible = log.visible_time[positions] <= np.repeat(rows.time, length)
+    offsets = np.concatenate([[0], np.cumsum(visible)])[np.concatenate([[0], np.cumsum(length)])]
+    return log.take(positions[visible], offsets), Rows(offsets[:-1], offsets[1:], rows.time, rows.known)
+
+
+def _evaluate_ranges(view: CompiledView, log: Log, rows: Rows) -> Values:
+    evaluation = _Evaluation(view, log, rows)
+    return [evaluation.feature(feature) for feature in view.view.features]
+
+
+class _Evaluation:
+    """The features of rows whose counted events are ranges of a log."""
+
+    def __init__(self, view: CompiledView, log: Log, rows: Rows) -> None:
+        self._view = view
+        self._log = log
+        self._rows = rows
+        self._any = rows.stop > rows.start
+        expired = self._age_us() > view.view.ttl * SECOND if view.view.ttl is not None else np.zeros(len(self._any), bool)
+        self._additive = np.where(expired, ValueStatus.EXPIRED, ValueStatus.PRESENT).astype(np.uint8)
+        self._additive[~rows.known] = ValueStatus.MISSING
+        self._status = np.where(self._any, self._additive, np.uint8(ValueStatus.MISSING))
+
+    def feature(self, feature: AnyFeature) -> tuple[pa.Array, np.ndarray]:
+        """Values and statuses of one feature."""
+        match feature:
+            case Attribute():
+                return self._attribute(feature.column)
+            case Count():
+                return _masked(self._count(feature, None), self._additive), self._additive
+            case Sum():
+                return _masked(self._sum(feature), self._additive), self._additive
+            case Mean():
+                counted = self._count(feature, feature.column)
+                status = np.where((self._status == ValueStatus.PRESENT) & (counted == 0), np.uint8(ValueStatus.NULL), self._status)
+                return _masked(self._sum(feature) / np.maximum(counted, 1), status), status
+            case LastN():
+                return self._lists(feature.n, lambda at, _: self._log.array(feature.column).take(pa.array(at))), self._status
+            case Elapsed():
+                return self._lists(feature.n, self._elapsed), self._status
+            case _:
+                return _masked(self._age_us() / SECOND, self._status), self._status
+
+    def _age_us(self) -> np.ndarray:
+        """int64 ``[R]``: microseconds since the newest event, 0 where there is none."""
+        age = np.zeros(len(self._any), np.int64)
+        age[self._any] = self._rows.time[self._any] - self._log.event_time[self._rows.stop[self._any] - 1]
+        return age
+
+    def _attribute(self, column: str) -> tuple[pa.Array, np.ndarray]:
+        newest = pa.array(self._rows.stop - 1, mask=self._status != ValueStatus.PRESENT)
+        values = self._log.array(column).take(newest)
+        absent = np.asarray(pc.is_null(values)) & (self._status == ValueStatus.PRESENT)
+        return values, np.where(absent, np.uint8(ValueStatus.NULL), self._status)
+
+    def _window(self, seconds: int | None) -> np.ndarray:
+        """int64 ``[R]``: where the window begins in the log."""
+        if seconds is None:
+            return self._rows.start
+        return bisect_right(self._log.event_time, self._rows.time - seconds * SECOND, self._rows.start, self._rows.stop)
+
+    def _count(self, feature: Count | Mean, column: str | None) -> np.ndarray:
+        """int64 ``[R]``: the events that meet the conditions and have a value in ``column``, if one is given."""
+        start = self._window(feature.window)
+        if column is None and not feature.where:
+            return self._rows.stop - start
+        before: np.ndarray = self._log.cached(("before", column, feature.where), lambda: _counts(self._selected(column, feature.where)))
+        return before[self._rows.stop] - before[start]
+
+    def _sum(self, feature: Sum | Mean) -> np.ndarray:
+        """float64 ``[R]``: the sum of the values in the events that meet the conditions."""
+        sums: RangeSums = self._log.cached(("sums", feature.column, feature.where), lambda: self._range_sums(feature))
+        return sums(self._window(feature.window), self._rows.stop)
+
+    def _range_sums(self, feature: Sum | Mean) -> RangeSums:
+        values = np.asarray(self._log.array(feature.column).cast(pa.float64()).fill_null(0.0))
+        return RangeSums(np.where(self._selected(feature.column, feature.where), values, 0.0))
+
+    def _selected(self, column: str | None, where: tuple[Condition, ...]) -> np.ndarray:
+        """bool ``[N]``: the events that meet the conditions and have a value in ``column``, if one is given."""
+        selected = np.ones(len(self._log), bool)
+        if where:
+            selected = self._log.frame.select(self._view.conditions[where]).to_series().to_numpy()
+        return selected if column is None else selected & np.asarray(pc.is_valid(self._log.array(column)))
+
+    def _lists(self, n: int, elements: Callable[[np.ndarray, np.ndarray], pa.Array]) -> pa.Array:
+        """A list of at most ``n`` elements for every row, null where the status is not PRESENT."""
+        present = self._status == ValueStatus.PRESENT
+        length = np.where(present, np.minimum(self._rows.stop - self._rows.start, n), 0)
+        values = elements(expand(self._rows.stop - length, length), length)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(length)]), pa.int32())
+        return pa.ListArray.from_arrays(offsets, values, mask=pa.array(~present))
+
+    def _elapsed(self, at: np.ndarray, length: np.ndarray) -> pa.Array:
+        return pa.array((np.repeat(self._rows.time, length) - self._log.event_time[at]) / SECOND)
+
+
+def _masked(values: np.ndarray, status: np.ndarray) -> pa.Array:
+    """The values, null where the status is not PRESENT."""
+    return pa.array(values, mask=status != ValueStatus.PRESENT)
+
+
+def _counts(selected: np.ndarray) -> np.ndarray:
+    """int64 ``[N + 1]``: how many are selected before each position."""
+    return np.concatenate([[0], np.cumsum(selected)])

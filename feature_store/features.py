@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closed set of feature kinds. A feature is data: it names columns and numbers, never code.
+
+Every kind is a function of the *counted* events of one entity at the request time t: those with ``event_time <= t`` and
+``available_time <= t``, ordered by (``event_time``, ``ingest_seq``). A window of w seconds keeps the events with ``event_time`` in
+(t − w, t]. A static source counts as one event per entity that has always been known.
+"""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt
+
+from recsys.core.config import Config, Problem, validate
+from recsys.core.errors import unknown
+from recsys.core.schema import Column, Dtype, Kind
+
+Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+ColumnName: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+class Condition(Config):
+    """``column op value``, such as ``rating >= 4``. A null value of the column never matches."""
+
+    column: ColumnName
+    op: Literal["==", "!=", "<", "<=", ">", ">="]
+    value: FiniteFloat | str
+
+
+class Attribute(Config):
+    """The value of a column: of the entity's row in a static source, of its newest event in an event source.
+
+    Status: MISSING without a row or event, NULL where the value is null.
+
+    Attributes:
+        type: what the column means to a model.
+        dtype: its values' type, or its elements' in a bag or sequence; by default it follows ``type``.
+    """
+
+    kind: Literal["attribute"] = "attribute"
+    name: Name
+    column: ColumnName
+    type: Literal[Kind.CATEGORICAL, Kind.BAG, Kind.SEQUENCE, Kind.DENSE, Kind.TEXT]
+    dtype: Dtype | None = None
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=self.type, dtype=self.dtype)
+
+
+class _Aggregate(Config):
+    """What is computed over the events of a window that meet every condition.
+
+    Attributes:
+        window: seconds; all of the past by default.
+        where: conditions, all of which must hold.
+    """
+
+    name: Name
+    window: PositiveInt | None = None
+    where: tuple[Condition, ...] = ()
+
+
+class Count(_Aggregate):
+    """How many events there are. An entity without events has the count 0, PRESENT."""
+
+    kind: Literal["count"] = "count"
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.DENSE, dtype=Dtype.INT)
+
+
+class Sum(_Aggregate):
+    """The sum of a column's values; nulls are left out, and a sum of nothing is 0, PRESENT."""
+
+    kind: Literal["sum"] = "sum"
+    column: ColumnName
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.DENSE)
+
+
+class Mean(_Aggregate):
+    """The mean of a column's values; nulls are left out. Status: MISSING without any event, NULL where no value is left to average."""
+
+    kind: Literal["mean"] = "mean"
+    column: ColumnName
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.DENSE)
+
+
+class LastN(Config):
+    """The values of a column in the last ``n`` events, oldest first, nulls in their places. Status: MISSING without any event.
+
+    The ``last_n`` and ``elapsed`` features of one view that share ``n`` are aligned.
+    """
+
+    kind: Literal["last_n"] = "last_n"
+    name: Name
+    column: ColumnName
+    n: PositiveInt
+    dtype: Dtype = Dtype.STRING
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.SEQUENCE, dtype=self.dtype)
+
+
+class Elapsed(Config):
+    """The seconds from each of the last ``n`` events to the request, aligned with `LastN`. Status: MISSING without any event."""
+
+    kind: Literal["elapsed"] = "elapsed"
+    name: Name
+    n: PositiveInt
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.SEQUENCE, dtype=Dtype.FLOAT)
+
+
+class Age(Config):
+    """The seconds from the last event to the request. Status: MISSING without any event."""
+
+    kind: Literal["age"] = "age"
+    name: Name
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.DENSE)
+
+
+KINDS: dict[str, type[Config]] = {
+    "attribute": Attribute,
+    "count": Count,
+    "sum": Sum,
+    "mean": Mean,
+    "last_n": LastN,
+    "elapsed": Elapsed,
+    "age": Age,
+}
+
+
+def _by_kind(value: Any) -> Config:
+    """The feature that the key ``kind`` chooses. By hand, so that errors propose the keys of that kind only."""
+    if isinstance(value, Config):
+        return value
+    if not isinstance(value, dict) or "kind" not in value:
+        raise Problem((), f"expected a mapping with the key 'kind', one of {', '.join(KINDS)}; got {value!r}")
+    if value["kind"] not in KINDS:
+        raise Problem(("kind",), unknown("kind of feature", str(value["kind"]), KINDS))
+    return validate(KINDS[value["kind"]], value)
+
+
+AnyFeature: TypeAlias = Attribute | Count | Sum | Mean | LastN | Elapsed | Age
+Feature: TypeAlias = Annotated[AnyFeature, BeforeValidator(_by_kind)]
+
+
+def source_columns(features: tuple[AnyFeature, ...]) -> dict[str, Column]:
+    """The columns that features read from their source, typed.
+
+    ``attribute`` and ``last_n`` declare the type. ``mean``, ``sum`` and conditions on numbers accept any number, conditions on strings
+    a string.
+
+    Raises:
+        Problem: two features need one column as different types; names both.
+    """
+    columns: dict[str, Column] = {}
+    reader: dict[str, str] = {}
+    for feature in features:
+        if isinstance(feature, Attribute):
+            declared = Column(name=feature.column, kind=feature.type, dtype=feature.dtype)
+        elif isinstance(feature, LastN):
+            declared = Column(name=feature.column, kind=Kind.CATEGORICAL, dtype=feature.dtype)
+        else:
+            continue
+        first = columns.setdefault(declared.name, declared)
+        reader.setdefault(declared.name, feature.name)
+        if first.arrow != declared.arrow:
+            raise _conflict(declared.name, reader[declared.name], str(first.arrow), feature.name, str(declared.arrow))
+    for feature in features:
+        for column, kind in _loose_uses(feature):
+            first = columns.setdefault(column, Column(name=column, kind=kind))
+            reader.setdefault(column, feature.name)
+            wanted = ("string",) if kind is Kind.CATEGORICAL else ("double", "int64")
+            if str(first.arrow) not in wanted:
+                raise _conflict(column, reader[column], str(first.arrow), feature.name, wanted[0])
+    return columns
+
+
+def _loose_uses(feature: AnyFeature) -> list[tuple[str, Kind]]:
+    """The columns that an aggregate reads, each as a number (DENSE) or a string (CATEGORICAL)."""
+    if not isinstance(feature, _Aggregate):
+        return []
+    values = [(feature.column, Kind.DENSE)] if isinstance(feature, Sum | Mean) else []
+    return values + [(c.column, Kind.CATEGORICAL if isinstance(c.value, str) else Kind.DENSE) for c in feature.where]
+
+
+def _conflict(column: str, one: str, its_type: str, other: str, other_type: str) -> Problem:
+    return Problem((), f"column {column!r} is read by {one!r} as {its_type} and by {other!r} as {other_type}; expected one type")

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The events of a view, grouped by entity and ordered in time: what features are evaluated over, offline and online alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_store.compiled import CompiledView
+from feature_store.definitions import TIMES
+from feature_store.ranges import NEVER, running_extremes
+from recsys.core.errors import DataError
+from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, INGEST_SEQ
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Log:
+    """N events of E entities. Entity e has the events ``offsets[e]`` to ``offsets[e + 1]``, ordered by (event time, ingest_seq).
+
+    Attributes:
+        entities: string ``[E]``, distinct.
+        offsets: int64 ``[E + 1]``.
+        rows: ``[N]`` with the columns of `CompiledView.stored`.
+    """
+
+    entities: pa.Array
+    offsets: np.ndarray
+    rows: pa.Table
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    @cached_property
+    def event_time(self) -> np.ndarray:
+        """int64 ``[N]``, microseconds; `NEVER` in a static source."""
+        return self.integers(EVENT_TIME) if EVENT_TIME in self.rows.column_names else np.full(len(self), NEVER)
+
+    @cached_property
+    def visible_time(self) -> np.ndarray:
+        """int64 ``[N]``: from when on an event counts, the later of its event time and its available time."""
+        static = AVAILABLE_TIME not in self.rows.column_names
+        return self.event_time if static else np.maximum(self.event_time, self.integers(AVAILABLE_TIME))
+
+    @cached_property
+    def visibility(self) -> tuple[np.ndarray, np.ndarray]:
+        """Within its entity: the latest visible time up to each event, and the earliest from it on. Both ascend.
+
+        Before the first event whose former exceeds t, all events count at t; from the first whose latter exceeds t on, none does.
+        """
+        return running_extremes(self.visible_time, np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets)))
+
+    @cached_property
+    def frame(self) -> pl.DataFrame:
+        """The rows, for Polars expressions."""
+        frame = pl.from_arrow(self.rows)
+        assert isinstance(frame, pl.DataFrame)
+        return frame
+
+    def integers(self, name: str) -> np.ndarray:
+        """A column without nulls as int64 ``[N]``; a time in microseconds."""
+        return np.asarray(self.array(name).cast(pa.int64()))
+
+    def array(self, name: str) -> pa.Array:
+        """A column in one piece."""
+        return self.cached(name, lambda: self.rows.column(name).combine_chunks())
+
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once for each ``key``."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: T = self._cache[key]
+        return value
+
+    def find(self, keys: pa.Array) -> np.ndarray:
+        """int64 ``[R]``: the place of each key among the entities, -1 where it is null or has no events."""
+        return np.asarray(pc.index_in(keys, value_set=self.entities, skip_nulls=True).fill_null(-1), np.int64)
+
+    def take(self, positions: np.ndarray, offsets: np.ndarray) -> "Log":
+        """The log of other groups, which hold the events at ``positions``. Its groups are found by place only, not by `find`."""
+        return Log(pa.array([], pa.string()), offsets, self.rows.take(pa.array(positions)))
+
+    def slice(self, first: int, last: int) -> "Log":
+        """The log of the entities from place ``first`` to before ``last``."""
+        begin, end = self.offsets[first], self.offsets[last]
+        return Log(self.entities.slice(first, last - first), self.offsets[first : last + 1] - begin, self.rows.slice(begin, end - begin))
+
+
+def read_rows(view: CompiledView, table: pa.Table) -> pa.Table:
+    """What a view reads from the table of its source. Rows without an entity are left out; NaN becomes null.
+
+    Raises:
+        SchemaError: a column is absent or of another type.
+        DataError: an event lacks a time.
+    """
+    what = _what(view)
+    rows = view.columns.conform(table, what=what)
+    rows = rows.filter(pc.is_valid(rows.column(view.view.entity)))
+    for name in () if view.is_static else TIMES:
+        if rows.column(name).null_count:
+            raise DataError(f"{what}: expected a value of {name!r} in every row, but {rows.column(name).null_count} are null")
+    return _without_nan(rows).combine_chunks()
+
+
+def build_log(view: CompiledView, rows: pa.Table) -> Log:
+    """Group and order what `read_rows` gave, in any order.
+
+    An event that occurs twice, with equal entity, event time and ``ingest_seq``, counts once: as its first row.
+
+    Raises:
+        DataError: a static source has two rows for one entity.
+    """
+    encoded = rows.column(view.view.entity).combine_chunks().dictionary_encode()
+    codes = np.asarray(encoded.indices, np.int64)
+    order = np.argsort(codes, kind="stable") if view.is_static else _order_of_events(rows, codes)
+    codes = codes[order]
+    if view.is_static and (codes[1:] == codes[:-1]).any():
+        twice = encoded.dictionary[int(codes[1:][codes[1:] == codes[:-1]][0])].as_py()
+        raise DataError(f"{_what(view)}: expected one row for each {view.view.entity}, but {twice!r} has several")
+    offsets = np.searchsorted(codes, np.arange(len(encoded.dictionary) + 1))
+    return Log(encoded.dictionary, offsets, rows.select(view.stored.names).take(pa.array(order)))
+
+
+def _what(view: CompiledView) -> str:
+    return f"table {view.source.table!r} of view {view.view.name!r}"
+
+
+def _order_of_events(rows: pa.Table, codes: np.ndarray) -> np.ndarray:
+    """The positions of the distinct events, by (entity, event time, ingest_seq)."""
+    event_time, ingest_seq = (np.asarray(rows.column(name).cast(pa.int64())) for name in (EVENT_TIME, INGEST_SEQ))
+    order: np.ndarray = np.lexsort((ingest_seq, event_time, codes))
+    if len(order) == 0:
+        return order
+    repeated = np.ones(len(order) - 1, bool)
+    for values in (codes, event_time, ingest_seq):
+        repeated &= values[order[1:]] == values[order[:-1]]
+    return order[np.concatenate([[True], ~repeated])]
+
+
+def _without_nan(rows: pa.Table) -> pa.Table:
+    for place, column in enumerate(rows.schema):
+        if column.type == pa.float64():
+            values = rows.column(place)
+            rows = rows.set_column(place, column, pc.if_else(pc.is_nan(values), None, values))
+    return rows

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing an online store up to date with the tables of the sources."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from feature_store.compiled import CompiledView, compile_view
+from feature_store.definitions import FeatureRepo
+from feature_store.log import Log, build_log, read_rows
+from feature_store.offline import source_table
+from feature_store.online.base import OnlineStore, Transaction, ViewState
+from feature_store.online.packing import pack
+from feature_store.online.reader import check_versions, fetch
+from recsys.core.errors import ConfigError, DataError
+from recsys.core.schema import INGEST_SEQ
+
+OVERLAP = 10_000
+BATCH_ENTITIES = 4096
+
+Progress = Callable[[str, int, int], None]
+"""Called with a view's name, how many entities of it were written, and how many will be."""
+
+
+@dataclass(frozen=True)
+class MaterializedView:
+    """What was done for one view.
+
+    Attributes:
+        full: whether it was written anew, rather than brought up to date.
+        events: how many rows of the source were read into it.
+        entities: how many entities were written.
+        watermark: see `ViewState`.
+    """
+
+    view: str
+    full: bool
+    events: int
+    entities: int
+    watermark: int | None
+
+
+@dataclass(frozen=True)
+class MaterializeReport:
+    """What `materialize` did.
+
+    Attributes:
+        snapshot: the number of the snapshot that shows it.
+    """
+
+    snapshot: int
+    views: tuple[MaterializedView, ...]
+
+
+def materialize(
+    repo: FeatureRepo,
+    tables: Mapping[str, pa.Table],
+    store: OnlineStore,
+    *,
+    full: bool = False,
+    overlap: int = OVERLAP,
+    progress: Progress | None = None,
+) -> MaterializeReport:
+    """Write every view of ``repo`` in one transaction: readers see either all of it or nothing.
+
+    A view of events is brought up to date with the rows whose ``ingest_seq`` lies above its watermark, less ``overlap``; what is
+    there already changes nothing, so the same call twice, or again after a crash, gives the same content. A stored event is never
+    removed or changed. A static view, and one that is new or was defined otherwise, is written anew.
+
+    Args:
+        repo: the definitions.
+        tables: the sources' tables by their names.
+        store: where to.
+        full: write every view anew.
+        overlap: how far ``ingest_seq`` may run ahead of a row that is committed to the table later.
+        progress: see `Progress`.
+
+    Raises:
+        DataError: a table is absent or breaks a rule of its source, or a view would be written anew from a table that ends before
+            what the store has seen.
+        SchemaError: a table lacks a column, or has it with another type.
+        FeatureStoreError: the store cannot be written.
+    """
+    views = [compile_view(repo, view.name) for view in repo.views]
+    with store.transaction() as transaction:
+        done = [_materialize_view(view, source_table(view, tables), transaction, full, overlap, progress) for view in views]
+        return MaterializeReport(transaction.id + 1, tuple(done))
+
+
+def append(repo: FeatureRepo, source: str, events: pa.Table, store: OnlineStore) -> int:
+    """Make new events of a source visible online at once; returns the number of the snapshot that shows them.
+
+    The watermarks stay, so the same events are expected in the source's table later, with the same ``ingest_seq``, and count once.
+
+    Raises:
+        ConfigError: there is no such source, or it is static.
+        DataError: an event lacks a time.
+        FeatureStoreError: a view of the source was not materialised as it is defined.
+        SchemaError: a column is absent or of another type.
+    """
+    if repo.source(source).kind == "static":
+        raise ConfigError(f"source {source!r} is static; only events can be appended")
+    views = tuple(compile_view(repo, view.name) for view in repo.views if view.source == source)
+    with store.transaction() as transaction:
+        check_versions(views, transaction)
+        for view in views:
+            _merge(view, build_log(view, read_rows(view, events)), transaction, None)
+        return transaction.id + 1
+
+
+def _materialize_view(
+    view: CompiledView, table: pa.Table, transaction: Transaction, full: bool, overlap: int, progress: Progress | None
+) -> MaterializedView:
+    name = view.view.name
+    rows = read_rows(view, table)
+    newest = None if view.is_static else pc.max(rows.column(INGEST_SEQ)).as_py()
+    state = transaction.states().get(name)
+    if state is not None and state.version != view.version:
+        state = None
+    reached = None if state is None else state.watermark
+    anew = full or view.is_static or state is None
+    if anew:
+        if reached is not None and (newest is None or newest < reached):
+            raise DataError(
+                f"view {name!r} cannot be written anew: table {view.source.table!r} ends at {INGEST_SEQ} {newest}, "
+                f"but the store has seen {reached}"
+            )
+        transaction.clear(name)
+    elif reached is not None:
+        rows = rows.filter(pc.greater(rows.column(INGEST_SEQ), reached - overlap))
+    log = build_log(view, rows)
+    _merge(view, log, transaction, progress)
+    watermark = max((seq for seq in (reached, newest) if seq is not None), default=None)
+    transaction.set_state(name, ViewState(view.version, watermark))
+    return MaterializedView(name, anew, rows.num_rows, len(log.entities), watermark)
+
+
+def _merge(view: CompiledView, log: Log, transaction: Transaction, progress: Progress | None) -> None:
+    """Add the events of ``log`` to what is stored of their entities."""
+    total = len(log.entities)
+    for first in range(0, total, BATCH_ENTITIES):
+        last = min(first + BATCH_ENTITIES, total)
+        batch = log.slice(first, last)
+        stored = fetch(transaction, view, batch.entities)
+        if len(stored):
+            # The stored rows come first: of two rows of one event, the first counts.
+            batch = build_log(view, pa.concat_tables([_with_entities(view, stored), _with_entities(view, batch)]))
+        values = pack(batch.rows, batch.offsets)
+        transaction.write(view.view.name, dict(zip(batch.entities.to_pylist(), values, strict=True)))
+        if progress is not None:
+            progress(view.view.name, last, total)
+
+
+def _with_entities(view: CompiledView, log: Log) -> pa.Table:
+    """The rows of a log as `build_log` takes them."""
+    entity = np.repeat(np.arange(len(log.entities)), np.diff(log.offsets))
+    return log.rows.add_column(0, view.view.entity, log.entities.take(pa.array(entity)))

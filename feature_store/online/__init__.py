@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Online stores, and the reader that answers requests from one."""
+
+from feature_store.online.base import FeatureStoreError, OnlineStore, Snapshot, Transaction, ViewState
+from feature_store.online.memory import MemoryStore
+from feature_store.online.reader import OnlineReader
+from feature_store.online.sqlite import SQLiteStore
+
+__all__ = ["FeatureStoreError", "MemoryStore", "OnlineReader", "OnlineStore", "SQLiteStore", "Snapshot", "Transaction", "ViewState"]

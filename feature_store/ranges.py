@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vectorised work on many ranges of one array: bisection, sums, expansion, running extremes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+NEVER = np.iinfo(np.int64).min
+"""A time before every other: that of a static row."""
+
+
+def bisect_right(values: np.ndarray, wanted: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """For each row r: how far ``values[start[r]:stop[r]]``, which ascends, stays at or below ``wanted[r]``.
+
+    Args:
+        values: int64 ``[N]``.
+        wanted: int64 ``[R]``.
+        start: int64 ``[R]``.
+        stop: int64 ``[R]``.
+
+    Returns:
+        int64 ``[R]``: positions from ``start`` to ``stop``.
+    """
+    low, high = start.copy(), stop.copy()
+    while (open_ := low < high).any():
+        middle = (low + high) >> 1
+        # A closed range may lie past the end; what is read there is not used.
+        below = values[np.minimum(middle, len(values) - 1)] <= wanted
+        low = np.where(open_ & below, middle + 1, low)
+        high = np.where(open_ & ~below, middle, high)
+    return low
+
+
+def expand(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """int64: the positions ``start[r], …, start[r] + length[r] - 1`` of all rows, one after another."""
+    before = np.cumsum(length) - length
+    positions = np.repeat(start - before, length)
+    positions += np.arange(len(positions))
+    return positions
+
+
+class RangeSums:
+    """Sums over ranges of float64 values that do not depend on what stands outside the range.
+
+    A difference of running sums would round differently in a log that begins earlier, and cancel where a large value precedes. So the
+    ranges are summed one by one, unless running sums are exact: all values multiples of 1/1024 (such as ratings and counts) whose
+    absolute sum stays below 2**43.
+
+    Args:
+        values: float64 ``[N]``.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._padded = np.append(values, 0.0)
+        with np.errstate(over="ignore"):
+            scaled = self._padded * 1024
+            exact = bool((scaled == np.rint(scaled)).all()) and float(np.abs(scaled).sum()) < 2.0**53
+        self._running = np.concatenate([[0.0], np.cumsum(values)]) if exact else None
+
+    def __call__(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """float64 ``[R]``: the sums of ``values[start[r]:stop[r]]``."""
+        if self._running is not None:
+            return np.asarray(self._running[stop] - self._running[start])
+        # reduceat sums between consecutive bounds. With descending starts, what it sums between two ranges is a single value.
+        order = np.argsort(-start, kind="stable")
+        bounds = np.empty(2 * len(order), np.int64)
+        bounds[0::2], bounds[1::2] = start[order], stop[order]
+        sums = np.empty(len(order))
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums[order] = np.add.reduceat(self._padded, bounds)[0::2]
+        return np.where(start < stop, sums, 0.0) + 0.0  # and no negative zero
+
+
+def running_extremes(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The maximum of all values up to each position and the minimum of all from it on, each within its group.
+
+    Args:
+        values: int64 ``[N]``.
+        group: int64 ``[N]``, ascending.
+    """
+    if not ((values[1:] < values[:-1]) & (group[1:] == group[:-1])).any():
+        return values, values
+    distinct, rank = np.unique(values, return_inverse=True)
+    base = group * len(distinct)  # lifts each group above the one before, so that one pass over all groups restarts by itself
+    highest = np.maximum.accumulate(base + rank) - base
+    lowest = np.minimum.accumulate((base + rank)[::-1])[::-1] - base
+    return distinct[highest], distinct[lowest]
+
+
+def pieces(weights: np.ndarray, *, rows: int, weight: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``rows`` rows and ``weight`` in sum (but of one row at least); one empty slice where there are none."""
+    ends = np.cumsum(weights)
+    start = 0
+    while start < len(ends):
+        budget = weight + (ends[start - 1] if start else 0)
+        stop = max(start + 1, min(start + rows, int(np.searchsorted(ends, budget, side="right"))))
+        yield slice(start, stop)
+        start = stop
+    if len(ends) == 0:
+        yield slice(0, 0)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train SASRec and SETRec, and compare them with popularity and item-kNN over the whole catalogue."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipelines.recipe import Recipe, RetrieverRecipe
+from pipelines.steps.data import Prepared
+from recsys.core import components
+from recsys.core.files import sha256_json
+from recsys.data.batch import SequenceBatch
+from recsys.data.sequences import EvaluationSteps, Jagged, SequenceData, SequenceLoader, evaluation_steps, histories
+from recsys.evaluation.full_ranking import target_ranks
+from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
+from recsys.retrieval.base import Retriever
+from recsys.retrieval.baselines import ItemKNN, Popularity
+from recsys.retrieval.catalogue import Catalogue, DenseIndex, check_pair
+from recsys.retrieval.items import ItemTable
+from recsys.retrieval.models.sasrec import SASRec
+from recsys.text import item_text
+from recsys.training.tracking import Tracker
+from recsys.training.trainer import History, Trainer
+
+_CHUNK = 256
+_VALIDATION_STEPS = 1000  # of the validation period, drawn by seed: enough to stop early by
+Scorer = Callable[[SequenceBatch], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Everything that retrievers are trained and measured on."""
+
+    catalogue: Catalogue
+    data: SequenceData
+    train: SequenceData
+    valid: EvaluationSteps
+    test: EvaluationSteps
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Trained retrievers, and the rank of every test event under each model, in the order of the test steps' targets."""
+
+    items: ItemTable
+    collaborative: Retriever
+    retriever: Retriever
+    index: DenseIndex
+    curves: dict[str, History]
+    ranks: dict[str, np.ndarray]
+
+
+def build_histories(prepared: Prepared) -> Histories:
+    """The catalogue of all items, and the users' histories with the steps of each period."""
+    catalogue = Catalogue(prepared.dataset.items.column("item_id"))
+    data = SequenceData.from_events(prepared.events, catalogue.rows)
+    split, end = prepared.split, prepared.end
+    return Histories(
+        catalogue=catalogue,
+        data=data,
+        train=data.before(split.valid_start),
+        valid=evaluation_steps(data, split.valid_start, split.test_start),
+        test=evaluation_steps(data, split.test_start, end),
+    )
+
+
+def text_vectors(recipe: Recipe, prepared: Prepared, cache: Path) -> Tensor:
+    """Frozen text embeddings of all items, float32 ``[N, D_text]``, in the order of the catalogue's rows."""
+    encoder = components.get("text_encoder", recipe.text.encoder.name)(recipe.text.encoder)
+    return torch.from_numpy(encoder.encode(item_text(prepared.dataset.items, recipe.text.columns), cache=cache))
+
+
+def train_retrievers(recipe: Recipe, histories: Histories, text: Tensor, run_dir: Path, tracker: Tracker) -> RetrievalResult:
+    """Train the collaborative model, then the retriever on its item vectors; choose β on the validation period."""
+    warm = torch.zeros(histories.catalogue.snapshot().count, dtype=torch.bool)
+    warm[torch.from_numpy(np.unique(histories.train.items))] = True
+    plain = ItemTable(count=len(warm), warm=warm)
+    collaborative, first = _train(recipe.collaborative, plain, histories, recipe.seed, run_dir / "collaborative", tracker)
+    assert isinstance(collaborative, SASRec)
+    items = ItemTable(count=len(warm), warm=warm, text=text, collaborative=collaborative.collaborative_vectors())
+    retriever, second = _train(recipe.retriever, items, histories, recipe.seed, run_dir / "retriever", tracker)
+    _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
+    index = build_index(recipe, retriever, histories.catalogue)
+    names = {recipe.retriever.model.name: retriever, recipe.collaborative.model.name: collaborative}
+    scorers = {name: model_scorer(model) for name, model in names.items()} | _baselines(histories)
+    ranks = {name: event_ranks(scorer, histories.data, histories.test) for name, scorer in scorers.items()}
+    curves = {recipe.collaborative.model.name: first, recipe.retriever.model.name: second}
+    return RetrievalResult(items, collaborative, retriever, index, curves, ranks)
+
+
+def build_index(recipe: Recipe, retriever: Retriever, catalogue: Catalogue) -> DenseIndex:
+    """The index over the retriever's item vectors, checked to fit it."""
+    cls: Any = components.get("index", recipe.index.name)
+    check_pair(retriever, cls)
+    with torch.no_grad():
+        vectors = retriever.eval().item_vectors()
+    index: DenseIndex = cls.build(recipe.index, vectors, catalogue.snapshot(), model_hash=model_hash(retriever))
+    return index
+
+
+def model_hash(model: nn.Module) -> str:
+    """A hash over all weights of a model, by which an index knows what its vectors come from."""
+    import hashlib
+
+    digests = {k: hashlib.sha256(v.detach().contiguous().numpy().tobytes()).hexdigest() for k, v in model.state_dict().items()}
+    return sha256_json(digests)
+
+
+def model_scorer(model: Retriever) -> Scorer:
+    """Scores ``[B, N]`` of all items; those that the model cannot score get -inf."""
+    with torch.no_grad():
+        items_nd = model.eval().item_vectors()
+    unscorable = ~model.scorable
+
+    @torch.inference_mode()
+    def score(batch: SequenceBatch) -> np.ndarray:
+        scores = model.encode(batch).flat() @ items_nd.T
+        return scores.masked_fill_(unscorable, -torch.inf).numpy()
+
+    return score
+
+
+def event_ranks(scorer: Scorer, data: SequenceData, steps: EvaluationSteps, max_length: int = 50) -> np.ndarray:
+    """The rank of every target of every step among all items that the user has not seen: float64 ``[targets]``, 1 is best."""
+    ranks, done = [], 0
+    for batch, seen in histories(data, steps, max_length, _CHUNK):
+        offsets = steps.targets.offsets[done : done + len(batch) + 1]
+        targets = Jagged(steps.targets.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+        ranks.append(target_ranks(scorer(batch), targets, exclude=seen))
+        done += len(batch)
+    return np.concatenate(ranks)
+
+
+def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSteps:
+    """``count`` of the steps, drawn by seed, in their order; all where there are no more."""
+    if len(steps) <= count:
+        return steps
+    return steps.take(np.sort(np.random.default_rng(seed).choice(len(steps), count, replace=False)))
+
+
+def _train(
+    recipe: RetrieverRecipe, items: ItemTable, histories: Histories, seed: int, run_dir: Path, tracker: Tracker
+) -> tuple[Retriever, History]:
+    torch.manual_seed(seed)
+    model: Retriever = components.get("retriever", recipe.model.name)(recipe.model, items)
+    loader = SequenceLoader(histories.train, model.max_length, recipe.training.batch_size, seed)
+    steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, Retriever)
+        ranks = event_ranks(model_scorer(module), histories.data, steps)
+        return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
+
+    history = Trainer(recipe.training.trainer, run_dir, tracker=tracker).fit(model, loader, validate)
+    return model.eval(), history
+
+
+def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Histories, seed: int) -> None:
+    """Set the weight of the semantic slots to the one with the best NDCG@10 on the validation period."""
+    if not hasattr(retriever, "set_beta"):
+        return
+    steps = sample_steps(histories.valid, 2 * _VALIDATION_STEPS, seed + 1)
+    quality = {}
+    for beta in betas:
+        retriever.set_beta(beta)
+        quality[beta] = float(ndcg_at(event_ranks(model_scorer(retriever), histories.data, steps), 10).mean())
+    retriever.set_beta(max(betas, key=lambda beta: quality[beta]))
+
+
+def _baselines(histories: Histories) -> dict[str, Scorer]:
+    count = histories.catalogue.snapshot().count
+    popularity, neighbours = Popularity.fit(histories.train, count), ItemKNN.fit(histories.train, count)
+    return {"item_knn": neighbours.scores, "popularity": popularity.scores}

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From tables to batches: shuffled by seed and epoch, in bounded memory, resumable at any batch.
+
+The order of an epoch is a function of (seed, epoch) alone. The cursor is the number of samples of the epoch that were handed out, so it
+does not depend on the batch size.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.core.errors import CheckpointError, DataError, SchemaError, unknown
+from recsys.data.prefetch import prefetch
+
+Batch = TypeVar("Batch")
+BatchOut = TypeVar("BatchOut", covariant=True)
+
+
+class Loader(Protocol[BatchOut]):
+    """What a trainer asks of a source of batches."""
+
+    def __iter__(self) -> Iterator[BatchOut]:
+        """The batches of the current epoch, from its beginning, or right after `load_state_dict` from the loaded cursor."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of batches of a whole epoch."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the order. The cursor goes back to 0 unless this is the current epoch already."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """``{"epoch", "samples"}``: the samples of the epoch handed out so far (not those prepared ahead)."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a saved cursor: the next iteration yields exactly the batches that were left."""
+        ...
+
+
+class _BatchLoader(ABC, Generic[Batch]):
+    """The cursor, the transform and the prefetching that all loaders share. Subclasses give the rows of an epoch in order."""
+
+    def __init__(
+        self,
+        transform: Callable[[pa.Table], Batch],
+        rows: int,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        prefetch: int,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if prefetch < 0:
+            raise ValueError(f"prefetch: expected at least 0, got {prefetch}")
+        self.rows = rows
+        self.batch_size = batch_size
+        self._transform = transform
+        self._seed, self._shuffle, self._drop_last, self._prefetch = seed, shuffle, drop_last, prefetch
+        self._epoch = 0
+        self._samples = 0
+        self._resume = 0
+
+    def __len__(self) -> int:
+        """The number of batches of a whole epoch."""
+        return self.rows // self.batch_size if self._drop_last else -(-self.rows // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the order. The cursor goes back to 0 unless this is the current epoch already."""
+        if epoch != self._epoch:
+            self._epoch, self._samples, self._resume = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """``{"epoch", "samples"}``: the samples of the epoch handed out so far."""
+        return {"epoch": self._epoch, "samples": self._samples}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a saved cursor: the next iteration yields exactly the batches that were left.
+
+        Raises:
+            CheckpointError: not a cursor, or one beyond the rows that are there.
+        """
+        if set(state) != {"epoch", "samples"}:
+            raise CheckpointError(f"loader state: expected the keys epoch and samples, got {sorted(state)}")
+        if not 0 <= state["samples"] <= self.rows:
+            raise CheckpointError(f"loader state: {state['samples']} samples were consumed, but the data has {self.rows} rows")
+        self._epoch, self._samples, self._resume = state["epoch"], state["samples"], state["samples"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of the current epoch, from its beginning, or right after `load_state_dict` from the loaded cursor."""
+        start, self._resume = self._resume, 0
+        self._samples = start
+        made = self._made(self._epoch, start)
+        # The cursor moves here, where a batch is handed out, and not in the thread that prepares it.
+        with closing(prefetch(made, self._prefetch) if self._prefetch else made) as batches:
+            for rows, batch in batches:
+                self._samples += rows
+                yield batch
+
+    def _made(self, epoch: int, start: int) -> Generator[tuple[int, Batch], None, None]:
+        for table in self._tables(epoch, start):
+            if table.num_rows == self.batch_size or not self._drop_last:
+                yield table.num_rows, self._transform(table)
+
+    def _order(self, rows: int, *key: int) -> np.ndarray:
+        """A permutation of ``rows`` that depends on the seed and ``key``; the identity where nothing is shuffled."""
+        return np.random.default_rng([self._seed, *key]).permutation(rows) if self._shuffle else np.arange(rows)
+
+    @abstractmethod
+    def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
+        """The rows of the epoch in order, without the first ``start``, in tables of ``batch_size`` rows (the last one may be shorter)."""
+
+
+class TableLoader(_BatchLoader[Batch]):
+    """Batches of a table in memory.
+
+    Args:
+        table: the rows.
+        transform: from a table of at most ``batch_size`` rows to a batch, such as `Encoder.transform`.
+        batch_size: rows per batch.
+        seed: with the epoch, decides the order: a permutation of all rows.
+        shuffle: False keeps the order of the table.
+        drop_last: leave out a last batch of fewer rows.
+        prefetch: how many batches a background thread prepares ahead; 0 for none.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        transform: Callable[[pa.Table], Batch],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        prefetch: int = 0,
+    ) -> None:
+        super().__init__(
+            transform, table.num_rows, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, prefetch=prefetch
+        )
+        self._table = table.combine_chunks()
+
+    def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
+        order = self._order(self.rows, epoch)
+        for first in range(start, self.rows, self.batch_size):
+            yield self._table.take(pa.array(order[first : first + self.batch_size]))
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    metadata: pq.FileMetaData
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    file: _File
+    index: int
+    rows: int
+
+
+class ParquetLoader(_BatchLoader[Batch]):
+    """Batches of Parquet files that need not fit in memory.
+
+    An epoch permutes the row groups of all files and takes them ``buffer_groups`` at a time; the rows of such a window are permuted
+    together. So at most ``buffer_groups`` row groups are decoded at once (beside less than one batch of rows left over from the window
+    before, and the batches prepared ahead), and rows mix across as many. Write row groups of a few batches each.
+
+    Args:
+        paths: Parquet files of one schema, or one folder, whose ``*.parquet`` files are read in the order of their names.
+        transform: from a table of at most ``batch_size`` rows to a batch, such as `Encoder.transform`.
+        batch_size: rows per batch.
+        seed: with the epoch, decides the order.
+        shuffle: False keeps the order of the files.
+        columns: read these columns only.
+        drop_last: leave out a last batch of fewer rows.
+        buffer_groups: how many row groups make a window.
+        prefetch: how many batches a background thread prepares ahead; 0 for none.
+
+    Raises:
+        DataError: there is no file.
+        SchemaError: a file lacks one of ``columns``, or has other types than the first file.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        transform: Callable[[pa.Table], Batch],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        columns: Sequence[str] | None = None,
+        drop_last: bool = False,
+        buffer_groups: int = 4,
+        prefetch: int = 0,
+    ) -> None:
+        if buffer_groups < 1:
+            raise ValueError(f"buffer_groups: expected at least 1, got {buffer_groups}")
+        files = [_File(path, pq.read_metadata(path)) for path in _expand(paths)]
+        self._columns = list(columns) if columns is not None else None
+        _check_schemas(files, self._columns)
+        self._groups = [
+            _RowGroup(file, g, file.metadata.row_group(g).num_rows) for file in files for g in range(file.metadata.num_row_groups)
+        ]
+        self._buffer_groups = buffer_groups
+        rows = sum(group.rows for group in self._groups)
+        super().__init__(transform, rows, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, prefetch=prefetch)
+
+    def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
+        rest: list[pa.Table] = []
+        missing = self.batch_size
+        for groups, order in self._windows(epoch, start):
+            window = self._read(groups)
+            first = 0
+            while first < len(order):
+                piece = window.take(pa.array(order[first : first + missing])) if False else window.slice(0)  # a copy, which does not keep the window alive
+                first += missing
+                rest.append(piece)
+                missing -= piece.num_rows
+                if missing == 0:
+                    yield pa.concat_tables(rest)
+                    rest, missing = [], self.batch_size
+            del window  # before the next one is decoded
+        if rest:
+            yield pa.concat_tables(rest)
+
+    def _windows(self, epoch: int, start: int) -> Iterator[tuple[list[_RowGroup], np.ndarray]]:
+        """The row groups of every window and the order of its rows, without the first ``start`` rows of the epoch."""
+        groups = [self._groups[i] for i in self._order(len(self._groups), epoch, 0)]
+        done = 0
+        for number, first in enumerate(range(0, len(groups), self._buffer_groups), start=1):
+            window = groups[first : first + self._buffer_groups]
+            rows = sum(group.rows for group in window)
+            if done + rows > start:
+                yield window, self._order(rows, epoch, number)[max(0, start - done) :]
+            done += rows
+
+    def _read(self, groups: Iterable[_RowGroup]) -> pa.Table:
+        tables = []
+        for group in groups:
+            with pq.ParquetFile(group.file.path, metadata=group.file.metadata) as file:
+                tables.append(file.read_row_group(group.index, columns=self._columns))
+        return pa.concat_tables(tables)
+
+
+def _expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    given = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    files = [file for path in given for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+    if not files:
+        raise DataError(f"no Parquet file in {[str(path) for path in given]}")
+    return files
+
+
+def _check_schemas(files: list[_File], columns: list[str] | None) -> None:
+    schemas = [file.metadata.schema.to_arrow_schema() for file in files]
+    expected = {name: schemas[0].field(name).type for name in schemas[0].names}
+    for file, schema in zip(files, schemas, strict=True):
+        for name in columns if columns is not None else expected:
+            if name not in schema.names:
+                raise SchemaError(f"{file.path}: missing column: {unknown('column', name, schema.names)}")
+            if schema.field(name).type != expected[name]:
+                raise SchemaError(
+                    f"{file.path}: column {name!r}: expected {expected[name]} as in {files[0].path}, got {schema.field(name).type}"
+                )
