@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A contestant in a process of its own, so that each can have its own environment, asked in turns over a pipe.
 
-The process runs a script that reads one JSON request a line from standard input and answers each with one JSON line on standard output.
-Whatever else it prints is passed on to standard error. Between requests it waits and takes no processor time, so that contestants alternate.
+The process runs a script that reads one JSON request a line from standard input and answers each with one line on standard output.
+Whatever else it prints is passed on to standard error. Between requests it waits and takes no processor time: contestants alternate.
 """
 
 import json
@@ -25,14 +25,15 @@ class Worker:
         name: for errors.
         python: the interpreter of its environment.
         script: what it runs.
+        arguments: of the script.
         threads: how many threads its libraries may use.
     """
 
-    def __init__(self, name: str, python: Path | str, script: Path, threads: int) -> None:
+    def __init__(self, name: str, python: Path | str, script: Path, *arguments: str, threads: int) -> None:
         self.name = name
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
-            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables, bufsize=1
+            [str(python), str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables, bufsize=1
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

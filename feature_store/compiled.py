@@ -21,7 +21,8 @@ class CompiledView:
         source: its source.
         version: see `FeatureRepo.view_version`.
         columns: what is read from the source: the entity, the times of an event, then the values.
-        stored: the Arrow schema of one entity's rows, which is ``columns`` without the entity.
+        stored: the Arrow schema of one entity's rows, which is ``columns`` without the entity; times are not nullable.
+        outputs: the column that each feature becomes, in order.
         conditions: every ``where`` of the view as one boolean Polars expression without nulls.
     """
 
@@ -30,6 +31,7 @@ class CompiledView:
     version: str
     columns: FeatureSchema
     stored: pa.Schema
+    outputs: tuple[Column, ...]
     conditions: dict[tuple[Condition, ...], pl.Expr]
 
     @property
@@ -49,14 +51,10 @@ def compile_view(repo: FeatureRepo, name: str) -> CompiledView:
         source=source,
         version=repo.view_version(name),
         columns=FeatureSchema(columns=columns),
-        stored=FeatureSchema(columns=columns[1:]).to_arrow(),
+        stored=pa.schema([pa.field(c.name, c.arrow, nullable=c.name not in TIMES) for c in columns[1:]]),
+        outputs=tuple(feature.output for feature in view.features),
         conditions={f.where: _compile_conditions(f.where) for f in view.features if isinstance(f, Count | Sum | Mean)},
     )
-
-
-def compile_service(repo: FeatureRepo, name: str) -> tuple[CompiledView, ...]:
-    """The executable views of a service; `ConfigError` where there is none of this name."""
-    return tuple(compile_view(repo, view) for view in repo.service(name).views)
 
 
 def _compile_conditions(conditions: tuple[Condition, ...]) -> pl.Expr:

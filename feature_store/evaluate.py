@@ -5,7 +5,7 @@ An event counts at t from its visible time on, the later of event time and avail
 that count are a range of the log. Where one was late, the events that count are picked out and evaluated as a log of their own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,7 @@ def evaluate(view: CompiledView, log: Log, keys: pa.Array, time: np.ndarray, kno
     place = np.where(known, log.find(keys), -1)
     # An entity without events has an empty range; the last offset stands in for the place -1.
     first, last = log.offsets[place], log.offsets[np.where(place < 0, -1, place + 1)]
-    all_up_to, none_from = (bisect_right(bound, time, first, last) for bound in log.visibility)
+    all_up_to, none_from = log.counted(first, last, time)
     is_range = all_up_to == none_from
     rows = Rows(first, none_from, time, known)
     longest = max((f.n for f in view.view.features if isinstance(f, LastN | Elapsed)), default=1)
@@ -106,6 +106,8 @@ class _Evaluation:
         self._additive = np.where(expired, ValueStatus.EXPIRED, ValueStatus.PRESENT).astype(np.uint8)
         self._additive[~rows.known] = ValueStatus.MISSING
         self._status = np.where(self._any, self._additive, np.uint8(ValueStatus.MISSING))
+        self._windows: dict[int | None, np.ndarray] = {None: rows.start}
+        self._ends: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def feature(self, feature: AnyFeature) -> tuple[pa.Array, np.ndarray]:
         """Values and statuses of one feature."""
@@ -121,9 +123,12 @@ class _Evaluation:
                 status = np.where((self._status == ValueStatus.PRESENT) & (counted == 0), np.uint8(ValueStatus.NULL), self._status)
                 return _masked(self._sum(feature) / np.maximum(counted, 1), status), status
             case LastN():
-                return self._lists(feature.n, lambda at, _: self._log.array(feature.column).take(pa.array(at))), self._status
+                positions, _ = self._last(feature.n)
+                return self._lists(feature.n, self._log.array(feature.column).take(pa.array(positions))), self._status
             case Elapsed():
-                return self._lists(feature.n, self._elapsed), self._status
+                positions, length = self._last(feature.n)
+                elapsed = np.repeat(self._rows.time, length) - self._log.event_time[positions]
+                return self._lists(feature.n, pa.array(elapsed / SECOND)), self._status
             case _:
                 return _masked(self._age_us() / SECOND, self._status), self._status
 
@@ -141,44 +146,47 @@ class _Evaluation:
 
     def _window(self, seconds: int | None) -> np.ndarray:
         """int64 ``[R]``: where the window begins in the log."""
-        if seconds is None:
-            return self._rows.start
-        return bisect_right(self._log.event_time, self._rows.time - seconds * SECOND, self._rows.start, self._rows.stop)
+        if seconds is not None and seconds not in self._windows:
+            opened = self._rows.time - seconds * SECOND
+            self._windows[seconds] = bisect_right(self._log.event_time, opened, self._rows.start, self._rows.stop)
+        return self._windows[seconds]
 
     def _count(self, feature: Count | Mean, column: str | None) -> np.ndarray:
         """int64 ``[R]``: the events that meet the conditions and have a value in ``column``, if one is given."""
-        start = self._window(feature.window)
-        if column is None and not feature.where:
-            return self._rows.stop - start
-        before: np.ndarray = self._log.cached(("before", column, feature.where), lambda: _counts(self._selected(column, feature.where)))
-        return before[self._rows.stop] - before[start]
+        start, stop = self._window(feature.window), self._rows.stop
+        if column is not None or feature.where:
+            before = self._log.cached(("before", column, feature.where), lambda: _counts(self._selected(column, feature.where)))
+            start, stop = before[start], before[stop]
+        return np.asarray(stop - start)
 
     def _sum(self, feature: Sum | Mean) -> np.ndarray:
         """float64 ``[R]``: the sum of the values in the events that meet the conditions."""
-        sums: RangeSums = self._log.cached(("sums", feature.column, feature.where), lambda: self._range_sums(feature))
+        sums = self._log.cached(("sums", feature.column, feature.where), lambda: self._range_sums(feature))
         return sums(self._window(feature.window), self._rows.stop)
 
     def _range_sums(self, feature: Sum | Mean) -> RangeSums:
-        values = np.asarray(self._log.array(feature.column).cast(pa.float64()).fill_null(0.0))
+        values = np.asarray(self._log.array(feature.column).cast(pa.float64(), safe=False).fill_null(0.0))
         return RangeSums(np.where(self._selected(feature.column, feature.where), values, 0.0))
 
     def _selected(self, column: str | None, where: tuple[Condition, ...]) -> np.ndarray:
         """bool ``[N]``: the events that meet the conditions and have a value in ``column``, if one is given."""
         selected = np.ones(len(self._log), bool)
         if where:
-            selected = self._log.frame.select(self._view.conditions[where]).to_series().to_numpy()
+            selected = self._log.select(self._view.conditions[where])
         return selected if column is None else selected & np.asarray(pc.is_valid(self._log.array(column)))
 
-    def _lists(self, n: int, elements: Callable[[np.ndarray, np.ndarray], pa.Array]) -> pa.Array:
-        """A list of at most ``n`` elements for every row, null where the status is not PRESENT."""
-        present = self._status == ValueStatus.PRESENT
-        length = np.where(present, np.minimum(self._rows.stop - self._rows.start, n), 0)
-        values = elements(expand(self._rows.stop - length, length), length)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(length)]), pa.int32())
-        return pa.ListArray.from_arrays(offsets, values, mask=pa.array(~present))
+    def _last(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of the last ``n`` events of all rows, and int64 ``[R]`` how many each row has, 0 where it is not PRESENT."""
+        if n not in self._ends:
+            length = np.minimum(self._rows.stop - self._rows.start, n)
+            length[self._status != ValueStatus.PRESENT] = 0
+            self._ends[n] = (expand(self._rows.stop - length, length), length)
+        return self._ends[n]
 
-    def _elapsed(self, at: np.ndarray, length: np.ndarray) -> pa.Array:
-        return pa.array((np.repeat(self._rows.time, length) - self._log.event_time[at]) / SECOND)
+    def _lists(self, n: int, elements: pa.Array) -> pa.Array:
+        """The elements at the positions of `_last` as one list per row, null where the status is not PRESENT."""
+        offsets = pa.array(np.concatenate([[0], np.cumsum(self._last(n)[1])]), pa.int32())
+        return pa.ListArray.from_arrays(offsets, elements, mask=pa.array(self._status != ValueStatus.PRESENT))
 
 
 def _masked(values: np.ndarray, status: np.ndarray) -> pa.Array:

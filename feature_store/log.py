@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from feature_store.compiled import CompiledView
 from feature_store.definitions import TIMES
-from feature_store.ranges import NEVER, running_extremes
+from feature_store.ranges import NEVER, bisect_right, running_extremes
 from recsys.core.errors import DataError
 from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, INGEST_SEQ
 
@@ -49,20 +49,27 @@ class Log:
         static = AVAILABLE_TIME not in self.rows.column_names
         return self.event_time if static else np.maximum(self.event_time, self.integers(AVAILABLE_TIME))
 
-    @cached_property
-    def visibility(self) -> tuple[np.ndarray, np.ndarray]:
-        """Within its entity: the latest visible time up to each event, and the earliest from it on. Both ascend.
+    def counted(self, first: np.ndarray, last: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in ``[first[r], last[r])``, the events of one entity, those that count at ``time[r]`` are.
 
-        Before the first event whose former exceeds t, all events count at t; from the first whose latter exceeds t on, none does.
+        Returns:
+            int64 ``[R]`` twice: all events before the former count; none from the latter on does.
         """
+        none_from = bisect_right(self._visibility[1], time, first, last)
+        if self._visibility[0] is self._visibility[1]:
+            return none_from, none_from
+        return bisect_right(self._visibility[0], time, first, last), none_from
+
+    @cached_property
+    def _visibility(self) -> tuple[np.ndarray, np.ndarray]:
+        """Within its entity: the latest visible time up to each event, and the earliest from it on. Both ascend."""
         return running_extremes(self.visible_time, np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets)))
 
-    @cached_property
-    def frame(self) -> pl.DataFrame:
-        """The rows, for Polars expressions."""
-        frame = pl.from_arrow(self.rows)
+    def select(self, condition: pl.Expr) -> np.ndarray:
+        """bool ``[N]``: where a boolean expression holds."""
+        frame = pl.from_arrow(self.rows.select(sorted(set(condition.meta.root_names()))))
         assert isinstance(frame, pl.DataFrame)
-        return frame
+        return frame.select(condition).to_series().to_numpy()
 
     def integers(self, name: str) -> np.ndarray:
         """A column without nulls as int64 ``[N]``; a time in microseconds."""
@@ -125,7 +132,7 @@ def build_log(view: CompiledView, rows: pa.Table) -> Log:
         twice = encoded.dictionary[int(codes[1:][codes[1:] == codes[:-1]][0])].as_py()
         raise DataError(f"{_what(view)}: expected one row for each {view.view.entity}, but {twice!r} has several")
     offsets = np.searchsorted(codes, np.arange(len(encoded.dictionary) + 1))
-    return Log(encoded.dictionary, offsets, rows.select(view.stored.names).take(pa.array(order)))
+    return Log(encoded.dictionary, offsets, rows.select(view.stored.names).take(pa.array(order)).cast(view.stored))
 
 
 def _what(view: CompiledView) -> str:
@@ -135,13 +142,11 @@ def _what(view: CompiledView) -> str:
 def _order_of_events(rows: pa.Table, codes: np.ndarray) -> np.ndarray:
     """The positions of the distinct events, by (entity, event time, ingest_seq)."""
     event_time, ingest_seq = (np.asarray(rows.column(name).cast(pa.int64())) for name in (EVENT_TIME, INGEST_SEQ))
-    order: np.ndarray = np.lexsort((ingest_seq, event_time, codes))
-    if len(order) == 0:
-        return order
-    repeated = np.ones(len(order) - 1, bool)
+    order = np.lexsort((ingest_seq, event_time, codes))
+    first = np.arange(len(order)) == 0
     for values in (codes, event_time, ingest_seq):
-        repeated &= values[order[1:]] == values[order[:-1]]
-    return order[np.concatenate([[True], ~repeated])]
+        first[1:] |= values[order[1:]] != values[order[:-1]]
+    return np.compress(first, order)
 
 
 def _without_nan(rows: pa.Table) -> pa.Table:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from feature_store.compiled import CompiledView, compile_service
+from feature_store.compiled import CompiledView, compile_view
 from feature_store.definitions import FeatureRepo
 from feature_store.log import Log, build_log, read_rows
 from feature_store.point_in_time import read_features
@@ -21,9 +21,9 @@ class OfflineReader:
     """
 
     def __init__(self, repo: FeatureRepo, tables: Mapping[str, pa.Table]) -> None:
-        self._services = {service.name: compile_service(repo, service.name) for service in repo.services}
         self._repo = repo
         self._tables = tables
+        self._views = {view.name: compile_view(repo, view.name) for view in repo.views}
         self._logs: dict[str, Log] = {}
 
     def read(self, service: str, spine: pa.Table) -> pa.Table:
@@ -43,8 +43,8 @@ class OfflineReader:
             DataError: a table was not given, or breaks a rule of its source.
             SchemaError: a column of a table or of the spine is absent or of another type.
         """
-        self._repo.service(service)
-        return read_features(self._services[service], spine, self._log)
+        views = tuple(self._views[name] for name in self._repo.service(service).views)
+        return read_features(views, spine, self._log)
 
     def _log(self, view: CompiledView, keys: pa.Array) -> Log:
         name = view.view.name

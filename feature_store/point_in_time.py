@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a spine to a table of features: what the offline and the online reader share, which differ in where logs come from."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from recsys.core.schema import REQUEST_TIME, Column, FeatureSchema, Kind
 from recsys.core.status import status_column
 
 
-def read_features(views: Iterable[CompiledView], spine: pa.Table, log_of: Callable[[CompiledView, pa.Array], Log]) -> pa.Table:
+def read_features(views: Sequence[CompiledView], spine: pa.Table, log_of: Callable[[CompiledView, pa.Array], Log]) -> pa.Table:
     """The spine with every feature of ``views`` and its status.
 
     Args:
@@ -26,21 +26,19 @@ def read_features(views: Iterable[CompiledView], spine: pa.Table, log_of: Callab
     Raises:
         SchemaError: a column of the spine is absent, of another type, or has the name of a feature.
     """
-    views = tuple(views)
     keys, time, known = _read_spine(spine, views[0].view.entity)
     wanted = pc.unique(pc.drop_null(keys))
+    fields, columns = list(spine.schema), list(spine.columns)
     for view in views:
         values = list(evaluate(view, log_of(view, wanted), keys, time, known))
-        for place, feature in enumerate(view.view.features):
-            column = feature.output
-            for name in (column.name, status_column(column.name)):
-                if name in spine.column_names:
-                    raise SchemaError(f"spine: column {name!r} has the name of a feature; rename it")
-            field = pa.field(column.name, column.arrow)
-            spine = spine.append_column(field, pa.chunked_array([piece[place][0] for piece in values], column.arrow))
-            statuses = pa.chunked_array([pa.array(piece[place][1], pa.uint8()) for piece in values], pa.uint8())
-            spine = spine.append_column(status_column(column.name), statuses)
-    return spine
+        for place, output in enumerate(view.outputs):
+            fields += [pa.field(output.name, output.arrow), pa.field(status_column(output.name), pa.uint8())]
+            columns.append(pa.chunked_array([piece[place][0] for piece in values], output.arrow))
+            columns.append(pa.chunked_array([piece[place][1] for piece in values], pa.uint8()))
+    for field in fields[spine.num_columns :]:
+        if field.name in spine.column_names:
+            raise SchemaError(f"spine: column {field.name!r} has the name of a feature; rename it")
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields, spine.schema.metadata))
 
 
 def _read_spine(spine: pa.Table, entity: str) -> tuple[pa.Array, np.ndarray, np.ndarray]:

@@ -51,6 +51,7 @@ class RangeSums:
     """
 
     def __init__(self, values: np.ndarray) -> None:
+        values = values + 0.0  # a negative zero becomes a positive one, so that no sum is negative zero
         self._padded = np.append(values, 0.0)
         with np.errstate(over="ignore"):
             scaled = self._padded * 1024
@@ -68,7 +69,7 @@ class RangeSums:
         sums = np.empty(len(order))
         with np.errstate(over="ignore", invalid="ignore"):
             sums[order] = np.add.reduceat(self._padded, bounds)[0::2]
-        return np.where(start < stop, sums, 0.0) + 0.0  # and no negative zero
+        return np.where(start < stop, sums, 0.0)
 
 
 def running_extremes(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -233,14 +233,14 @@ def _finish(run: Run, prepared: Prepared, tracker: MLflowTracker) -> None:
             "valid_start": split.valid_start.isoformat(sep=" "),
             "test_start": split.test_start.isoformat(sep=" "),
             "end": prepared.end.isoformat(sep=" "),
-            **{part: int(prepared.mask(part).sum()) for part in ("train", "valid", "test")},
+            **{part: events.num_rows for part, events in prepared.parts.items()},
             "test_new_share": float(segments["new"].mean()),
         },
         "recipe_yaml": yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False),
     }
     results["cards"] = _cards(run)
     summary = {
-        **{k: v for k, v in _bundle_metrics(results).items()},
+        **_bundle_metrics(results),
         "champion": results["champion"],
         "served": results["served"],
         "seconds": seconds,

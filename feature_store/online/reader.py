@@ -4,7 +4,7 @@
 import numpy as np
 import pyarrow as pa
 
-from feature_store.compiled import CompiledView, compile_service
+from feature_store.compiled import CompiledView, compile_view
 from feature_store.definitions import FeatureRepo
 from feature_store.log import Log
 from feature_store.online.base import FeatureStoreError, OnlineStore, Snapshot
@@ -23,9 +23,9 @@ class OnlineReader:
     """
 
     def __init__(self, repo: FeatureRepo, store: OnlineStore) -> None:
-        self._services = {service.name: compile_service(repo, service.name) for service in repo.services}
         self._repo = repo
         self._store = store
+        self._views = {view.name: compile_view(repo, view.name) for view in repo.views}
 
     def read(self, service: str, spine: pa.Table) -> pa.Table:
         """See `feature_store.offline.OfflineReader.read`. One snapshot, and one round trip per view.
@@ -35,8 +35,7 @@ class OnlineReader:
             FeatureStoreError: the store cannot be read, or holds other versions of the service's views.
             SchemaError: a column of the spine is absent or of another type.
         """
-        self._repo.service(service)
-        views = self._services[service]
+        views = tuple(self._views[name] for name in self._repo.service(service).views)
         with self._store.snapshot() as snapshot:
             check_versions(views, snapshot)
             return read_features(views, spine, lambda view, keys: fetch(snapshot, view, keys))

@@ -5,7 +5,6 @@ A snapshot is SQLite's own: a read transaction goes on seeing the commit that it
 SQLite's, so the data, the watermarks and the new snapshot number become visible together, or, if the process dies, not at all.
 """
 
-import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from recsys.core.config import Config
 
 FORMAT = 1
 BUSY_SECONDS = 30.0
+MOST_PARAMETERS = 30_000
+"""How many entities one statement asks for; SQLite itself allows 32,766 parameters."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS store (one INTEGER PRIMARY KEY CHECK (one = 1), snapshot INTEGER NOT NULL);
@@ -38,12 +39,11 @@ class _SQLiteSnapshot(Snapshot):
         return {name: ViewState(version, watermark) for name, version, watermark in rows}
 
     def multi_get(self, view: str, entities: Sequence[str]) -> list[bytes | None]:
-        # One JSON parameter for all entities: SQLite limits how many parameters a statement may have.
-        rows = self._connection.execute(
-            "SELECT entity, value FROM log WHERE view = ? AND entity IN (SELECT value FROM json_each(?))",
-            (view, json.dumps(list(entities))),
-        )
-        values: dict[str, bytes] = dict(rows.fetchall())
+        values: dict[str, bytes] = {}
+        for first in range(0, len(entities), MOST_PARAMETERS):
+            part = entities[first : first + MOST_PARAMETERS]
+            marks = ",".join("?" * len(part))
+            values.update(self._connection.execute(f"SELECT entity, value FROM log WHERE view = ? AND entity IN ({marks})", (view, *part)))
         return [values.get(entity) for entity in entities]
 
     def scan(self, view: str) -> Iterator[tuple[str, bytes]]:

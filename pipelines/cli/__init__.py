@@ -9,7 +9,7 @@ import os
 import sys
 from importlib import import_module, metadata
 
-from recsys.core.errors import RecsysError, nearest
+from recsys.core.errors import RecsysError, unknown
 
 VERBS = {
     "run": "run a recipe: from raw events to a promoted bundle, with a report",
@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        hint = nearest(verb, VERBS)
-        return _fail(f"unknown verb {verb!r}{f'; did you mean {hint!r}?' if hint else ''} (recsys --help lists all)")
+        return _fail(unknown("verb", verb, VERBS))
     try:
         return _run(verb, rest)
     except RecsysError as error:

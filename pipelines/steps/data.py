@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -10,13 +11,12 @@ import pyarrow.compute as pc
 
 from feature_store.offline import OfflineReader
 from pipelines.recipe import Recipe
-from recsys.core import components
 from recsys.core.errors import DataError
 from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, INGEST_SEQ, ITEM, REQUEST_TIME, TIME, USER
-from recsys.data.datasets import Dataset
-from recsys.data.splits import TimeSplit, evaluation_segments, global_time_split, order_events
+from recsys.data.datasets import Dataset, load_dataset
+from recsys.data.splits import PARTS, TimeSplit, evaluation_segments, global_time_split, order_events
 
-PARTS = ("train", "valid", "test")
+_CANONICAL = (USER, ITEM, EVENT_TIME, AVAILABLE_TIME, INGEST_SEQ)
 _SECOND = 1_000_000
 
 
@@ -38,37 +38,25 @@ class Prepared:
     tables: dict[str, pa.Table]
     reader: OfflineReader
 
+    @cached_property
+    def parts(self) -> dict[str, pa.Table]:
+        """The events of ``train``, ``valid`` and ``test``, in their order."""
+        return self.split.parts(self.events)
+
     @property
     def end(self) -> datetime:
         """A moment after the last event."""
         last: datetime = pc.max(self.events.column(EVENT_TIME)).as_py()
         return last + timedelta(seconds=1)
 
-    def mask(self, part: str) -> np.ndarray:
-        """bool ``[E]``: the events of ``train``, ``valid`` or ``test``."""
-        times = self.events.column(EVENT_TIME)
-        valid, test = pa.scalar(self.split.valid_start, TIME), pa.scalar(self.split.test_start, TIME)
-        chosen = {
-            "train": pc.less(times, valid),
-            "valid": pc.and_(pc.greater_equal(times, valid), pc.less(times, test)),
-            "test": pc.greater_equal(times, test),
-        }[part]
-        return np.asarray(chosen)
-
     def impressions(self, part: str) -> pa.Table:
         """The events of a part as rows to be ranked: features are asked for one microsecond before the event's second."""
-        events = self.events.filter(pa.array(self.mask(part)))
+        events = self.parts[part]
         second = events.column(EVENT_TIME).cast(pa.int64()).to_numpy() // _SECOND * _SECOND
         request_time = pa.array(second - 1, pa.int64()).cast(TIME)
-        values = [name for name in self.dataset.interactions.column_names if name in self.value_columns]
+        values = [name for name in self.dataset.interactions.column_names if name not in _CANONICAL]
         columns = {USER: events.column(USER), ITEM: events.column(ITEM), REQUEST_TIME: request_time}
         return pa.table(columns | {name: events.column(name) for name in values})
-
-    @property
-    def value_columns(self) -> tuple[str, ...]:
-        """The columns of the interactions that hold values, such as a rating."""
-        canonical = {USER, ITEM, EVENT_TIME, AVAILABLE_TIME, INGEST_SEQ}
-        return tuple(name for name in self.dataset.interactions.column_names if name not in canonical)
 
     def events_of(self, user_id: str, until: datetime) -> pa.Table:
         """The interactions of one user up to a time, in the order in which the feature store counts them."""
@@ -87,7 +75,7 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         DataError: a part of the split is empty, or a source of the features names a table that the data set lacks.
     """
-    dataset: Dataset = components.get("dataset", recipe.dataset.name)(recipe.dataset).load()
+    dataset = load_dataset(recipe.dataset)
     split = global_time_split(dataset.interactions.column(EVENT_TIME), recipe.split.valid, recipe.split.test)
     events = order_events(dataset.interactions, recipe.seed)
     tables = {"interactions": dataset.interactions, "items": dataset.items}
@@ -98,6 +86,6 @@ def prepare(recipe: Recipe) -> Prepared:
             raise DataError(f"features: source {source.name!r} reads table {source.table!r}, but {dataset.name} has {', '.join(tables)}")
     prepared = Prepared(dataset, split, events, tables, OfflineReader(recipe.features, tables))
     for part in PARTS:
-        if not prepared.mask(part).any():
+        if not prepared.parts[part].num_rows:
             raise DataError(f"split: the {part} period has no events")
     return prepared

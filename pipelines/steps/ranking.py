@@ -13,12 +13,13 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from pipelines.recipe import Recipe
-from pipelines.steps.data import PARTS, Prepared
+from pipelines.steps.data import Prepared
 from recsys.core import components
 from recsys.data.batch import RankingBatch
 from recsys.data.encode import Encoder
 from recsys.data.loader import ParquetLoader
 from recsys.data.onehot import one_hot
+from recsys.data.splits import PARTS
 from recsys.evaluation.metrics.auc import auc
 from recsys.evaluation.metrics.log_loss import log_loss
 from recsys.inference.frame import ranking_frame

@@ -23,7 +23,7 @@ from recsys.retrieval.baselines import ItemKNN, Popularity
 from recsys.retrieval.catalogue import Catalogue, DenseIndex, check_pair
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
-from recsys.text import item_text
+from recsys.text import encode_cached, item_text
 from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
 
@@ -72,7 +72,8 @@ def build_histories(prepared: Prepared) -> Histories:
 def text_vectors(recipe: Recipe, prepared: Prepared, cache: Path) -> Tensor:
     """Frozen text embeddings of all items, float32 ``[N, D_text]``, in the order of the catalogue's rows."""
     encoder = components.get("text_encoder", recipe.text.encoder.name)(recipe.text.encoder)
-    return torch.from_numpy(encoder.encode(item_text(prepared.dataset.items, recipe.text.columns), cache=cache))
+    texts = item_text(prepared.dataset.items, recipe.text.columns)
+    return torch.from_numpy(encode_cached(encoder, texts, cache))
 
 
 def train_retrievers(recipe: Recipe, histories: Histories, text: Tensor, run_dir: Path, tracker: Tracker) -> RetrievalResult:
@@ -174,5 +175,6 @@ def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Hist
 
 def _baselines(histories: Histories) -> dict[str, Scorer]:
     count = histories.catalogue.snapshot().count
-    popularity, neighbours = Popularity.fit(histories.train, count), ItemKNN.fit(histories.train, count)
+    neighbours = ItemKNN(ItemKNN.Config()).fit(histories.train, count)
+    popularity = Popularity(Popularity.Config()).fit(histories.train, count)
     return {"item_knn": neighbours.scores, "popularity": popularity.scores}

@@ -12,24 +12,23 @@ import pyarrow.compute as pc
 
 from recsys.core.config import Config
 from recsys.core.files import canonical_json
-from recsys.core.schema import FeatureSchema
+from recsys.core.schema import Column, FeatureSchema
 from recsys.data.dataset_schema import DatasetSchema
 
 TableName = Literal["interactions", "items", "users"]
+Action = Literal["dropped", "nulled", "filled", "added"]
 
 # Rows hashed at a time: bounds the memory, and fixes where values are cut, however the table happens to be chunked.
 _HASHED_ROWS = 1 << 16
 
 
 class Treatment(Config):
-    """One rule applied to one table: how often, and up to three of the rows concerned.
-
-    Rows count from 0 in the order of the source.
-    """
+    """One rule applied to one table: to how many rows, and up to three of them. Rows count from 0 in the order of the source."""
 
     table: TableName
     rule: str
-    action: Literal["dropped", "nulled", "filled", "added"]
+    column: str | None = None
+    action: Action
     count: int
     examples: tuple[str, ...] = ()
 
@@ -97,10 +96,16 @@ class Dataset:
         """
         digest = hashlib.sha256()
         for name, (table, columns) in self.tables().items():
-            digest.update(canonical_json([name, table.num_rows, [[c.name, c.kind, str(c.arrow)] for c in columns.columns]]))
+            digest.update(canonical_json([name, table.num_rows, [_signature(column) for column in columns.columns]]))
             for column in columns.conform(table, what=name).columns:
                 digest.update(_column_digest(column))
         return digest.hexdigest()
+
+
+def _signature(column: Column) -> list[str]:
+    # The name that Arrow gives to a list's elements differs between versions, and says nothing.
+    value = column.arrow.value_type if pa.types.is_list(column.arrow) else column.arrow
+    return [column.name, column.kind.value, str(value)]
 
 
 def _column_digest(column: pa.ChunkedArray) -> bytes:

@@ -226,7 +226,7 @@ class ParquetLoader(_BatchLoader[Batch]):
             window = self._read(groups)
             first = 0
             while first < len(order):
-                piece = window.take(pa.array(order[first : first + missing])) if False else window.slice(0)  # a copy, which does not keep the window alive
+                piece = window.take(pa.array(order[first : first + missing]))  # a copy, which does not keep the window alive
                 first += missing
                 rest.append(piece)
                 missing -= piece.num_rows

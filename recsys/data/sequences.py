@@ -5,11 +5,11 @@ Events of one user in one second are one *step*: none of them predicts another, 
 the events of the earlier steps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,8 @@ import torch
 from recsys.core.errors import CheckpointError, DataError, unknown
 from recsys.core.schema import EVENT_TIME, ITEM, TIME, USER
 from recsys.data.batch import SequenceBatch
+from recsys.data.splits import STEP
 
-STEP = "step"
 _SECOND = 1_000_000  # microseconds
 
 
@@ -138,7 +138,7 @@ def _cut(data: SequenceData, max_length: int, first_target: int | None) -> _Wind
     last = offsets[1:] - 1  # `seen` never falls within a user, so the last target of a window has the longest history
     return _Windows(
         start=(data.offsets[owner] + shift)[first],
-        length=(seen - shift)[last] + 0 * max_length + 1,
+        length=(seen - shift)[last],
         offsets=offsets,
         targets=targets,
         position=seen - shift,
@@ -153,8 +153,8 @@ class SequenceLoader:
     targets, the first event from the empty history; a target of a later window is predicted from more than L / 2 events of context,
     never more than L; and a window is cut off after the last event that one of its targets needs. A window without targets is left out.
 
-    The order of windows is a function of (seed, epoch). Iteration yields what is left of the epoch, then moves to the next one, so a
-    loader with a restored state goes on exactly where the saved one stood, also in batches of another size.
+    The order of windows is a function of (seed, epoch), and the cursor counts windows, so a loader with a restored cursor goes on exactly
+    where the saved one stood, also in batches of another size. It is a `recsys.data.loader.Loader`.
 
     Args:
         data: the events of the training period (`SequenceData.before`).
@@ -165,15 +165,14 @@ class SequenceLoader:
     """
 
     def __init__(self, data: SequenceData, max_length: int, batch_size: int, seed: int, first_target_time: datetime | None = None) -> None:
-        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-            if value < 1:
-                raise DataError(f"{name}: expected at least 1, got {value}")
+        _at_least_one(max_length=max_length, batch_size=batch_size)
         self.data = data
         self.batch_size = batch_size
         self.seed = seed
         self._windows = _cut(data, max_length, None if first_target_time is None else _micros(first_target_time))
         self._epoch = 0
         self._samples = 0
+        self._resume = 0
 
     @property
     def windows(self) -> int:
@@ -185,32 +184,33 @@ class SequenceLoader:
         return -(-self.windows // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of ``epoch``; an epoch already begun is continued where it stands."""
+        """Choose the epoch, and with it the order. The cursor goes back to 0 unless this is the current epoch already."""
         if epoch != self._epoch:
-            self._epoch, self._samples = epoch, 0
+            self._epoch, self._samples, self._resume = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
-        """The cursor: the epoch, and the windows of it that have been yielded."""
+        """The cursor ``{"epoch", "samples"}``: the epoch, and how many windows of it have been handed out."""
         return {"epoch": self._epoch, "samples": self._samples}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a cursor.
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a saved cursor: the next iteration yields exactly the batches that were left.
 
         Raises:
-            CheckpointError: it is not one of these data.
+            CheckpointError: it is not a cursor of these data.
         """
         epoch, samples = state.get("epoch"), state.get("samples")
         if not (isinstance(epoch, int) and epoch >= 0 and isinstance(samples, int) and 0 <= samples <= self.windows):
-            raise CheckpointError(f"cursor: expected epoch >= 0 and samples from 0 to {self.windows}, got {state!r}")
-        self._epoch, self._samples = epoch, samples
+            raise CheckpointError(f"cursor: expected epoch >= 0 and samples from 0 to {self.windows}, got {dict(state)!r}")
+        self._epoch, self._samples, self._resume = epoch, samples, samples
 
     def __iter__(self) -> Iterator[SequenceBatch]:
+        """The batches of the current epoch, from its beginning, or right after `load_state_dict` from the loaded cursor."""
+        self._samples, self._resume = self._resume, 0
         order = np.random.default_rng([self.seed, self._epoch]).permutation(self.windows)
-        while self._samples < self.windows:
-            chosen = order[self._samples : self._samples + self.batch_size]
-            self._samples += len(chosen)
+        for start in range(self._samples, self.windows, self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            self._samples = start + len(chosen)
             yield self._batch(chosen)
-        self._epoch, self._samples = self._epoch + 1, 0
 
     def _batch(self, chosen: np.ndarray) -> SequenceBatch:
         windows, items = self._windows, self.data.items
@@ -248,12 +248,15 @@ class EvaluationSteps:
         return len(self.event)
 
 
-def evaluation_steps(data: SequenceData, from_time: datetime, to_time: datetime) -> EvaluationSteps:
-    """The steps with events in ``[from_time, to_time)``.
+def evaluation_steps(data: SequenceData, from_time: datetime, to_time: datetime | None = None) -> EvaluationSteps:
+    """The steps with events in ``[from_time, to_time)``, to the last event where no end is given. Targets are in the order of the events.
 
     An earlier event of a second that ``from_time`` cuts is neither a target nor part of the step's history.
     """
-    events = np.flatnonzero((data.times >= _micros(from_time)) & (data.times < _micros(to_time)))
+    chosen = data.times >= _micros(from_time)
+    if to_time is not None:
+        chosen &= data.times < _micros(to_time)
+    events = np.flatnonzero(chosen)
     start = data.offsets[data.owner[events]]
     event, first = np.unique(start + data.seen[events], return_index=True)  # ascending already: one entry for each step
     request = data.times[event] // _SECOND * _SECOND - 1
@@ -278,13 +281,23 @@ def histories(data: SequenceData, steps: EvaluationSteps, max_length: int, chunk
     Yields:
         The last ``max_length`` catalogue rows before each step, without targets; and all catalogue rows before it (with repeats), to
         be excluded from what is recommended.
+
+    Raises:
+        DataError: ``max_length`` or ``chunk`` is below 1.
     """
+    _at_least_one(max_length=max_length, chunk=chunk)
     for begin in range(0, len(steps), chunk):
         start, event = steps.start[begin : begin + chunk], steps.event[begin : begin + chunk]
         length = np.minimum(event - start, max_length)
         recent = _gather(data.items, event - length, length)
         batch = SequenceBatch(items=torch.from_numpy(recent.values), offsets=torch.from_numpy(recent.offsets))
         yield batch, _gather(data.items, start, event - start)
+
+
+def _at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise DataError(f"{name}: expected at least 1, got {value}")
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

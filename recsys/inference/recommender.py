@@ -6,7 +6,6 @@ Evaluation, gates, parity checks and the server all call it; they differ in the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,18 +14,13 @@ from torch import Tensor
 
 from recsys.bundle.bundle import Bundle
 from recsys.core.schema import TIME
+from recsys.core.status import status_column
 from recsys.data.batch import SequenceBatch
+from recsys.data.sequences import Jagged
 from recsys.inference import frame, rules
 from recsys.inference.explain import explain
 from recsys.inference.features import FeatureReader
 from recsys.inference.request import InvalidRequest, Request, Response, Scored
-
-
-class Jagged(NamedTuple):
-    """Lists of catalogue rows: row b holds ``values[offsets[b]:offsets[b + 1]]``."""
-
-    values: np.ndarray
-    offsets: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -78,6 +72,8 @@ class Recommender:
         self.bundle = bundle
         self.features = features
         self.view = bundle.catalogue.snapshot()
+        self.scorable = bundle.retriever.scorable.numpy()
+        self._columns = _with_status(bundle.encoder.feature_columns)
         self._task = bundle.encoder.spec.tasks.index(bundle.settings.task)
 
     def recommend(self, requests: Sequence[Request]) -> list[Response]:
@@ -114,15 +110,15 @@ class Recommender:
     def retrieve(self, users: Users, count: int) -> Candidates:
         """The ``count`` live unseen items that the retriever finds most probable."""
         state = self.bundle.retriever.encode(self._sequences(users))
-        rows, scores = self.bundle.index.search(state, count, self.view, exclude=users.seen)
-        partition = self.bundle.index.log_partition(state, self.view)
+        rows, scores = self.bundle.index.search(state, count, self.view, exclude=users.seen, scorable=self.scorable)
+        partition = self.bundle.index.log_partition(state, self.view, scorable=self.scorable)
         return Candidates(rows, scores - partition[:, None])
 
     @torch.inference_mode()
     def score(self, users: Users, rows: np.ndarray) -> Candidates:
         """The retriever's log-probability of given catalogue rows ``[B, C]``."""
         state = self.bundle.retriever.encode(self._sequences(users))
-        partition = self.bundle.index.log_partition(state, self.view)
+        partition = self.bundle.index.log_partition(state, self.view, scorable=self.scorable)
         return Candidates(rows, self.bundle.index.score(state, rows) - partition[:, None])
 
     @torch.inference_mode()
@@ -133,8 +129,9 @@ class Recommender:
         if present.any():
             user_of_row = np.nonzero(present)[0]
             at = users.table.column("request_time").take(pa.array(user_of_row))
-            items = frame.read_items(self.features, self.view.ids.take(pa.array(candidates.rows[present])), at)
-            batch = self.bundle.encoder.transform(frame.join(users.table, user_of_row, items))
+            items = frame.read_items(self.features, self.view.take(candidates.rows[present]), at)
+            read = users.table.select([name for name in users.table.column_names if name in self._columns])
+            batch = self.bundle.encoder.transform(frame.join(read, user_of_row, items))
             predicted: Tensor = self.bundle.ranker.predict(batch)[:, self._task]
             probability[present] = predicted.numpy()
         score = rules.combine(candidates.log_probability, probability, self.bundle.settings.rank_weight)
@@ -152,7 +149,7 @@ class Recommender:
                 probability=float(ranked.probability[b, place]),
                 reasons=why,
             )
-            for item_id, place, why in zip(self.view.ids.take(pa.array(rows)).to_pylist(), order, reasons, strict=True)
+            for item_id, place, why in zip(self.view.take(rows).to_pylist(), order, reasons, strict=True)
         )
         flags = (("new_user",) if _length(users.history, b) == 0 else ()) + (("short_list",) if len(items) < request.k else ())
         return Response(request.user_id, items, self.bundle.manifest.sha256, flags)
@@ -168,6 +165,11 @@ class Recommender:
 
     def _sequences(self, users: Users) -> SequenceBatch:
         return SequenceBatch(items=torch.from_numpy(users.history.values), offsets=torch.from_numpy(users.history.offsets))
+
+
+def _with_status(features: Sequence[str]) -> set[str]:
+    """The columns of features, and those of their statuses."""
+    return {*features, *map(status_column, features)}
 
 
 def _length(jagged: Jagged, b: int) -> int:

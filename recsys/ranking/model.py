@@ -22,6 +22,8 @@ class Ranker(nn.Module, ABC):
     Built as ``cls(config, spec)`` and registered with ``@register("ranker", name)``. `forward` is `embed`, then `score`: whoever asks
     how much each event of a history matters takes the gradient of the score with respect to what `embed` returned.
 
+    The tables cannot be moved later: for a GPU, build the model under ``with torch.device("cuda")``.
+
     Args:
         config: the subclass's ``Config``.
         spec: the inputs, as an `Encoder` lays them out.
@@ -48,7 +50,7 @@ class Ranker(nn.Module, ABC):
         self.config, self.spec = config, spec
         if twice := [field for field in spec.fields if spec.fields.count(field) > 1]:
             raise ConfigError(f"inputs: the name {twice[0]!r} is used twice among {', '.join(spec.fields)}")
-        self.tables = EmbeddingTables(config.embedding, spec)
+        self.tables = EmbeddingTables(spec=spec, config=config.embedding, device=torch.get_default_device())
         self.histories = nn.ModuleList(TargetAttention(config.sequence, s, config.embedding.dim) for s in spec.sequences)
 
     @property
@@ -99,7 +101,7 @@ class Ranker(nn.Module, ABC):
         for sequence, history in zip(self.spec.sequences, self.histories, strict=True):
             fields[sequence.target] = embedded.sequences[sequence.target].values()
             fields[sequence.name] = history(embedded.sequences)
-        return fields | dict(zip(self.spec.dense, dense.split(1, dim=1), strict=True))
+        return fields | {name: dense[:, i : i + 1] for i, name in enumerate(self.spec.dense)}
 
     def labels(self, batch: RankingBatch) -> Tensor:
         """The batch's labels ``[B, tasks]``.

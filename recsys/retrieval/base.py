@@ -27,6 +27,11 @@ class Retriever(nn.Module, ABC):
     def encode(self, batch: SequenceBatch) -> SlotVectors:
         """The state after the whole history of each row (only its last ``max_length`` events count). Empty histories are allowed."""
 
+    @property
+    @abstractmethod
+    def scorable(self) -> Tensor:
+        """bool ``[N]``: the items that the model can tell apart. A model bound to the items of its training leaves the others out."""
+
     @abstractmethod
     def item_vectors(self) -> Tensor:
         """float ``[N, K * d]``: the concatenated slot vectors of all catalogue rows."""

@@ -29,9 +29,10 @@ def catalogue_cross_entropy(states_snd: Tensor, items_cnd: Tensor, targets: Tens
     share = 1.0 / max(len(targets), 1)
     weights = torch.bincount(of_target, minlength=len(states_snd)).to(states_snd.dtype) * share
     differentiate = torch.is_grad_enabled() and (states_snd.requires_grad or items_cnd.requires_grad)
-    log_partition = _WeightedLogPartition.apply(states_snd, items_cnd, weights, differentiate)
+    log_partition: Tensor = _WeightedLogPartition.apply(states_snd, items_cnd, weights, differentiate)
     target_logit = (states_snd[of_target] * items_cnd[targets]).sum(-1)
-    return torch.as_tensor(log_partition - target_logit.sum(0) * share)
+    loss: Tensor = log_partition - target_logit.sum(0) * share
+    return loss
 
 
 class _WeightedLogPartition(torch.autograd.Function):

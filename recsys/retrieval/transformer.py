@@ -68,10 +68,12 @@ class Block(nn.Module):
     def update(self, x_btd: Tensor, attended_bhtd: Tensor) -> Tensor:
         """The tokens after both sub-layers, given what each attended to."""
         x_btd = x_btd + self.dropout(self.out(attended_bhtd.transpose(1, 2).flatten(2)))
-        return x_btd + self.dropout(self.ffn(self.ffn_norm(x_btd)))
+        updated: Tensor = x_btd + self.dropout(self.ffn(self.ffn_norm(x_btd)))
+        return updated
 
     def _split(self, x_btd: Tensor) -> Tensor:
-        return x_btd.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        split: Tensor = x_btd.unflatten(-1, (self.heads, -1))
+        return split.transpose(1, 2)
 
 
 class Transformer(nn.Module):
@@ -102,7 +104,8 @@ class CausalTransformer(Transformer):
         for block in self._layers():
             query, key, value = block.project(x_btd)
             x_btd = block.update(x_btd, F.scaled_dot_product_attention(query, key, value, is_causal=True))
-        return torch.as_tensor(self.norm(x_btd))
+        normed: Tensor = self.norm(x_btd)
+        return normed
 
 
 class SetTransformer(Transformer):
@@ -138,7 +141,8 @@ class SetTransformer(Transformer):
             x_btd = block.update(x_btd, attend_seen(*block.project(x_btd), key, value, query_bias))
             memory = block.update(memory, attend_seen(query, key, value, key, value, item_bias))
         x_btd = last.update(x_btd, attend_seen(*last.project(x_btd), *last.memory(memory), query_bias))
-        return torch.as_tensor(self.norm(x_btd).unflatten(1, (-1, tokens)))
+        outputs: Tensor = self.norm(x_btd).unflatten(1, (-1, tokens))
+        return outputs
 
 
 def attend_seen(query: Tensor, own_key: Tensor, own_value: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Lists:
 class Columns:
     """The columns of a table of features, each with its presence.
 
-    The errors of every method: `SchemaError` where a column is absent (with the nearest name) or of another type.
+    The errors of every method: `SchemaError` where a column is absent (with the nearest name), ambiguous, or of another type.
     """
 
     def __init__(self, table: pa.Table | pa.RecordBatch) -> None:
@@ -120,6 +120,8 @@ class Columns:
     def _read(self, name: str, target: pa.DataType) -> pa.Array:
         if name not in self:
             raise SchemaError(f"missing column: {unknown('column', name, self._names)}")
+        if self._table.schema.get_field_index(name) < 0:
+            raise SchemaError(f"column {name!r}: expected once, but the table has several of this name")
         column = _contiguous(self._table.column(name))
         if not _readable(column.type, target):
             kind = f"lists of {_ELEMENT[target.value_type]}" if pt.is_large_list(target) else _ELEMENT[target]

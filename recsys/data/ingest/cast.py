@@ -17,7 +17,8 @@ _EXACT = 1 << 53  # up to here every whole number is a float64
 _MICROSECONDS = {TimeUnit.SECONDS: 1_000_000, TimeUnit.MILLISECONDS: 1_000, TimeUnit.MICROSECONDS: 1}
 _DAY = 86_400_000_000  # microseconds
 _YEAR_1, _YEAR_10000 = -62_135_596_800_000_000, 253_402_300_800_000_000  # in microseconds since 1970
-_ISO = r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(:\d{2}(?:\.\d{1,6})?)?0* ?(?:Z|(?:([+-]\d{2}):?(\d{2})?))?)?$"
+_ISO = r"^(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(?:(:\d{2})(?:(\.\d{1,6})0*)?)? ?(?:Z|(?:([+-]\d{2}):?(\d{2})?))?)?$"
+_EXPECTED_TIME = "a timestamp, a date or ISO 8601 text, in the years 1 to 9999 (of numbers, the schema says the unit: s, ms or us)"
 _POLARS = {Dtype.STRING: pl.String(), Dtype.INT: pl.Int64(), Dtype.FLOAT: pl.Float64(), Dtype.TIMESTAMP: pl.Datetime("us", "UTC")}
 
 
@@ -45,8 +46,7 @@ def to_values(raw: RawColumn, column: SourceColumn) -> Values:
 def to_text(raw: RawColumn) -> pl.Series:
     """Text, as ids are. A whole number becomes its digits, whatever type holds it; of anything else a `SchemaError` is raised."""
     values = raw.values
-    as_they_are = (pl.String, pl.Boolean, pl.Null)
-    if values.dtype in as_they_are or values.dtype.is_integer() or isinstance(values.dtype, pl.Categorical | pl.Enum):
+    if values.dtype in (pl.String, pl.Boolean, pl.Null) or values.dtype.is_integer():
         text = values.cast(pl.String)
         return _where(text, text != "")
     return _whole_numbers(raw, _finite(values), "text or a whole number").cast(pl.String)
@@ -58,7 +58,11 @@ def to_times(raw: RawColumn, unit: TimeUnit) -> pl.Series:
     Raises:
         SchemaError: not a time of this unit, finer than a microsecond, or outside the years 1 to 9999.
     """
-    micros = _iso_micros(raw) if unit is TimeUnit.ISO else _number_micros(raw, _MICROSECONDS[unit], unit)
+    if unit is TimeUnit.ISO:
+        micros = _typed_micros(raw) if raw.values.dtype.is_temporal() else _text_micros(raw)
+    else:
+        expected = f"a time since 1970 in the unit {unit.value!r}, in the years 1 to 9999"
+        micros = _scaled(raw, _numbers_or_text(raw), _MICROSECONDS[unit], expected)
     return micros.cast(_POLARS[Dtype.TIMESTAMP])
 
 
@@ -76,7 +80,10 @@ def _to_scalars(raw: RawColumn, column: SourceColumn) -> Values:
 
 
 def _to_lists(raw: RawColumn, column: SourceColumn) -> Values:
-    """Lists without null or empty elements; a bag holds each of its elements once. A null stays null, an empty list empty."""
+    """Lists without null or empty elements and without white space around texts; a bag holds each element once.
+
+    A null stays null, and an empty list empty.
+    """
     values = raw.values
     if values.dtype == pl.Null:
         values = values.cast(pl.List(pl.String))
@@ -104,8 +111,8 @@ def _to_floats(raw: RawColumn) -> pl.Series:
     if values.dtype == pl.String:
         raw.refuse_where(values.is_not_null() & values.cast(pl.Float64, strict=False).is_null(), "a number")
     elif values.dtype.is_integer():
-        # The neighbours of 2^53 round to it, so that the limit itself cannot be told from them after the cast.
-        raw.refuse_where(numbers.abs() > _EXACT, "a number below 2^53, exact in 64-bit floating point")
+        exact = values.cast(pl.Int64, strict=False).is_between(-_EXACT, _EXACT)
+        raw.refuse_where(values.is_not_null() & ~exact.fill_null(False), "a number of at most 2^53, exact in 64-bit floating point")
     return numbers
 
 
@@ -125,9 +132,8 @@ def _whole_numbers(raw: RawColumn, values: pl.Series, expected: str) -> pl.Serie
     return whole
 
 
-def _number_micros(raw: RawColumn, per_unit: int, unit: TimeUnit) -> pl.Series:
-    values = _numbers_or_text(raw)
-    expected = f"a time since 1970 in the unit {unit.value!r}, in the years 1 to 9999"
+def _scaled(raw: RawColumn, values: pl.Series, per_unit: int, expected: str) -> pl.Series:
+    """Int64 microseconds from numbers, or their text, in units of ``per_unit`` microseconds."""
     numbers = _finite(values.cast(pl.Float64, strict=False))
     raw.refuse_where(values.is_not_null() & values.cast(pl.Float64, strict=False).is_null(), expected)
     raw.refuse_where((numbers * per_unit < _YEAR_1) | (numbers * per_unit >= _YEAR_10000), expected)
@@ -137,26 +143,29 @@ def _number_micros(raw: RawColumn, per_unit: int, unit: TimeUnit) -> pl.Series:
     return pl.select(pl.coalesce(values.cast(pl.Int64, strict=False) * per_unit, rounded)).to_series()
 
 
-def _iso_micros(raw: RawColumn) -> pl.Series:
-    values = raw.values
-    expected = "a timestamp, a date or ISO 8601 text (of numbers, the schema says the unit: s, ms or us)"
-    if values.dtype == pl.Date:
-        return values.cast(pl.Int64) * _DAY
-    if isinstance(values.dtype, pl.Datetime):
-        ticks = values.to_physical()
-        if values.dtype.time_unit == "ns":
-            raw.refuse_where(ticks % 1000 != 0, "a time in whole microseconds")
-            return ticks // 1000
-        return _number_micros(raw.with_values(ticks), _MICROSECONDS[TimeUnit(values.dtype.time_unit)], TimeUnit(values.dtype.time_unit))
-    if values.dtype not in (pl.String, pl.Null):
-        raw.refuse_type(expected)
-    text = values.cast(pl.String).str.strip_chars()
+def _typed_micros(raw: RawColumn) -> pl.Series:
+    dtype, ticks = raw.values.dtype, raw.values.to_physical()
+    if dtype == pl.Date:
+        return _scaled(raw, ticks, _DAY, _EXPECTED_TIME)
+    if not isinstance(dtype, pl.Datetime):
+        raw.refuse_type(_EXPECTED_TIME)
+    if dtype.time_unit == "ns":
+        raw.refuse_where(ticks % 1000 != 0, "a time in whole microseconds")
+        return ticks // 1000
+    return _scaled(raw, ticks, _MICROSECONDS[TimeUnit(dtype.time_unit)], _EXPECTED_TIME)
+
+
+def _text_micros(raw: RawColumn) -> pl.Series:
+    if raw.values.dtype not in (pl.String, pl.Null):
+        raw.refuse_type(_EXPECTED_TIME)
+    text = raw.values.cast(pl.String).str.strip_chars()
     part = text.str.extract_groups(_ISO).struct.unnest()
-    date, minute, second, hours, minutes = (pl.col(name) for name in part.columns)
-    offset = pl.concat_str(hours.fill_null("+00"), pl.lit(":"), minutes.fill_null("00"))
-    spelled = part.select(pl.concat_str(date, pl.lit("T"), minute.fill_null("00:00"), second.fill_null(":00"), offset)).to_series()
+    date, minute, second, fraction, zone_hours, zone_minutes = (pl.col(name) for name in part.columns)
+    clock = pl.concat_str(minute.fill_null("00:00"), second.fill_null(":00"), fraction.fill_null(""))
+    offset = pl.concat_str(zone_hours.fill_null("+00"), pl.lit(":"), zone_minutes.fill_null("00"))
+    spelled = part.select(pl.concat_str(date, pl.lit("T"), clock, offset)).to_series()
     times = spelled.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", time_zone="UTC", strict=False)
-    raw.refuse_where((text != "") & times.is_null(), expected)
+    raw.refuse_where((text != "") & times.is_null(), _EXPECTED_TIME)
     return times.to_physical()
 
 
@@ -184,9 +193,9 @@ def _non_finite(values: pl.Series, *, text_is_number: bool) -> pl.Series:
 
 
 def _without(values: pl.Series, nulls: tuple[str, ...]) -> pl.Series:
-    if not (values.dtype == pl.String or values.dtype.is_numeric() or isinstance(values.dtype, pl.Categorical | pl.Enum)):
-        return values
-    return _where(values, ~values.cast(pl.String).is_in(list(nulls)))
+    if values.dtype == pl.String or values.dtype.is_numeric():
+        return _where(values, ~values.cast(pl.String).is_in(list(nulls)))
+    return values
 
 
 def _where(values: pl.Series, keep: pl.Series) -> pl.Series:

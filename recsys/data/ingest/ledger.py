@@ -1,47 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counting what is done to rows, while it is done."""
 
-from collections.abc import Iterable
-from typing import Literal
-
 import polars as pl
 
-from recsys.data.dataset import TableCounts, TableName, Treatment
+from recsys.core.schema import EVENT_TIME, INGEST_SEQ, ITEM, USER
+from recsys.data.dataset import Action, TableCounts, TableName, Treatment
 
-ROW = "__row"
-_EXAMPLES = 3
-
-Action = Literal["dropped", "nulled", "filled", "added"]
+# The column that carries a row's place in its source, counted from 0, through all steps.
+ROW = INGEST_SEQ
+_EXAMPLES, _SHOWN = 3, (ROW, USER, ITEM, EVENT_TIME)
 
 
 class Ledger:
-    """The treatments of one table. Frames carry the source's row in the column `ROW`."""
+    """The treatments of one table, in the order in which they are applied."""
 
     def __init__(self, table: TableName, file: str, read: int) -> None:
-        self.table = table
+        self.table: TableName = table
         self.file = file
         self.read = read
         self.treatments: list[Treatment] = []
 
-    def drop(self, frame: pl.DataFrame, bad: pl.Series, rule: str, shown: list[str]) -> pl.DataFrame:
-        """The rows where ``bad`` does not hold; the others are counted, with examples of the columns ``shown``."""
-        dropped = frame.filter(bad)
-        self.note(rule, "dropped", dropped.height, (_describe(row) for row in dropped.head(_EXAMPLES).select(ROW, *shown).iter_rows(named=True)))
+    def drop(self, frame: pl.DataFrame, bad: pl.Series, rule: str) -> pl.DataFrame:
+        """The rows where ``bad`` does not hold; the others are counted."""
+        self.note(rule, "dropped", frame.filter(bad))
         return frame.filter(~bad)
 
-    def note(self, rule: str, action: Action, count: int, examples: Iterable[str] = ()) -> None:
-        """Record one rule."""
-        self.treatments.append(Treatment(table=self.table, rule=rule, action=action, count=count, examples=tuple(examples)))
+    def note(self, rule: str, action: Action, rows: pl.DataFrame, column: str | None = None) -> None:
+        """Record that ``rule`` was applied to ``rows``."""
+        shown = rows.head(_EXAMPLES).select(name for name in _SHOWN if name in rows.columns)
+        examples = tuple(_describe(row) for row in shown.iter_rows(named=True))
+        self.treatments.append(Treatment(table=self.table, rule=rule, column=column, action=action, count=rows.height, examples=examples))
 
-    def note_rows(self, rule: str, action: Action, rows: pl.Series) -> None:
-        """Record one rule, with the ``rows`` that met it."""
-        self.note(rule, action, len(rows), (f"row {row}" for row in rows.head(_EXAMPLES)))
-
-    def close(self, kept: int) -> TableCounts:
+    def counts(self, kept: int) -> TableCounts:
         """The counts of the whole table."""
         return TableCounts(table=self.table, file=self.file, read=self.read, kept=kept)
 
+    def summary(self) -> str:
+        """The rules that were met, with their counts."""
+        return ", ".join(f"{t.rule} {t.count}" for t in self.treatments if t.count)
+
 
 def _describe(row: dict[str, object]) -> str:
-    number = row.pop(ROW)
-    return f"row {number}: " + ", ".join(f"{name}={value!s}" for name, value in row.items())
+    number = row.pop(ROW, None)
+    values = ", ".join(f"{name}={'null' if value is None else value}" for name, value in row.items())
+    return ": ".join(part for part in ("" if number is None else f"row {number}", values) if part)

@@ -12,6 +12,7 @@ import pyarrow.csv
 import pyarrow.dataset
 
 from recsys.core.errors import DataError, SchemaError, unknown
+from recsys.data.frames import from_arrow
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PARQUET = (".parquet", ".pq")
@@ -37,6 +38,8 @@ class RawTable:
         """
         _require(self.file, {role: name}, self.frame.columns)
         values = self.frame.get_column(name)
+        if isinstance(values.dtype, pl.Categorical | pl.Enum):
+            values = values.cast(pl.String)
         return RawColumn(self.file, role, name, values, pl.int_range(len(values), dtype=pl.Int64, eager=True))
 
 
@@ -88,7 +91,7 @@ def read_table(path: Path, roles: Mapping[str, str]) -> RawTable:
             return RawTable(str(path), _read_parquet(path, roles))
         if path.suffix.lower() in _SEPARATORS:
             return RawTable(str(path), _read_csv(path, roles, _SEPARATORS[path.suffix.lower()]))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     raise DataError(f"{path}: unknown format: expected a name with {', '.join((*_PARQUET, *_SEPARATORS))}, or a folder of Parquet files")
 
@@ -110,13 +113,6 @@ def _read_csv(path: Path, roles: Mapping[str, str], separator: str) -> pl.DataFr
         include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), null_values=[""], strings_can_be_null=True
     )
     return from_arrow(pa.csv.read_csv(path, parse_options=parse, convert_options=convert))
-
-
-def from_arrow(table: pa.Table) -> pl.DataFrame:
-    """The table as a frame."""
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
 
 
 def _unique(roles: Mapping[str, str]) -> list[str]:

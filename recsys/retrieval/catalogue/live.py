@@ -101,7 +101,7 @@ class Catalogue:
         self._id_lengths = hashlib.sha256()
         self._id_bytes = hashlib.sha256()
         self._row_of: dict[str, int] = {}
-        self._append(_strings(ids), pa.array([], pa.string()))
+        self._append(_strings(ids), 0)
         self._publish(_strings(ids), np.ones(len(self._row_of), bool), 1)
 
     def snapshot(self) -> CatalogueView:
@@ -131,8 +131,9 @@ class Catalogue:
         with self._writing:
             view = self._view
             if len(new):
-                self._append(new, view.ids)
-                self._publish(pa.concat_arrays([view.ids, new]), np.append(view.live, np.ones(len(new), bool)), view.version.number + 1)
+                everything = pa.concat_arrays([view.ids, new])
+                self._append(new, view.count)
+                self._publish(everything, np.append(view.live, np.ones(len(new), bool)), view.version.number + 1)
 
     def set_live(self, ids: Ids, live: bool) -> None:
         """Let items be recommended, or no longer. The version changes only where a bit does.
@@ -174,14 +175,17 @@ class Catalogue:
         stored = table.schema.metadata or {}
         if not table.schema.equals(_SCHEMA) or not {b"version", b"digest"} <= stored.keys():
             raise BundleError(f"{path}: expected the columns {', '.join(map(str, _SCHEMA))} and a version, got {table.schema}")
-        catalogue = cls(table["item_id"])
-        catalogue._publish(catalogue._view.ids, table["live"].to_numpy(), int(stored[b"version"]))
+        try:
+            catalogue = cls(table["item_id"])
+            catalogue._publish(catalogue._view.ids, table["live"].to_numpy().astype(bool), int(stored[b"version"]))
+        except (DataError, ValueError) as error:
+            raise BundleError(f"{path}: not a catalogue: {error}") from None
         if catalogue.version.digest != stored[b"digest"].decode():
             raise BundleError(f"{path}: the content's digest is {catalogue.version.digest}, expected {stored[b'digest'].decode()}")
         return catalogue
 
-    def _append(self, new: pa.StringArray, present: pa.StringArray) -> None:
-        """Give rows to ``new`` ids, from ``len(present)`` on, once they are known to be new."""
+    def _append(self, new: pa.StringArray, first: int) -> None:
+        """Give the rows from ``first`` on to ``new`` ids, once they are known to be new."""
         if new.null_count:
             raise DataError(f"ids: expected no null, got {new.null_count}")
         counts = pc.value_counts(new)
@@ -191,7 +195,7 @@ class Catalogue:
         known = [item for item in new.to_pylist() if item in self._row_of]
         if known:
             raise DataError(f"ids: in the catalogue already: {_some(pa.array(known))}")
-        self._row_of.update(zip(new.to_pylist(), range(len(present), len(present) + len(new)), strict=True))
+        self._row_of.update(zip(new.to_pylist(), range(first, first + len(new)), strict=True))
         # Lengths and bytes apart, so that no two lists of ids read alike, and that appending only updates.
         self._id_lengths.update(pc.binary_length(new).to_numpy(zero_copy_only=False).astype("<i8"))
         self._id_bytes.update("".join(new.to_pylist()).encode())

@@ -91,4 +91,5 @@ class SASRec(Retriever):
     def _states(self, padded_bl: Tensor) -> Tensor:
         """``[B, L + 1, d]``: the state after 0, 1, … L events."""
         start = self.start.expand(len(padded_bl), 1, -1)
-        return torch.as_tensor(self.transformer(torch.cat((start, self.item(padded_bl)), 1)))
+        states: Tensor = self.transformer(torch.cat((start, self.item(padded_bl)), 1))
+        return states

@@ -35,11 +35,13 @@ class SemanticTokenizer(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """``[M, D_text]`` to the tokens ``[M, N, d]``."""
-        return torch.as_tensor(self.encoder(text).unflatten(-1, (self.tokens, -1)))
+        tokens: Tensor = self.encoder(text).unflatten(-1, (self.tokens, -1))
+        return tokens
 
     def reconstruct(self, tokens_mnd: Tensor) -> Tensor:
         """The tokens ``[M, N, d]`` back to text embeddings ``[M, D_text]``."""
-        return torch.as_tensor(self.decoder(tokens_mnd.flatten(1)))
+        text: Tensor = self.decoder(tokens_mnd.flatten(1))
+        return text
 
 
 def _mlp(widths: tuple[int, ...]) -> nn.Sequential:
@@ -194,9 +196,9 @@ class SETRec(Retriever):
     def _states(self, batch: SequenceBatch, tokens_cnd: Tensor, seen_bp: Tensor) -> Tensor:
         """``[B, P, n, d]``: the query outputs of the states; ``batch.items`` are rows of ``tokens_cnd``."""
         padded, _ = pad_last(batch, self.max_length)
-        return torch.as_tensor(
-            self.transformer(F.embedding(padded, tokens_cnd.flatten(1)).unflatten(-1, (self.slots, -1)), self.queries, seen_bp)
-        )
+        history_blnd = F.embedding(padded, tokens_cnd.flatten(1)).unflatten(-1, (self.slots, -1))
+        outputs: Tensor = self.transformer(history_blnd, self.queries, seen_bp)
+        return outputs
 
     def _reconstruction(self, tokens_cnd: Tensor, rows: Tensor) -> Tensor:
         """MSE between the text embeddings of ``rows`` and their reconstructions; zero where there are no rows."""

@@ -371,6 +371,8 @@ def test_errors_name_the_column() -> None:
     encoder = Encoder.fit(config(), table)
     with pytest.raises(SchemaError, match=r"'city'.*did you mean 'citi'"):
         encoder.transform(table.rename_columns([{"city": "citi"}.get(n, n) for n in table.column_names]))
+    with pytest.raises(SchemaError, match="column 'city': expected once"):
+        encoder.transform(table.append_column("city", table["city"]))
     for name, wrong, expected in (
         ("city", pa.array([1] * 50), "column 'city': expected strings, got int64"),
         ("age", pa.array(["x"] * 50), "column 'age': expected numbers, got string"),

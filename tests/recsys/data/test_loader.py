@@ -93,6 +93,16 @@ def test_the_order_is_a_function_of_seed_and_epoch(kind: str, folder: Path) -> N
     assert flat(ids(make(kind, folder, batch_size=5))) == flat(first)
 
 
+def test_the_rows_of_a_window_are_in_another_order_every_epoch(tmp_path: Path) -> None:
+    pq.write_table(whole(), tmp_path / "a.parquet")
+    loader = ParquetLoader(tmp_path, identity, batch_size=ROWS)
+    orders = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        orders.append(flat(ids(loader)))
+    assert len({tuple(order) for order in orders}) == 3
+
+
 @BOTH
 def test_without_shuffling_the_order_is_that_of_the_data(kind: str, folder: Path) -> None:
     loader = make(kind, folder, shuffle=False)
@@ -261,7 +271,8 @@ def test_closing_early_ends_the_thread_and_closes_the_source() -> None:
         finally:
             closed.set()
 
-    stream = prefetch(source(), 2)
+    elements = source()
+    stream = prefetch(elements, 2)
     assert next(stream) == 0 and _prefetchers()
     stream.close()
     assert closed.is_set() and not _prefetchers()

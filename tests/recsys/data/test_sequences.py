@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from recsys.core.errors import CheckpointError, DataError
 from recsys.core.schema import TIME
 from recsys.data.batch import SequenceBatch
+from recsys.data.loader import Loader
 from recsys.data.sequences import SequenceData, SequenceLoader, evaluation_steps, histories
+from recsys.data.splits import TimeSplit, evaluation_segments, order_events
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 N = 500
@@ -160,21 +162,24 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 @pytest.mark.parametrize("batch_size", [3, 7])
 def test_a_restored_cursor_goes_on_exactly(batch_size: int) -> None:
     data = SequenceData.from_events(table(random_events(7, 30, 10, 0.2)), rows_of)
-    loader = SequenceLoader(data, 4, 3, seed=5)
-    assert len(loader) == -(-loader.windows // 3)
-    loader.set_epoch(2)
-    whole = [[w for batch in loader for w in rows(batch)] for _ in range(2)]  # iteration moves on: epochs 2 and 3
-    assert loader.state_dict() == {"epoch": 4, "samples": 0}
-
-    first = SequenceLoader(data, 4, 3, seed=5)
+    first: Loader[SequenceBatch] = SequenceLoader(data, 4, 3, seed=5)
     first.set_epoch(2)
+    whole = [w for batch in first for w in rows(batch)]
+    assert len(first) == -(-len(whole) // 3)
+    assert first.state_dict() == {"epoch": 2, "samples": len(whole)}
+
     taken = [w for batch in islice(first, 4) for w in rows(batch)]
+    assert first.state_dict() == {"epoch": 2, "samples": 12}
     second = SequenceLoader(data, 4, batch_size, seed=5)
     second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
     second.set_epoch(2)  # as a training loop does at the start of every epoch
     taken += [w for batch in second for w in rows(batch)]
-    assert taken == whole[0]
-    assert [w for batch in second for w in rows(batch)] == whole[1]
+    assert taken == whole
+    assert [w for batch in second for w in rows(batch)] == whole  # only the first iteration was a rest
+    second.set_epoch(3)
+    assert second.state_dict() == {"epoch": 3, "samples": 0}
+    assert [w for batch in second for w in rows(batch)] != whole
 
 
 def test_cursor_errors() -> None:
@@ -237,6 +242,8 @@ def test_data_errors() -> None:
         SequenceLoader(load(good), 0, 1, 0)
     with pytest.raises(DataError, match="batch_size: expected at least 1, got 0"):
         SequenceLoader(load(good), 1, 0, 0)
+    with pytest.raises(DataError, match="chunk: expected at least 1, got 0"):
+        next(histories(load(good), evaluation_steps(load(good), at(0)), 4, 0))
     with pytest.raises(DataError, match="expected a time with a zone"):
         load(good).before(datetime(2026, 1, 1))
 
@@ -277,3 +284,19 @@ def test_a_second_is_one_step_also_where_times_are_finer_or_the_period_cuts_it()
     ((batch, seen),) = histories(data, steps, 10, 10)
     assert rows(batch) == [[0], [0, 1, 2]]
     assert seen.values.tolist() == [0, 0, 1, 2]
+
+
+def test_events_as_the_splits_order_them() -> None:
+    """From raw interactions: all test events are targets, in the order of the split's own test part."""
+    raw = table(random_events(11, 12, 30, 0.5))
+    shuffled = raw.take(np.random.default_rng(0).permutation(raw.num_rows)).drop_columns(["step"])
+    ordered = order_events(shuffled, seed=3)
+    split = TimeSplit(at(10), at(15))
+    data = SequenceData.from_events(ordered, rows_of)
+    steps = evaluation_steps(data, split.test_start)
+    test = split.parts(ordered)["test"]
+    assert steps.targets.values.tolist() == rows_of(test["item_id"]).tolist()
+    assert data.before(split.valid_start).items.tolist() == rows_of(split.parts(ordered)["train"]["item_id"]).tolist()
+    established = evaluation_segments(ordered, split)["established"]
+    seen = np.repeat(steps.event - steps.start, np.diff(steps.targets.offsets))
+    assert ((seen >= 5) == established).all() and established.any() and not established.all()

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from recsys.core import components
 from recsys.core.config import parse
 from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, SequenceSpec
-from recsys.embedding.tables import Embedded
+from recsys.embedding.tables import Embedded, dense_parameters
+from recsys.ranking.blocks import Residual
+from recsys.ranking.flops import mix_revert_parameters
 from recsys.ranking.heads import masked_bce
 from recsys.ranking.models import TokenMixerLarge
 
@@ -39,8 +41,8 @@ def batch(make_rows: Any, make_batch: Any) -> RankingBatch:
 
 def gradients(model: torch.nn.Module) -> dict[str, bool]:
     """Whether each dense parameter has a gradient that is not zero."""
-    named = ((name, p.grad) for name, p in model.named_parameters() if not name.startswith("tables."))
-    return {name: gradient is not None and bool(gradient.abs().max() > 0) for name, gradient in named}
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: p.grad is not None and bool(p.grad.abs().max() > 0) for p in dense_parameters(model)}
 
 
 def test_it_is_registered_and_built_from_plain_data(spec: InputSpec, groups: Any, batch: RankingBatch) -> None:
@@ -99,6 +101,8 @@ def test_predict_gives_probabilities_without_gradients(build: Build, batch: Rank
     predicted = model.predict(batch)
     assert not predicted.requires_grad
     torch.testing.assert_close(predicted, torch.sigmoid(model(batch)).detach())
+    with torch.inference_mode():
+        assert torch.equal(model.predict(batch), predicted)
 
 
 def test_loss_without_auxiliary_is_the_bce_of_observed_labels(build: Build, batch: RankingBatch) -> None:
@@ -154,8 +158,7 @@ def test_training_on_planted_preferences_lowers_the_loss_and_resumes(build: Buil
     for row in rows:
         row["labels"] = [float(row["item"][0] in row["seen"] or row["user"][0] < 5), float(row["dense"][0] > 0)]
     batch, model = make_batch(rows), build(dim=16, blocks=2)
-    dense = [p for name, p in model.named_parameters() if not name.startswith("tables.")]
-    optimizer = torch.optim.Adam(dense, lr=1e-2)
+    optimizer = torch.optim.Adam(dense_parameters(model), lr=1e-2)
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
@@ -195,10 +198,11 @@ def test_gradients_reach_every_event_of_a_history(build: Build, batch: RankingBa
 
 def test_embeddings_looked_up_carry_a_gradient(build: Build, batch: RankingBatch) -> None:
     model = build().eval()
-    embedded = model.embed(batch)
+    embedded, before = model.embed(batch), model(batch)
     (gradient,) = torch.autograd.grad(model.score(embedded, batch).sum(), embedded.sequences["seen"].values())
     assert gradient.shape == (sum(LENGTHS), 8)
     assert (gradient.abs().sum(1) > 0).all()
+    assert torch.equal(model(batch), before)  # the fused optimizer did not run
 
 
 @pytest.mark.parametrize(
@@ -247,10 +251,8 @@ def test_two_histories_may_share_a_candidate(spec: InputSpec, groups: Any, batch
     assert TokenMixerLarge(config, two)(batch).shape == (5, 2)
 
 
-def test_a_ranker_needs_neither_histories_nor_dense_columns(spec: InputSpec, make_rows: Any) -> None:
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-    bare = spec.model_copy(update={"tables": spec.tables[:1], "sequences": (), "dense": ()})
+def test_a_ranker_needs_neither_histories_nor_dense_columns(spec: InputSpec) -> None:
+    bare = InputSpec(tables=spec.tables[:1], tasks=spec.tasks)
     batch = RankingBatch(
         sparse=KeyedJaggedTensor(keys=["user"], values=torch.tensor([3, 4]), lengths=torch.tensor([1, 1])),
         sequences=KeyedJaggedTensor(keys=[], values=torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int64)),
@@ -258,3 +260,19 @@ def test_a_ranker_needs_neither_histories_nor_dense_columns(spec: InputSpec, mak
     )
     config = TokenMixerLarge.Config(groups={"who": ("user",)}, dim=8, blocks=1)
     assert TokenMixerLarge(config, bare)(batch).shape == (2, 2)
+
+
+@pytest.mark.parametrize("residual", ["input", "stream"])
+def test_settings_reach_the_stack(build: Build, batch: RankingBatch, residual: Residual) -> None:
+    model = build(heads=2, expansion=1.5, residual=residual, blocks=5)
+    assert sum(p.numel() for p in model.stack.parameters()) == 5 * mix_revert_parameters(4, 16, 2, 1.5, residual)
+    assert all(block.residual == residual for block in model.stack.blocks)
+
+
+@pytest.mark.parametrize(("gap", "amplitude"), [(2, 4), (3, 2), (None, 1)])
+def test_inter_layer_residuals_join_the_stack(build: Build, batch: RankingBatch, gap: int | None, amplitude: int) -> None:
+    model = build(blocks=5, inter_residual=gap)
+    tokens = model.tokenizer(model.fields(model.embed(batch), batch))
+    for block in model.stack.blocks:
+        torch.nn.init.zeros_(block.token.down)
+    assert torch.equal(model.states(model.fields(model.embed(batch), batch))[-1], amplitude * tokens)

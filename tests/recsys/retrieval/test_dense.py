@@ -17,6 +17,7 @@ from recsys.core.files import read_json, write_json
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.catalogue import Catalogue, CatalogueView, DenseIndex, check_pair
+from recsys.retrieval.catalogue.topk import best, keys_of
 from recsys.retrieval.state import SlotVectors
 
 
@@ -75,20 +76,21 @@ def test_search_against_brute_force(data: st.DataObject) -> None:
     np.testing.assert_array_equal(scores, expected_scores)
 
 
-@pytest.mark.parametrize("live_share", [1.0, 0.3])
-def test_faiss_answers_where_little_is_excluded(live_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real vectors of several slots, few exclusions: the FAISS path alone serves all but tied queries, and agrees with float64."""
+@pytest.mark.parametrize(("live_share", "scorable_share"), [(1.0, None), (0.3, None), (1.0, 0.5), (0.5, 0.5)])
+def test_faiss_answers_where_little_is_excluded(live_share: float, scorable_share: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real vectors of several slots, few exclusions: the FAISS path alone serves all queries, and agrees with float64."""
     rng = np.random.default_rng(0)
     n, b, k = 3000, 40, 10
     vectors, queries = rng.normal(size=(n, 12)).astype(np.float32), rng.normal(size=(b, 12)).astype(np.float32)
     live = rng.random(n) < live_share
+    scorable = None if scorable_share is None else rng.random(n) < scorable_share
     view = catalogue_of(n, ~live)
     index = build(vectors, view)
     scores64 = queries.astype(np.float64) @ vectors.T.astype(np.float64)
     exclude = [np.argsort(-scores64[i])[: i % 7].tolist() for i in range(b)]
     monkeypatch.setattr(index, "_search_all", lambda *_: pytest.fail("computed all scores"))
-    rows, scores = index.search(state_of(queries, 3), k, view, jagged(exclude))
-    expected_rows, expected_scores = brute(scores64, k, live, exclude)
+    rows, scores = index.search(state_of(queries, 3), k, view, jagged(exclude), scorable)
+    expected_rows, expected_scores = brute(scores64, k, live if scorable is None else live & scorable, exclude)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
 
@@ -104,11 +106,20 @@ def test_ties_at_the_end_of_what_faiss_fetched_go_by_row() -> None:
     assert scores.tolist() == [[2, 2, 0, 0, 0], [2, 0, 0, 0, 0]]
 
 
-def test_minus_zero_ties_with_zero() -> None:
-    vectors = np.array([[-1, 0], [1, 0], [0, 0]], np.float32)
-    view = catalogue_of(3)
-    rows, _ = build(vectors, view).search(state_of(np.array([[-0.0, 1.0], [0.0, 1.0]], np.float32)), 3, view)
-    assert rows.tolist() == [[0, 1, 2], [0, 1, 2]]
+floats = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, np.inf, -np.inf])
+
+
+@given(st.lists(floats, min_size=1, max_size=30), st.integers(1, 35), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_keys_order_every_float_and_come_back_as_it(values: list[float], k: int, random: Any) -> None:
+    """-0.0 ties with 0.0, and an item of score -inf is still an item, unlike one whose key is 0."""
+    scores, rows = np.array([values], np.float32), np.array([random.sample(range(2**32 - 1), len(values))])
+    keys = keys_of(scores, rows)
+    assert (keys > 0).all()
+    order = np.lexsort((rows[0], -scores[0]))[:k]
+    best_rows, best_scores = best(np.concatenate([keys, np.zeros((1, 3), np.uint64)], axis=1), k)
+    assert best_rows[0].tolist() == [*rows[0][order], *[-1] * (k - len(order))]
+    assert best_scores[0].tolist() == [*scores[0][order], *[-np.inf] * (k - len(order))]
 
 
 def test_a_user_with_a_long_history_does_not_change_the_others() -> None:

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedding tables of a ranker, built from an `InputSpec`, updated by FBGEMM inside the backward pass."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.fused import FusedOptimizerModule
+from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from recsys.core.config import Config as BaseConfig
+from recsys.core.errors import CheckpointError, RecsysError
+from recsys.data.batch import RankingBatch
+from recsys.data.spec import InputSpec
+from recsys.embedding.unpooled import CPUFusedEmbeddingCollection
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+LEARNING_RATE = "learning_rate"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the tables say about a batch of B rows.
+
+    Attributes:
+        pooled: for each key of ``spec.bag_keys``, in that order, float ``[B, dim]``; 0 for an empty bag.
+        sequences: for each key of ``spec.sequence_keys``, in that order, the vectors ``[N, dim]`` of all elements, and their lengths.
+    """
+
+    pooled: dict[str, Tensor]
+    sequences: dict[str, JaggedTensor]
+
+
+class EmbeddingTables(nn.Module):
+    """All tables of an `InputSpec`, pooled and unpooled, in TorchRec's fused collections.
+
+    The optimizer is part of the backward pass: every backward pass through the result updates the rows that it looked up, duplicates
+    summed first, so gradients are never materialised (``parameter.grad`` stays None) and cannot be accumulated over several passes. A
+    dense optimizer that is given these parameters leaves them alone; `dense_parameters` names the others. The parameters are
+    ``pooled.embedding_bags.<table>.weight`` and ``unpooled.embeddings.<table>.weight``.
+
+    The parameters are views of FBGEMM's memory. Save and load them through ``state_dict`` as usual, but choose the device when building.
+
+    Args:
+        spec: the tables and their keys.
+        config: see `Config`.
+        device: where the tables live, the CPU by default.
+
+    Row-wise Adagrad (FBGEMM's EXACT_ROWWISE_ADAGRAD, `torchrec.optim.RowWiseAdagrad`) keeps one accumulator m per row, for the gradient
+    g of the whole row: m ← m + mean(g²), w ← w − lr · g / (√m + eps). Rows that a batch does not look up do not change. There is no
+    weight decay: FBGEMM's CPU kernels accept it and then ignore it for pooled tables.
+    """
+
+    class Config(BaseConfig):
+        """How tables are sized, initialised and trained.
+
+        Attributes:
+            dim: of every table.
+            pooling: of bags.
+            optimizer: what FBGEMM can fuse on the CPU.
+            learning_rate: the initial one; see `EmbeddingTables.set_learning_rate`.
+            eps: added to the root of the accumulator of Adagrad.
+            max_gradient: clips every component of the gradient of the looked-up (or pooled) vectors to ± this, before duplicates are
+                summed.
+            init_std: the initial weights are normal with mean 0, drawn from torch's generator.
+        """
+
+        dim: Annotated[int, Field(ge=4, multiple_of=4)] = 32
+        pooling: Literal["sum", "mean"] = "sum"
+        optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+        learning_rate: NonNegativeFloat = 0.05
+        eps: PositiveFloat = 1e-8
+        max_gradient: PositiveFloat | None = None
+        init_std: NonNegativeFloat = 0.01
+
+    def __init__(self, spec: InputSpec, config: Config, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.spec, self.config = spec, config
+        self._device = device or torch.device("cpu")
+        self.pooled = self._build_pooled()
+        self.unpooled = self._build_unpooled()
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=config.init_std)
+        self._addresses = self._weight_addresses()
+        self.register_load_state_dict_post_hook(lambda module, keys: module._check_addresses())
+
+    def _build_pooled(self) -> FusedEmbeddingBagCollection | None:
+        pooling = PoolingType.SUM if self.config.pooling == "sum" else PoolingType.MEAN
+        tables = [
+            EmbeddingBagConfig(
+                name=t.name, embedding_dim=self.config.dim, num_embeddings=t.rows, feature_names=list(t.bags), pooling=pooling
+            )
+            for t in self.spec.tables
+            if t.bags
+        ]
+        return FusedEmbeddingBagCollection(tables, *self._optimizer(), device=self._device) if tables else None
+
+    def _build_unpooled(self) -> CPUFusedEmbeddingCollection | FusedEmbeddingCollection | None:
+        tables = [
+            EmbeddingConfig(name=t.name, embedding_dim=self.config.dim, num_embeddings=t.rows, feature_names=list(t.sequences))
+            for t in self.spec.tables
+            if t.sequences
+        ]
+        if not tables:
+            return None
+        if self._device.type == "cpu":
+            return CPUFusedEmbeddingCollection(tables, *self._optimizer())
+        return FusedEmbeddingCollection(tables, *self._optimizer(), device=self._device)
+
+    def _optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        # FATAL, because FBGEMM's default mode reads row 0 in the place of a row that does not exist, and goes on.
+        kwargs: dict[str, Any] = {"lr": self.config.learning_rate, "eps": self.config.eps, "bounds_check_mode": BoundsCheckMode.FATAL}
+        if self.config.max_gradient is not None:
+            kwargs |= {"gradient_clipping": True, "max_gradient": self.config.max_gradient}
+        return _OPTIMIZERS[self.config.optimizer], kwargs
+
+    def forward(self, batch: RankingBatch) -> Embedded:
+        """Look up a batch.
+
+        Raises:
+            RuntimeError: a row is beyond its table (raised by FBGEMM).
+        """
+        if torch.is_inference_mode_enabled():
+            # FBGEMM's fused lookups on the CPU exist as autograd kernels only, which inference mode leaves out.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._look_up(batch)
+        return self._look_up(batch)
+
+    def _look_up(self, batch: RankingBatch) -> Embedded:
+        # By key: a sharded collection orders its values by shard.
+        pooled = self.pooled(batch.sparse) if self.pooled is not None else {}
+        unpooled = self.unpooled(batch.sequences) if self.unpooled is not None else {}
+        return Embedded({key: pooled[key] for key in self.spec.bag_keys}, {key: unpooled[key] for key in self.spec.sequence_keys})
+
+    def fused_optimizers(self) -> list[KeyedOptimizer]:
+        """The optimizers that run inside the backward pass.
+
+        A changed ``param_groups[i]["lr"]`` reaches FBGEMM with the next ``step()`` (or ``zero_grad()``), which does nothing else.
+        """
+        return [collection.fused_optimizer() for collection in self._collections().values()]
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next backward pass."""
+        groups = [group for optimizer in self.fused_optimizers() for group in optimizer.param_groups]
+        return float(groups[0]["lr"]) if groups else self.config.learning_rate
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the following backward passes."""
+        for optimizer in self.fused_optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+
+    def fused_state(self) -> dict[str, Tensor]:
+        """A copy of the optimizers' state: the accumulators, and the learning rate as a float64 scalar. The weights are not in it."""
+        state = {name: tensor.detach().clone() for name, tensor in self._accumulators().items()}
+        return state | {LEARNING_RATE: torch.tensor(self.learning_rate, dtype=torch.float64)}
+
+    def load_fused_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `fused_state` gave.
+
+        Raises:
+            CheckpointError: other names or shapes than this module's: another spec, dimension or optimizer.
+        """
+        accumulators = self._accumulators()
+        expected = {name: tuple(tensor.shape) for name, tensor in accumulators.items()} | {LEARNING_RATE: ()}
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if given != expected:
+            name = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))[0]
+            raise CheckpointError(f"state of the embedding tables: {name!r}: expected {expected.get(name)}, got {given.get(name)}")
+        for name, tensor in accumulators.items():
+            tensor.copy_(state[name])
+        self.set_learning_rate(float(state[LEARNING_RATE]))
+
+    def _accumulators(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": tensor
+            for name, collection in self._collections().items()
+            for states in collection.fused_optimizer().state_dict()["state"].values()
+            for key, tensor in states.items()
+        }
+
+    def _collections(self) -> dict[str, Any]:
+        return {name: module for name, module in (("pooled", self.pooled), ("unpooled", self.unpooled)) if module is not None}
+
+    def _weight_addresses(self) -> list[int]:
+        return [weight.data_ptr() for weight in self.parameters()]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Refuse a move or a cast."""
+        super()._apply(fn, recurse)
+        self._check_addresses()
+        return self
+
+    def _check_addresses(self) -> None:
+        """Whatever replaces a parameter replaces it by a copy that FBGEMM neither reads nor trains."""
+        if self._weight_addresses() != self._addresses:
+            raise RecsysError(
+                f"embedding tables cannot be moved, cast or assigned to: FBGEMM holds their memory on {self._device}. "
+                "Build them with device=..., load them with assign=False"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EmbeddingTables":
+        with torch.random.fork_rng(devices=[]):
+            other = EmbeddingTables(self.spec, self.config, self._device)
+        memo[id(self)] = other
+        other.load_state_dict(self.state_dict())
+        other.load_fused_state(self.fused_state())
+        return other.train(self.training)
+
+
+def dense_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of ``model`` that no fused optimizer updates: those for a dense optimizer."""
+    fused = {id(p) for module in model.modules() if isinstance(module, FusedOptimizerModule) for p in module.parameters()}
+    return (parameter for parameter in model.parameters() if id(parameter) not in fused)
