@@ -67,8 +67,8 @@ def materialize(
     """Write every view of ``repo`` in one transaction: readers see either all of it or nothing.
 
     A view of events is brought up to date with the rows whose ``ingest_seq`` lies above its watermark, less ``overlap``; what is
-    there already changes nothing, so the same call twice, or again after a crash, gives the same content. A stored event is never
-    removed or changed. A static view, and one that is new or was defined otherwise, is written anew.
+    there already changes nothing, so the same call twice, or again after a crash, gives the same content, and no stored event is
+    removed or changed. A static view, and one that is new or was defined otherwise, is written anew, from its table alone.
 
     Args:
         repo: the definitions.

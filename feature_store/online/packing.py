@@ -62,7 +62,7 @@ def unpack(values: Sequence[bytes], schema: pa.Schema) -> tuple[pa.Table, np.nda
 def _buffers(column: pa.Array, offsets: np.ndarray, nullable: bool = True) -> list[tuple[bytes, list[int]]]:
     """The buffers of a column over all entities, each with the bytes at which the entities' parts begin."""
     buffers = [(np.asarray(column.is_valid()).tobytes(), offsets.tolist())] if nullable else []
-    if not _is_nested(column.type):
+    if not _has_lengths(column.type):
         values = np.asarray((column if pt.is_floating(column.type) else column.cast(pa.int64())).fill_null(0))
         return [*buffers, (values.tobytes(), (8 * offsets).tolist())]
     lengths = np.asarray((pc.binary_length(column) if pt.is_string(column.type) else column.value_lengths()).fill_null(0), np.int64)
@@ -77,7 +77,7 @@ def _read(kind: pa.DataType, count: int, contents: Iterator[bytes], nullable: bo
     """A column of ``count`` rows from the next buffers."""
     valid = np.frombuffer(next(contents), np.uint8) != 0 if nullable else np.ones(count, bool)
     _expect(len(valid) == count)
-    if not _is_nested(kind):
+    if not _has_lengths(kind):
         values = np.frombuffer(next(contents), np.float64 if pt.is_floating(kind) else np.int64)
         _expect(len(values) == count)
         return pa.array(values, mask=~valid if nullable else None).cast(kind)
@@ -94,7 +94,7 @@ def _read(kind: pa.DataType, count: int, contents: Iterator[bytes], nullable: bo
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), elements, mask=pa.array(~valid))
 
 
-def _is_nested(kind: pa.DataType) -> bool:
+def _has_lengths(kind: pa.DataType) -> bool:
     return bool(pt.is_string(kind) or pt.is_list(kind))
 
 

@@ -6,7 +6,7 @@ whose modules call `register`.
 """
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BeforeValidator, SerializeAsAny
@@ -23,7 +23,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "per_token": ("recsys.ranking.experts",),
     "ranker": ("recsys.ranking.models",),
     "retriever": ("recsys.retrieval.models",),
-    "item_tokenizer": ("recsys.retrieval.tokenizers",),
     "index": ("recsys.retrieval.catalogue",),
     "text_encoder": ("recsys.text",),
     "online_store": ("feature_store.online",),
@@ -48,12 +47,16 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         if field is None or field.default != name:
             raise ComponentError(f"{cls.__qualname__}.Config: expected the field `name: Literal[{name!r}] = {name!r}`")
         present = _registered[kind].get(name)
-        if present is not None and present.__module__ != cls.__module__:
-            raise ComponentError(f"{kind} {name!r} is registered twice: by {present.__module__} and {cls.__module__}")
+        if present is not None and _path(present) != _path(cls):  # a module that is loaded anew registers again
+            raise ComponentError(f"{kind} {name!r} is registered twice: by {_path(present)} and {_path(cls)}")
         _registered[kind][name] = cls
         return cls
 
     return decorate
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def names(kind: str) -> list[str]:
@@ -71,8 +74,10 @@ def get(kind: str, name: str) -> Any:
         raise ComponentError(unknown(kind, name, _registered[kind])) from None
 
 
-def load_plugins(packages: Iterable[str]) -> None:
+def load_plugins(packages: Sequence[str]) -> None:
     """Import the packages that register a user's own components."""
+    if not isinstance(packages, list | tuple) or not all(isinstance(package, str) for package in packages):
+        raise ConfigError(f"plugins: expected a list of package names, got {packages!r}")
     for package in packages:
         try:
             importlib.import_module(package)

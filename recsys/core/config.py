@@ -46,17 +46,26 @@ def parse(cls: type[C], data: Any, *, source: str, overrides: Sequence[str] = ()
         return validate(cls, data)
     except Problem as problem:
         key = ".".join(str(part) for part in problem.path)
-        blamed = next((o for o in overrides if key.startswith(o.split("=", 1)[0].strip())), None)
+        blamed = _blamed(problem.path, overrides)
         where = f"--set {blamed}" if blamed else source
         raise ConfigError(f"{where}: {key}: {problem.message}" if key else f"{where}: {problem.message}") from None
 
 
+def _blamed(path: Path_, overrides: Sequence[str]) -> str | None:
+    """The last override that set the key at ``path``, a section above it, or a key below it."""
+    for override in reversed(overrides):
+        parts = override.split("=", 1)[0].strip().split(".")
+        if all(part == str(key) for part, key in zip(parts, path, strict=False)) and path:
+            return override
+    return None
+
+
 def validate(cls: type[C], data: Any) -> C:
-    """Build ``cls`` from plain data, or raise the first `Problem` found."""
+    """Build ``cls`` from plain data, or raise the first `Problem` found; an unknown key before the absence of the key that it meant."""
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         path: Path_ = tuple(first["loc"])
         below = first.get("ctx", {}).get("error")
         if isinstance(below, Problem):

@@ -91,12 +91,14 @@ class FeatureSchema(Config):
         """``table`` with exactly these columns in this order, safely cast; further columns are dropped.
 
         Raises:
-            SchemaError: a column is absent, or its type cannot be cast without loss.
+            SchemaError: a column is absent or there twice, or its type cannot be cast without loss.
         """
         arrays = []
         for column in self.columns:
             if column.name not in table.column_names:
                 raise SchemaError(f"{what}: missing column: {unknown('column', column.name, table.column_names)}")
+            if (count := table.column_names.count(column.name)) > 1:
+                raise SchemaError(f"{what}: column {column.name!r}: expected it once, found it {count} times")
             values = table.column(column.name)
             try:
                 arrays.append(values if values.type == column.arrow else values.cast(column.arrow))

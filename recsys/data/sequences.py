@@ -247,6 +247,17 @@ class EvaluationSteps:
     def __len__(self) -> int:
         return len(self.event)
 
+    def take(self, places: np.ndarray) -> "EvaluationSteps":
+        """The steps at these places, int64, in their order."""
+        offsets = self.targets.offsets
+        return EvaluationSteps(
+            user_id=self.user_id.take(pa.array(places)),
+            request_time=self.request_time.take(pa.array(places)),
+            start=self.start[places],
+            event=self.event[places],
+            targets=_gather(self.targets.values, offsets[places], np.diff(offsets)[places]),
+        )
+
 
 def evaluation_steps(data: SequenceData, from_time: datetime, to_time: datetime | None = None) -> EvaluationSteps:
     """The steps with events in ``[from_time, to_time)``, to the last event where no end is given. Targets are in the order of the events.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an `Encoder` produces and a ranker consumes: tables, aligned sequences, dense columns and tasks. Holds no torch."""
 
-from functools import cached_property
 from typing import Self
 
 from pydantic import model_validator
@@ -55,12 +54,12 @@ class InputSpec(Config):
     dense: tuple[str, ...] = ()
     tasks: tuple[str, ...]
 
-    @cached_property
+    @property
     def bag_keys(self) -> tuple[str, ...]:
         """The keys of `RankingBatch.sparse`, in order."""
         return tuple(key for table in self.tables for key in table.bags)
 
-    @cached_property
+    @property
     def sequence_keys(self) -> tuple[str, ...]:
         """The keys of `RankingBatch.sequences`, in order."""
         return tuple(key for table in self.tables for key in table.sequences)

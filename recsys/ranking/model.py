@@ -60,7 +60,8 @@ class Ranker(nn.Module, ABC):
 
     def embed(self, batch: RankingBatch) -> Embedded:
         """Look the batch up in the tables."""
-        return self.tables(batch)
+        embedded: Embedded = self.tables(batch)
+        return embedded
 
     def score(self, embedded: Embedded, batch: RankingBatch) -> Tensor:
         """Logits ``[B, tasks]`` from looked-up embeddings; of the batch itself only the dense columns are read."""

@@ -15,7 +15,8 @@ def catalogue_cross_entropy(states_snd: Tensor, items_cnd: Tensor, targets: Tens
     """Mean cross-entropy of the targets in each slot, from raw inner products.
 
     The log-sum-exp is taken once for each state, however many targets share it. Its gradient is computed along with it, chunk by
-    chunk, so that memory is S·n·d + C·n·d instead of S·n·C; hence it can be differentiated only once.
+    chunk, so that memory is S·n·d + C·n·d instead of S·n·C; hence it can be differentiated only once. Computed in float32 at least,
+    also under autocast.
 
     Args:
         states_snd: ``[S, n, d]`` slot vectors of the states.
@@ -26,13 +27,14 @@ def catalogue_cross_entropy(states_snd: Tensor, items_cnd: Tensor, targets: Tens
     Returns:
         ``[n]``: the mean over targets for each slot; zero where M = 0.
     """
-    share = 1.0 / max(len(targets), 1)
-    weights = torch.bincount(of_target, minlength=len(states_snd)).to(states_snd.dtype) * share
-    differentiate = torch.is_grad_enabled() and (states_snd.requires_grad or items_cnd.requires_grad)
-    log_partition: Tensor = _WeightedLogPartition.apply(states_snd, items_cnd, weights, differentiate)
-    target_logit = (states_snd[of_target] * items_cnd[targets]).sum(-1)
-    loss: Tensor = log_partition - target_logit.sum(0) * share
-    return loss
+    with torch.autocast(states_snd.device.type, enabled=False):
+        states_snd, items_cnd = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (states_snd, items_cnd))
+        share = 1.0 / max(len(targets), 1)
+        weights = torch.bincount(of_target, minlength=len(states_snd)).to(states_snd.dtype) * share
+        differentiate = torch.is_grad_enabled() and (states_snd.requires_grad or items_cnd.requires_grad)
+        log_partition: Tensor = _WeightedLogPartition.apply(states_snd, items_cnd, weights, differentiate)
+        target_logit = (states_snd[of_target] * items_cnd[targets]).sum(-1)
+        return log_partition - target_logit.sum(0) * share
 
 
 class _WeightedLogPartition(torch.autograd.Function):

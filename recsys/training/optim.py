@@ -33,7 +33,7 @@ class HasFusedState(Protocol):
         ...
 
 
-class OptimizerConfig(Config):
+class DenseOptimizer(Config):
     """The optimizer of the dense parameters.
 
     Attributes:
@@ -53,6 +53,8 @@ class OptimizerConfig(Config):
     def _betas_belong_to_adam(self) -> Self:
         if self.betas is not None and self.name not in ("adam", "adamw"):
             raise ValueError(f"betas: {self.name} has none; they belong to adam and adamw")
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two values from 0 to below 1, got {self.betas}")
         return self
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -73,7 +75,7 @@ class OptimizerConfig(Config):
                 return torch.optim.RMSprop(groups, lr=self.learning_rate)
 
 
-class ScheduleConfig(Config):
+class Schedule(Config):
     """The learning rate over a run, as a factor on every optimizer's own rate, dense and fused.
 
     Attributes:
@@ -105,7 +107,7 @@ class Optimizers:
         model: its trainable parameters outside `HasFusedState` modules are dense. A model with fused tables only has no dense optimizer.
     """
 
-    def __init__(self, config: OptimizerConfig, model: nn.Module) -> None:
+    def __init__(self, config: DenseOptimizer, model: nn.Module) -> None:
         self._fused_modules = fused_modules(model)
         self.dense_parameters = dense_parameters(model, self._fused_modules.values())
         self._dense = config.build(self.dense_parameters) if self.dense_parameters else None

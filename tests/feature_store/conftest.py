@@ -45,7 +45,11 @@ REPO = {
                     "kind": "count",
                     "name": "good_web_200",
                     "window": 200,
-                    "where": [{"column": "rating", "op": ">", "value": 2}, {"column": "channel", "op": "==", "value": "web"}],
+                    "where": [
+                        {"column": "rating", "op": ">", "value": 2},
+                        {"column": "channel", "op": "==", "value": "web"},
+                        {"column": "rating", "op": "<", "value": 5},
+                    ],
                 },
                 {"kind": "mean", "name": "rating_mean", "column": "rating"},
                 {"kind": "mean", "name": "rating_mean_100", "column": "rating", "window": 100},

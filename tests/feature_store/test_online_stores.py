@@ -38,7 +38,7 @@ def test_the_shipped_stores_are_registered() -> None:
 
 
 def test_multi_get_keeps_order_and_answers_none(store: OnlineStore) -> None:
-    odd = {"": b"", "ü'\"\\ %": b"\x00\xff", "🙂": b"x" * 100_000}
+    odd = {"": b"", "a\0b": b"nul", "ü'\"\\ %": b"\x00\xff", "🙂": b"x" * 100_000}
     with store.transaction() as transaction:
         transaction.write("v", odd)
         transaction.write("other", {"a": b"other"})

@@ -189,17 +189,14 @@ def test_typed_times() -> None:
 
 
 def test_typed_times_that_do_not_fit() -> None:
-    with pytest.raises(SchemaError, match=r"expected a time in whole microseconds, got 2020-01-01.00:00:00.000000001"):
-        to_times(
-            column([1577836800_000000001], pl.Int64).with_values(pl.Series([1577836800_000000001]).cast(pl.Datetime("ns"))), TimeUnit.ISO
-        )
     with pytest.raises(SchemaError, match=r"expected numbers, got a column of type Datetime"):
         to_times(column([datetime(2020, 1, 1)]), TimeUnit.SECONDS)
     with pytest.raises(SchemaError, match=r"of numbers, the schema says the unit.*got a column of type Int64"):
         to_times(column([1]), TimeUnit.ISO)
-    with pytest.raises(SchemaError, match=r"in the years 1 to 9999 .* got 12020-01-01"):
-        to_times(
-            column([366 * 25 * 150 * 4 + 2_000_000], pl.Int32).with_values(pl.Series([3670793], dtype=pl.Int32).cast(pl.Date)), TimeUnit.ISO
-        )
+    ticks, far = column([1577836800_000000001]), column([3_670_793])
+    with pytest.raises(SchemaError, match=r"expected a time in whole microseconds, got 2020-01-01.00:00:00.000000001"):
+        to_times(ticks.with_values(ticks.values.cast(pl.Datetime("ns"))), TimeUnit.ISO)
+    with pytest.raises(SchemaError, match=r"in the years 1 to 9999 .* got \+12020-04-16"):
+        to_times(far.with_values(far.values.cast(pl.Int32).cast(pl.Date)), TimeUnit.ISO)
     with pytest.raises(SchemaError, match=r"in the unit 's', in the years 1 to 9999, got 881250949000"):
         to_times(column([881250949, 881250949000]), TimeUnit.SECONDS)

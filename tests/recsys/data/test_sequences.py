@@ -286,6 +286,21 @@ def test_a_second_is_one_step_also_where_times_are_finer_or_the_period_cuts_it()
     assert seen.values.tolist() == [0, 0, 1, 2]
 
 
+def test_taken_steps_are_those_steps() -> None:
+    data = SequenceData.from_events(table(random_events(12, 6, 20, 0.5)), rows_of)
+    steps = evaluation_steps(data, at(5))
+    places = np.array([7, 0, 3])
+    taken = steps.take(places)
+    assert len(taken) == 3
+    for place, one in zip(places, range(3), strict=True):
+        assert (taken.user_id[one], taken.request_time[one]) == (steps.user_id[int(place)], steps.request_time[int(place)])
+        ours, theirs = (s.targets.values[s.targets.offsets[i] : s.targets.offsets[i + 1]] for s, i in ((taken, one), (steps, place)))
+        assert ours.tolist() == theirs.tolist()
+    ((batch, seen),), ((whole, everything),) = histories(data, taken, 4, 100), histories(data, steps, 4, 100)
+    assert rows(batch) == [rows(whole)[place] for place in places]
+    assert np.diff(seen.offsets).tolist() == np.diff(everything.offsets)[places].tolist()
+
+
 def test_events_as_the_splits_order_them() -> None:
     """From raw interactions: all test events are targets, in the order of the split's own test part."""
     raw = table(random_events(11, 12, 30, 0.5))

@@ -96,6 +96,18 @@ def test_every_input_matters(build: Build, make_rows: Any, make_batch: Any) -> N
         assert not torch.equal(model(make_batch([rows[0] | {key: value}])), before), key
 
 
+def test_fields_are_those_of_the_spec(build: Build, spec: InputSpec, batch: RankingBatch) -> None:
+    model = build()
+    embedded = model.embed(batch)
+    fields = model.fields(embedded, batch)
+    assert fields.keys() == set(spec.fields)
+    assert {name: value.shape[1] for name, value in fields.items()} == model.widths
+    assert torch.equal(torch.cat([fields["age"], fields["popularity"]], 1), batch.dense)
+    assert torch.equal(fields["item"], embedded.sequences["item"].values())
+    assert torch.equal(fields["genres"], embedded.pooled["genres"])
+    assert torch.equal(fields["history"], model.histories[0](embedded.sequences))
+
+
 def test_predict_gives_probabilities_without_gradients(build: Build, batch: RankingBatch) -> None:
     model = build().eval()
     predicted = model.predict(batch)

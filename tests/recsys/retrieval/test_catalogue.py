@@ -184,7 +184,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     for table, message in (
         (forged, "digest is"),
         (pa.table([pa.array(["a", "a"]), honest["live"]], schema=honest.schema), "not a catalogue: ids: given twice"),
-        (honest.replace_schema_metadata({**honest.schema.metadata, "version": "x"}), "not a catalogue"),
+        (honest.replace_schema_metadata({**honest.schema.metadata, b"version": b"x"}), "not a catalogue"),
         (honest.replace_schema_metadata(None), "and a version"),
         (honest.rename_columns(["x", "live"]), "expected the columns"),
     ):

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One trainer for rankers and retrievers: epochs, schedule, early stopping, and a run that goes on where it was killed, bit for bit."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recsys.core.config import Config as BaseConfig
+from recsys.core.errors import ConfigError, RecsysError, unknown
+from recsys.data.loader import Loader
+from recsys.training.checkpoint import Checkpointing, Checkpoints
+from recsys.training.history import EpochRecord, History, TrainState
+from recsys.training.optim import DenseOptimizer, Optimizers, Schedule
+from recsys.training.preemption import Preempted, Sigterm
+from recsys.training.progress import RichProgress, TrainingProgress
+from recsys.training.randomness import random_state, set_random_state
+from recsys.training.tracking import JsonlTracker, NullTracker, Prefixed, Tracker
+
+__all__ = ["EpochRecord", "History", "Monitor", "NonFiniteError", "Preempted", "Trainer", "Validate"]
+
+Validate = Callable[[nn.Module], Mapping[str, float]]
+
+_OPERATIONAL = {"checkpoint", "log_every", "max_skipped"}  # what may change between two parts of a run without changing its course
+
+logger = logging.getLogger(__name__)
+
+
+class Trainable(Protocol):
+    """What the trainer asks of a model, besides being a module."""
+
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss, a scalar, and its detached parts by name."""
+        ...
+
+
+class NonFiniteError(RecsysError):
+    """The loss or the gradients were NaN or infinite too often."""
+
+
+class Monitor(BaseConfig):
+    """Which metric decides the best weights, and when to stop waiting for better ones.
+
+    Attributes:
+        metric: a name among what validation returns.
+        mode: whether more or less of it is better.
+        patience: stop after so many validations without improvement; None for never.
+    """
+
+    metric: str
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = Field(None, ge=1)
+
+    def better(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` improves on ``best``. NaN never does."""
+        if best is None or math.isnan(best):
+            return not math.isnan(value)
+        return value > best if self.mode == "max" else value < best
+
+
+class Trainer:
+    """Trains a model in ``run_dir``; a run that was interrupted there goes on, and one that was finished is loaded.
+
+    Everything that decides the course of the run is in its checkpoints: weights, the state of dense and fused optimizers, random
+    generators, the loader's cursor, step, best epoch and history. On one CPU thread a run that was killed anywhere and started again ends
+    with the same weights, state and history, bit for bit, as one that was not.
+
+    Args:
+        config: see `Config`.
+        run_dir: of this training alone: ``checkpoints/`` and ``metrics.jsonl`` stand there. Its last part is put before the names given to
+            ``tracker``, as in ``ranker/loss``.
+        tracker: records parameters and metrics, besides ``metrics.jsonl``.
+        progress: a bar in a terminal and a line for each epoch elsewhere, by default.
+        context: what else decides the course of the run and is fit for JSON, such as the seed and the data's fingerprint. To continue with
+            another one is an error.
+    """
+
+    class Config(BaseConfig):
+        """How to train.
+
+        Attributes:
+            epochs: at most how many.
+            optimizer: of the dense parameters; fused tables bring their own.
+            schedule: of all learning rates, dense and fused.
+            clip_norm: scale the dense gradients down to this global norm; None for no clipping.
+            precision: ``bf16`` runs the forward pass under autocast; ``auto`` is bf16 on a GPU with bf16 units, else fp32 (on a CPU
+                always fp32).
+            monitor: early stopping and best weights; None keeps the last weights.
+            validate_every: epochs between validations; the last epoch is always validated.
+            max_skipped: a step whose loss or gradient norm is not finite is left out; one more than this many is an error. Fused tables
+                take part in the backward pass, so only a loss that is not finite leaves them untouched.
+            log_every: steps between the records of a step's metrics.
+            checkpoint: how often to save.
+        """
+
+        epochs: int = Field(ge=1)
+        optimizer: DenseOptimizer = DenseOptimizer()
+        schedule: Schedule = Schedule()
+        clip_norm: float | None = Field(None, gt=0)
+        precision: Literal["auto", "fp32", "bf16"] = "auto"
+        monitor: Monitor | None = None
+        validate_every: int = Field(1, ge=1)
+        max_skipped: int = Field(10, ge=0)
+        log_every: int = Field(50, ge=1)
+        checkpoint: Checkpointing = Checkpointing()
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path | str,
+        tracker: Tracker | None = None,
+        progress: TrainingProgress | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.run_dir = Path(run_dir)
+        self.tracker = Prefixed(tracker or NullTracker(), self.run_dir.name)
+        self.metrics = JsonlTracker(self.run_dir / "metrics.jsonl")
+        self.progress = progress or RichProgress(self.run_dir.name)
+        self.context = dict(context or {})
+
+    def fit(self, model: nn.Module, loader: Loader[Any], validate: Validate | None = None) -> History:
+        """Train ``model`` in place; it ends in evaluation mode, with the best weights where there is a monitor.
+
+        Args:
+            model: with a method ``loss(batch) -> (scalar, parts)``, on its device.
+            loader: batches that have a length, with a resumable cursor.
+            validate: called after an epoch with the model in evaluation mode and gradients off; returns metrics.
+
+        Raises:
+            Preempted: SIGTERM came; the state was saved first.
+            NonFiniteError: too many steps were not finite.
+            CheckpointError: what ``run_dir`` holds is of another run, or damaged throughout.
+            ConfigError: the monitored metric is not among those that ``validate`` returns.
+        """
+        if self.config.monitor and validate is None:
+            raise ConfigError(f"monitor: {self.config.monitor.metric!r} is to be watched, but there is no validation")
+        run = _Run(self, model, loader, validate)
+        run.resume()
+        with Sigterm() as sigterm:
+            try:
+                while not run.state.finished:
+                    for _ in run.train_epoch():
+                        run.save_if(sigterm)
+                    run.end_epoch(sigterm)
+            finally:
+                run.close()
+        run.restore_best()
+        return run.state.history(self.config.epochs)
+
+
+class _Run:
+    """One call of `Trainer.fit`."""
+
+    def __init__(self, trainer: Trainer, model: nn.Module, loader: Loader[Any], validate: Validate | None) -> None:
+        self.trainer, self.config = trainer, trainer.config
+        self.model, self.loader, self.validate = model, loader, validate
+        self.loss = cast(Trainable, model).loss
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.bf16 = _use_bf16(self.config.precision, self.device)
+        self.optimizers = Optimizers(self.config.optimizer, model)
+        self.checkpoints = Checkpoints(trainer.run_dir / "checkpoints", self.config.checkpoint.keep, self._identity())
+        self.state = TrainState()
+        self.saved_at = time.monotonic()
+        self.logged = (0, time.monotonic())
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the course of the run, so that another one does not continue it by mistake."""
+        model_config = getattr(self.model, "config", None)
+        return {
+            "trainer": self.config.model_dump(mode="json", exclude=_OPERATIONAL),
+            "model": model_config.model_dump(mode="json") if isinstance(model_config, BaseConfig) else type(self.model).__qualname__,
+            "shapes": {name: list(parameter.shape) for name, parameter in self.model.named_parameters()},
+            "batches": len(self.loader),
+            "batch_size": getattr(self.loader, "batch_size", None),
+            "context": self.trainer.context,
+        }
+
+    def resume(self) -> None:
+        """Go to where the newest valid checkpoint stands, or to the beginning."""
+        found = self.checkpoints.latest()
+        if found is None:
+            self.loader.load_state_dict({"epoch": 0, "samples": 0})
+        else:
+            self.state = TrainState.from_dict(found.read("progress"))
+            self.model.load_state_dict(found.read("model"))
+            self.optimizers.load_state_dict(found.read("optimizers"))
+            self.loader.load_state_dict(found.read("loader"))
+            set_random_state(found.read("random"))
+            logger.info("%s: going on after step %d", found.directory, self.state.step)
+        self.trainer.metrics.rewind(self.state.step)
+        self.trainer.tracker.log_params({"trainer": self.config.model_dump(mode="json", exclude=_OPERATIONAL)})
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+            "random": random_state(),
+            "loader": self.loader.state_dict(),
+            "progress": self.state.as_dict(),
+        }
+        path = self.checkpoints.save(self.state.step, state, self.state.best_step)
+        self.saved_at = time.monotonic()
+        return path
+
+    def train_epoch(self) -> Iterator[None]:
+        """Train for what is left of the epoch, pausing after every step."""
+        self.model.train()
+        self.loader.set_epoch(self.state.epoch)
+        self.trainer.progress.start_epoch(self.state.epoch + 1, self.config.epochs, len(self.loader), self.state.batch)
+        for batch in self.loader:
+            loss = self._step(batch.to(self.device) if self.device.type != "cpu" else batch)
+            self.trainer.progress.advance(self.state.step, loss, len(batch))
+            yield
+
+    def _step(self, batch: Any) -> float:
+        """Forward, backward, update; returns the loss."""
+        factor = self.config.schedule.factor(self.state.step, self.config.epochs * len(self.loader))
+        self.optimizers.begin_step(factor)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss, parts = self.loss(batch)
+        self.state.step += 1
+        self.state.batch += 1
+        values = {"loss": float(loss.detach())} | {name: float(part) for name, part in parts.items()}
+        if not math.isfinite(values["loss"]):
+            self._skip("loss", values["loss"])
+            return values["loss"]
+        loss.backward()
+        norm = self.optimizers.gradient_norm()
+        if not math.isfinite(norm):
+            self._skip("gradient norm", norm)
+            return values["loss"]
+        if self.config.clip_norm is not None:
+            self.optimizers.clip(self.config.clip_norm, norm)
+        self.optimizers.step()
+        self.state.count(values)
+        if self.state.step % self.config.log_every == 0:
+            self._log(values | {"gradient_norm": norm, "learning_rate": self.config.optimizer.learning_rate * factor} | self._speed())
+        return values["loss"]
+
+    def _skip(self, what: str, value: float) -> None:
+        self.state.skipped += 1
+        logger.warning("step %d: the %s is %g: left out", self.state.step, what, value)
+        if self.state.skipped > self.config.max_skipped:
+            raise NonFiniteError(
+                f"step {self.state.step}: the {what} is {value:g}, as it was not finite in {self.state.skipped - 1} steps before "
+                f"(max_skipped is {self.config.max_skipped}); a lower learning rate, clip_norm or precision fp32 may help"
+            )
+
+    def save_if(self, sigterm: Sigterm) -> None:
+        """After a step: save and end if asked to, or save if it is time.
+
+        Not after the last step of an epoch: its validation comes first.
+        """
+        if sigterm.came:
+            self._preempt()
+        if self.state.batch < len(self.loader) and self._is_time():
+            self.save()
+
+    def _is_time(self) -> bool:
+        every = self.config.checkpoint
+        by_steps = every.every_steps is not None and self.state.step % every.every_steps == 0
+        return by_steps or (every.every_seconds is not None and time.monotonic() - self.saved_at >= every.every_seconds)
+
+    def _preempt(self) -> None:
+        path = self.save()
+        logger.warning("SIGTERM: saved %s; run again to go on", path)
+        raise Preempted(path)
+
+    def end_epoch(self, sigterm: Sigterm) -> None:
+        """Validate, decide whether this was the best or the last epoch, and save if so."""
+        state, config = self.state, self.config
+        last = state.epoch + 1 == config.epochs
+        validation = self._validate() if last or (state.epoch + 1) % config.validate_every == 0 else {}
+        record = state.end_epoch(validation)
+        improved = bool(validation) and self._judge(record)
+        patience = config.monitor.patience if config.monitor else None
+        state.finished = last or (patience is not None and state.since_best >= patience)
+        self.loader.set_epoch(state.epoch)
+        values = {f"train_{name}": value for name, value in record.train.items()} | record.validation
+        self._log(values | {"epoch": float(record.epoch)})
+        self.trainer.progress.end_epoch(values)
+        if sigterm.came:
+            self._preempt()
+        if improved or state.finished or self._is_time():
+            self.save()
+
+    def _validate(self) -> dict[str, float]:
+        if self.validate is None:
+            return {}
+        self.model.eval()
+        with torch.no_grad():
+            return {name: float(value) for name, value in self.validate(self.model).items()}
+
+    def _judge(self, record: EpochRecord) -> bool:
+        """Whether the newest record is the best."""
+        monitor, state = self.config.monitor, self.state
+        if monitor is None:
+            return False
+        if monitor.metric not in record.validation:
+            raise ConfigError(f"monitor.metric: {unknown('metric', monitor.metric, record.validation)}")
+        best = None if state.best is None else state.records[state.best].validation[monitor.metric]
+        improved = monitor.better(record.validation[monitor.metric], best)
+        if improved:
+            state.best, state.since_best = len(state.records) - 1, 0
+        else:
+            state.since_best += 1
+        return improved
+
+    def restore_best(self) -> None:
+        """Put the best weights into the model, which may have trained on since."""
+        best = self.state.best_step
+        if best is not None and best != self.state.step:
+            self.model.load_state_dict(self.checkpoints.at(best).read("model"))
+        self.model.eval()
+
+    def close(self) -> None:
+        """Leave nothing behind that outlives the run: no bar, no gradients, no decayed learning rate."""
+        self.trainer.progress.close()
+        self.optimizers.begin_step(1.0)
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.trainer.metrics.log_metrics(values, self.state.step)
+        self.trainer.tracker.log_metrics(values, self.state.step)
+
+    def _speed(self) -> dict[str, float]:
+        (step, then), now = self.logged, time.monotonic()
+        self.logged = (self.state.step, now)
+        return {"steps_per_second": (self.state.step - step) / max(now - then, 1e-9)}
+
+
+def _use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to run the forward pass in bf16."""
+    if precision == "auto":
+        return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return precision == "bf16"
