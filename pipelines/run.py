@@ -248,7 +248,7 @@ def _finish(run: Run, prepared: Prepared, tracker: MLflowTracker) -> None:
     write_json(run.directory / "summary.json", summary)
     write_json(run.directory / "results.json", results)
     write_report(run.directory / "report.html", results)
-    tracker.log_metrics({f"{group}.{name}.{m}".replace("@", "_at_"): v for group, name, m, v in _flat(summary)}, step=0)
+    tracker.log_metrics({f"{group}.{name}.{metric}": value for group, name, metric, value in _flat(summary)}, step=0)
 
 
 def _flat(summary: dict[str, Any]) -> list[tuple[str, str, str, float]]:

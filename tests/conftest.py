@@ -5,14 +5,15 @@ import os
 import re
 from pathlib import Path
 
-# Before any test imports numpy or torch: two xdist workers on two cores must not each start a pool as wide as the machine.
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
 import pytest
+
+# Before any test imports numpy or torch: two xdist workers on two cores must not each start a pool as wide as the machine.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 TESTS = Path(__file__).parent
 INTERPRETER = TESTS / "kernels" / "interpreter"
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 ALLOWED = TESTS / "allowed_skips.txt"
 
 
@@ -20,14 +21,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """TRITON_INTERPRET holds for a whole process: with it, only the interpreter's tests are collected; without it, all others."""
     if collection_path.is_dir() and INTERPRETER.is_relative_to(collection_path) and collection_path != INTERPRETER:
         return None
-    interpreted = collection_path.is_relative_to(INTERPRETER)
-    return True if interpreted != (os.environ.get("TRITON_INTERPRET") == "1") else None
+    return True if collection_path.is_relative_to(INTERPRETER) != INTERPRETING else None
 
 
 def pytest_report_header() -> str:
     """Which of the two processes this is."""
-    on = os.environ.get("TRITON_INTERPRET") == "1"
-    return f"triton interpreter: {'only' if on else 'without'} {INTERPRETER.relative_to(TESTS.parent)} (TRITON_INTERPRET={'1' if on else 'unset'})"
+    return f"TRITON_INTERPRET=1 is {'set: only' if INTERPRETING else 'not set: all but'} {INTERPRETER.relative_to(TESTS.parent)}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

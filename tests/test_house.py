@@ -43,7 +43,8 @@ def short(files: list[Path]) -> list[str]:
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "DEVICE", "VENV", "TORCH_INDEX")}
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "DEVICE", "VENV", "TORCH_INDEX")
+    clean = {key: value for key, value in os.environ.items() if key not in outer}
     return subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
 
 
@@ -59,7 +60,8 @@ def test_the_walk_finds_the_project() -> None:
 
 
 def test_every_module_begins_with_its_licence() -> None:
-    assert short([file for file in MODULES if not file.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n")]) == []
+    licence = "# SPDX-License-Identifier: Apache-2.0\n"
+    assert short([file for file in MODULES if not file.read_text(encoding="utf-8").startswith(licence)]) == []
 
 
 def test_no_module_is_longer_than_the_limit() -> None:

@@ -2,6 +2,7 @@
 """Imports run downwards only, as docs/architecture.md draws it. Imports inside functions and under TYPE_CHECKING count."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,9 +75,9 @@ def _why_not(package: str, parts: tuple[str, ...], allowed: set[str], name: str)
         return f"{package} may import {', '.join(sorted(allowed)) or 'nothing of ours'}"
     if package == "recsys" and target[0] == "recsys" and len(parts) == 2:
         return "recsys/__init__.py imports nothing"
-    if package == "recsys" and target[0] == "recsys" and len(target) > 1 and parts[1] != target[1]:
-        if target[1] in LEVEL and parts[1] in LEVEL and LEVEL[target[1]] >= LEVEL[parts[1]]:
-            return f"recsys.{target[1]} does not stand below recsys.{parts[1]}"
+    own, other = (LEVEL.get(path[1]) if path[0] == "recsys" and len(path) > 1 else None for path in (parts, target))
+    if own is not None and other is not None and parts[1] != target[1] and other >= own:
+        return f"recsys.{target[1]} does not stand below recsys.{parts[1]}"
     return None
 
 
@@ -93,7 +94,7 @@ def test_every_package_of_recsys_has_its_level() -> None:
     assert packages - DATA_ONLY == set(LEVEL), "tests/test_imports.py and docs/architecture.md name the same packages"
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     order = next(line for line in page.splitlines() if line.startswith("core → data"))
-    drawn = [{name for name in LEVEL if name in step.replace("(", " ").replace(",", " ").replace(")", " ").split()} for step in order.split("→")]
+    drawn = [set(re.findall(r"\w+", step)) & set(LEVEL) for step in order.split("→")]
     assert drawn == list(LEVELS)
 
 

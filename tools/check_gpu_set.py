@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = "requirements/gpu.txt"
+REQUIREMENTS = "requirements/dev-gpu.txt"  # requirements/gpu.txt, and the pins for developers with it
 # Pins of the CPU set hold on a GPU as well, so that both run the same pure-Python packages.
 CONSTRAINTS = "requirements/constraints-cpu.txt"
 PIP = "pip>=24"
@@ -75,7 +75,8 @@ def describe(resolved: dict[str, dict[str, Any]]) -> None:
         print(f"  asks   {'; '.join(asks) or 'nothing of the others'}")
         print(f"  CUDA   {', '.join(sorted(majors)) or 'not declared'}")
     majors = cuda_majors([f"{name}=={item['metadata']['version']}" for name, item in resolved.items()])
-    print(f"\nthe GPU requirements fit together: {len(resolved)} distributions for Python {sys.version_info.major}.{sys.version_info.minor}")
+    python = ".".join(map(str, sys.version_info[:2]))
+    print(f"\nthe GPU requirements fit together: {len(resolved)} distributions for Python {python}")
     if len(majors) > 1:
         print(f"they bring the runtimes of CUDA {' and '.join(sorted(majors))} side by side, under different names")
 
@@ -100,8 +101,9 @@ def normalised(requirement: str) -> str:
 def write_constraints(resolved: dict[str, dict[str, Any]], file: Path) -> None:
     """Pin everything that was resolved, except this project itself."""
     pins = sorted(f"{name}=={item['metadata']['version']}" for name, item in resolved.items() if not item.get("is_direct"))
+    header = "# Resolved by `make check-gpu-set` from metadata; not installed on a machine with a GPU yet."
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("\n".join(["# Resolved by `make check-gpu-set` from metadata; not installed on a machine with a GPU yet.", *pins]) + "\n")
+    temporary.write_text("\n".join([header, *pins]) + "\n")
     temporary.replace(file)
 
 

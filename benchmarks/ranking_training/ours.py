@@ -10,9 +10,8 @@ from benchmarks.ranking_training.data import DENSE, FIELDS, ROWS, Rows
 from benchmarks.worker import serve
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, TableSpec
-from recsys.embedding.tables import EmbeddingTables
+from recsys.embedding.tables import EmbeddingTables, dense_parameters
 from recsys.ranking.models.tokenmixer_large import TokenMixerLarge
-from recsys.training.optim import dense_parameters
 
 CATEGORICAL = tuple(f"c{i}" for i in range(FIELDS))
 NUMERIC = tuple(f"d{i}" for i in range(DENSE))
@@ -32,7 +31,7 @@ def contestant() -> Contestant:
     """The model with Adam for what is dense."""
     torch.manual_seed(0)
     model = build()
-    optimizer = torch.optim.Adam(list(dense_parameters(model).values()), lr=1e-3)
+    optimizer = torch.optim.Adam(dense_parameters(model), lr=1e-3)
 
     def prepare(rows: Rows) -> RankingBatch:
         values = torch.from_numpy(np.ascontiguousarray(rows.categorical.T)).flatten()

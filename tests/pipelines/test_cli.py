@@ -70,7 +70,9 @@ def test_an_error_of_ours_is_one_line_and_status_2(verb: types.ModuleType, capsy
     assert capsys.readouterr().err == "recsys: quickstart.yaml: blocks: expected a number\n"
 
 
-def test_the_line_is_red_on_a_terminal_only(verb: types.ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_is_red_on_a_terminal_only(
+    verb: types.ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     cli.main(["nonsense"])

@@ -71,6 +71,7 @@ class SETRec(Retriever):
 
     Raises:
         ConfigError: ``items`` has no text or no collaborative vectors.
+        DataError: they do not have ``items.count`` rows.
     """
 
     class Config(TransformerConfig):
@@ -226,7 +227,7 @@ def alignment(collaborative: Tensor, histories: SequenceBatch) -> float:
     """
     present = collaborative.abs().sum(1) > 0
     centred = F.normalize(collaborative - collaborative[present].mean(0), dim=1)
-    rows = torch.repeat_interleave(torch.arange(len(histories)), histories.lengths)
+    rows = torch.repeat_interleave(torch.arange(len(histories), device=histories.items.device), histories.lengths)
     left, right = histories.items[:-1], histories.items[1:]
     pairs = (rows[:-1] == rows[1:]) & present[left] & present[right]
     if not bool(pairs.any()):
@@ -241,4 +242,7 @@ def _features(items: ItemTable) -> tuple[Tensor, Tensor]:
         raise ConfigError("setrec: items.text: expected text embeddings of the items, got None (recsys.text encodes them)")
     if items.collaborative is None:
         raise ConfigError("setrec: items.collaborative: expected vectors of a collaborative model, got None (train a sasrec first)")
+    for name, rows in (("warm", items.warm), ("text", items.text), ("collaborative", items.collaborative)):
+        if len(rows) != items.count:
+            raise DataError(f"setrec: items.{name}: expected count={items.count} rows, got {len(rows)}")
     return items.text.detach().clone(), items.collaborative.detach() * items.warm.bool()[:, None]

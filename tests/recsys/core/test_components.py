@@ -21,12 +21,12 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(components, "_registered", {"mixer": {}, "ranker": {}})
 
 
-def mixer(name: str, module: str = __name__) -> Any:
-    """A class that could be registered as ``name``."""
+def mixer(named: str, module: str = __name__) -> Any:
+    """A class that could be registered as ``named``."""
 
     class Mixer:
         class Config(Config):
-            name: Literal["fourier", "shuffle"] = name
+            name: Literal["fourier", "shuffle"] = named  # type: ignore[assignment]
             width: int
             depth: int = 1
 

@@ -33,7 +33,7 @@ class Recipe(Config):
     seed: int = 0
     model: Model
     other: Model | None = None
-    named: dict[str, Table] = {}
+    named: dict[str, Table] = Field(default_factory=dict)
     plugins: tuple[str, ...] = ()
 
 
@@ -183,7 +183,7 @@ def test_a_recipe_that_is_not_a_mapping(tmp_path: Path, content: str) -> None:
 def test_a_recipe_that_is_not_yaml(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("seed: [1\n")
-    with pytest.raises(ConfigError, match=rf"{file}: not valid YAML: .*line 2"):
+    with pytest.raises(ConfigError, match=rf"{file}: not valid YAML: [^|]*line 2"):
         read_recipe(str(file))
 
 
@@ -208,13 +208,13 @@ def test_every_shipped_recipe_is_a_mapping() -> None:
         assert isinstance(data, dict) and source == f"{name}.yaml"
 
 
-@pytest.mark.parametrize(("plugins", "message"), [("mine", "got 'mine'"), ("[1]", r"got \[1\]"), ("", "got None"), ("{a: 1}", "expected a list")])
-def test_plugins_that_are_not_a_list_of_names(tmp_path: Path, plugins: str, message: str) -> None:
+@pytest.mark.parametrize(("plugins", "shown"), [("mine", "'mine'"), ("[1]", "[1]"), ("", "None"), ("{a: 1}", "{'a': 1}")])
+def test_plugins_that_are_not_a_list_of_names(tmp_path: Path, plugins: str, shown: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(f"model: {{blocks: 2}}\nplugins: {plugins}\n")
-    with pytest.raises(ConfigError, match=f"plugins: expected a list of package names, got .*|{message}") as caught:
+    with pytest.raises(ConfigError) as caught:
         load_recipe(Recipe, str(file))
-    assert "expected a list of package names" in str(caught.value)
+    assert str(caught.value) == f"plugins: expected a list of package names, got {shown}"
 
 
 def test_nearest() -> None:

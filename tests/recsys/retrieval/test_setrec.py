@@ -294,6 +294,12 @@ def test_missing_features_are_named(missing):
         build(items=ItemTable(N, items.warm, **fields))
 
 
+def test_features_must_have_a_row_for_each_item():
+    items = item_table()
+    with pytest.raises(DataError, match=r"items\.collaborative: expected count=12 rows, got 11"):
+        build(items=ItemTable(N, items.warm, items.text, items.collaborative[1:]))
+
+
 def test_another_catalogue_must_have_features_of_the_same_width():
     items = item_table()
     with pytest.raises(DataError, match=r"items\.text: expected 7 columns as in training, got 6"):

@@ -56,3 +56,15 @@ def test_no_targets_is_no_loss():
     assert loss.tolist() == [0.0, 0.0, 0.0]
     loss.sum().backward()
     assert e.grad.abs().max() == 0
+
+
+def test_computes_in_float32_under_autocast():
+    s, e, targets, of_target = example(dtype=torch.float32)
+    expected = catalogue_cross_entropy(s, e, targets, of_target)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = catalogue_cross_entropy(s, e, targets, of_target)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    half = catalogue_cross_entropy(s.bfloat16(), e.bfloat16(), targets, of_target)
+    assert half.dtype == torch.float32
+    half.sum().backward()
+    assert s.grad.isfinite().all()

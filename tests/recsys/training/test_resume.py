@@ -12,7 +12,7 @@ import pytest
 WORKER = Path(__file__).with_name("kill_worker.py")
 ROOT = Path(__file__).parents[3]
 
-# 5 steps an epoch, 4 epochs, a checkpoint every 2 steps and one where validation improves.
+# 5 steps an epoch, a checkpoint every 2 steps and one where validation improves. Epoch 2 is the best, so patience ends the run after 4.
 POINTS = [
     "kill:step:1",  # before there is any checkpoint
     "kill:step:4",
@@ -66,3 +66,4 @@ def test_the_run_shows_what_it_is_to_show(runs: dict[str, dict]) -> None:
     whole = runs["whole"]["result"]
     assert {"model.safetensors", "optimizers.safetensors", "random.safetensors", "loader.json", "progress.json"} <= whole["files"].keys()
     assert [row["step"] for row in whole["rows"]] == [5, 10, 15, 20]
+    assert whole["best"] == 2
