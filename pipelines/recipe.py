@@ -60,7 +60,7 @@ class Lists(Config):
         betas: the weights of SETRec's semantic slots among which the validation period chooses.
         validation_steps: how many steps of the validation period, drawn by seed, the choice of λ looks at.
         history_feature: the user feature with the last item ids.
-        seen_feature: the user feature with the ids not to be recommended again.
+        seen_feature: the feature of the service ``seen`` with the ids not to be recommended again.
     """
 
     candidates: int = Field(100, ge=1)

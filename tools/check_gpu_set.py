@@ -47,7 +47,7 @@ def new_pip(folder: Path) -> list[str]:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", PIP], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-qq", PIP], check=True)
     return [str(python), "-m", "pip"]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_store.definitions import FeatureRepo
 from feature_store.offline import OfflineReader
 from pipelines.recipe import Recipe
 from recsys.core.errors import DataError
@@ -28,6 +29,7 @@ class Prepared:
         dataset: canonical tables.
         split: the times at which validation and test begin.
         events: the interactions, ordered by user, second and, inside a second, by seed; with ``step`` and ``position``.
+        features: the definitions.
         tables: what the feature store reads, by the names that its sources use.
         reader: features as of a point in time.
     """
@@ -35,6 +37,7 @@ class Prepared:
     dataset: Dataset
     split: TimeSplit
     events: pa.Table
+    features: FeatureRepo
     tables: dict[str, pa.Table]
     reader: OfflineReader
 
@@ -84,7 +87,7 @@ def prepare(recipe: Recipe) -> Prepared:
     for source in recipe.features.sources:
         if source.table not in tables:
             raise DataError(f"features: source {source.name!r} reads table {source.table!r}, but {dataset.name} has {', '.join(tables)}")
-    prepared = Prepared(dataset, split, events, tables, OfflineReader(recipe.features, tables))
+    prepared = Prepared(dataset, split, events, recipe.features, tables, OfflineReader(recipe.features, tables))
     for part in PARTS:
         if not prepared.parts[part].num_rows:
             raise DataError(f"split: the {part} period has no events")

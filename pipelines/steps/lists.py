@@ -12,7 +12,7 @@ from recsys.data.sequences import EvaluationSteps
 from recsys.evaluation.metrics.ranking import ndcg_at
 from recsys.inference import rules
 from recsys.inference.explain import erasure_effects
-from recsys.inference.frame import USER_SERVICE
+from recsys.inference.frame import ITEM_SERVICE
 from recsys.inference.recommender import Candidates, Recommender, Users
 from recsys.training.progress import track
 
@@ -102,10 +102,10 @@ class _Edited:
 
     def __init__(self, prepared: Prepared, events: pa.Table) -> None:
         self._items = prepared.reader
-        self._users = OfflineReader(prepared.reader.repo, prepared.tables | {"interactions": events})
+        self._users = OfflineReader(prepared.features, prepared.tables | {"interactions": events})
 
     def read(self, service: str, spine: pa.Table) -> pa.Table:
-        return (self._users if service == USER_SERVICE else self._items).read(service, spine)
+        return (self._items if service == ITEM_SERVICE else self._users).read(service, spine)
 
 
 def _score(recommender: Recommender, users: Users, rows: np.ndarray) -> float:

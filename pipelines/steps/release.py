@@ -71,9 +71,8 @@ def online_recommender(bundle: Bundle, recipe: Recipe, prepared: Prepared, locat
     """Materialise the features of a bundle into its online store, and open the path on it as the server will."""
     path = location.online_store(bundle.manifest.feature_versions)
     path.parent.mkdir(parents=True, exist_ok=True)
-    store = SQLiteStore.open(path)
-    materialize(recipe.features, prepared.tables, store)
-    return Recommender(bundle, OnlineReader(recipe.features, store))
+    materialize(recipe.features, prepared.tables, SQLiteStore(SQLiteStore.Config(path=path)))
+    return Recommender(bundle, OnlineReader(recipe.features, SQLiteStore.open(path)))
 
 
 def parity(offline: Recommender, online: Recommender, steps: EvaluationSteps, seed: int) -> float:

@@ -46,7 +46,7 @@ class Settings(Config):
         rank_weight: λ in ``score = retriever's log-probability + λ · log P(label)``; 0 keeps the retriever's order.
         history_feature: the user feature that holds the last item ids, oldest first.
         history_columns: it and the lists aligned with it, as the encoder reads them.
-        seen_feature: the user feature that holds the ids not to be recommended again.
+        seen_feature: the feature of the service ``seen`` that holds the ids not to be recommended again.
         task: the ranker's task that enters the score.
     """
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 from recsys.core.schema import ITEM, REQUEST_TIME, TIME, USER
 from recsys.inference.features import FeatureReader
 
-USER_SERVICE, ITEM_SERVICE = "user", "item"
+USER_SERVICE, ITEM_SERVICE, SEEN_SERVICE = "user", "item", "seen"
 
 
 def spine(key: str, ids: pa.Array, request_time: pa.Array) -> pa.Table:
@@ -18,6 +18,11 @@ def spine(key: str, ids: pa.Array, request_time: pa.Array) -> pa.Table:
 def read_users(reader: FeatureReader, user_ids: pa.Array, request_time: pa.Array) -> pa.Table:
     """User features, one row for each request."""
     return reader.read(USER_SERVICE, spine(USER, user_ids, request_time))
+
+
+def read_seen(reader: FeatureReader, user_ids: pa.Array, request_time: pa.Array) -> pa.Table:
+    """What each user is not to be shown again. A service of its own: its lists are long, and no model reads them."""
+    return reader.read(SEEN_SERVICE, spine(USER, user_ids, request_time))
 
 
 def read_items(reader: FeatureReader, item_ids: pa.Array, request_time: pa.Array) -> pa.Table:

@@ -5,7 +5,7 @@ Evaluation, gates, parity checks and the server all call it; they differ in the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -98,13 +98,15 @@ class Recommender:
 
     def users(self, user_ids: Sequence[str] | pa.Array, at: pa.Array) -> Users:
         """Read the users' features, as known at ``at``."""
-        table = frame.read_users(self.features, pa.array(user_ids, pa.string()), at)
-        return self.users_from(table)
+        ids = pa.array(user_ids, pa.string())
+        seen = frame.read_seen(self.features, ids, at)
+        users = self.users_from(frame.read_users(self.features, ids, at))
+        return replace(users, seen=self._rows_of(seen, self.bundle.settings.seen_feature))
 
     def users_from(self, table: pa.Table) -> Users:
-        """Users from a table of user features that has been read already."""
-        settings = self.bundle.settings
-        return Users(table, self._rows_of(table, settings.history_feature), self._rows_of(table, settings.seen_feature))
+        """Users from a table of user features that has been read already; nothing is excluded for them."""
+        nothing = Jagged(np.empty(0, np.int64), np.zeros(table.num_rows + 1, np.int64))
+        return Users(table, self._rows_of(table, self.bundle.settings.history_feature), nothing)
 
     @torch.inference_mode()
     def retrieve(self, users: Users, count: int) -> Candidates:

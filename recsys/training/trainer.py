@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.core.config import Config as BaseConfig
-from recsys.core.errors import ConfigError, RecsysError, unknown
+from recsys.core.errors import ConfigError, DataError, RecsysError, unknown
 from recsys.data.loader import Loader
 from recsys.training.checkpoint import Checkpointing, Checkpoints
 from recsys.training.history import EpochRecord, History, TrainState
@@ -138,9 +138,12 @@ class Trainer:
             NonFiniteError: too many steps were not finite.
             CheckpointError: what ``run_dir`` holds is of another run, or damaged throughout.
             ConfigError: the monitored metric is not among those that ``validate`` returns.
+            DataError: the loader has no batch.
         """
         if self.config.monitor and validate is None:
             raise ConfigError(f"monitor: {self.config.monitor.metric!r} is to be watched, but there is no validation")
+        if len(loader) == 0:
+            raise DataError("loader: there is no batch to train on")
         run = _Run(self, model, loader, validate)
         run.resume()
         with Sigterm() as sigterm:
@@ -168,7 +171,6 @@ class _Run:
         self.checkpoints = Checkpoints(trainer.run_dir / "checkpoints", self.config.checkpoint.keep, self._identity())
         self.state = TrainState()
         self.saved_at = time.monotonic()
-        self.logged = (0, time.monotonic())
 
     def _identity(self) -> dict[str, Any]:
         """What decides the course of the run, so that another one does not continue it by mistake."""
@@ -194,6 +196,7 @@ class _Run:
             self.loader.load_state_dict(found.read("loader"))
             set_random_state(found.read("random"))
             logger.info("%s: going on after step %d", found.directory, self.state.step)
+        self.logged = (self.state.step, time.monotonic())
         self.trainer.metrics.rewind(self.state.step)
         self.trainer.tracker.log_params({"trainer": self.config.model_dump(mode="json", exclude=_OPERATIONAL)})
 
@@ -228,22 +231,23 @@ class _Run:
             loss, parts = self.loss(batch)
         self.state.step += 1
         self.state.batch += 1
-        values = {"loss": float(loss.detach())} | {name: float(part) for name, part in parts.items()}
-        if not math.isfinite(values["loss"]):
-            self._skip("loss", values["loss"])
-            return values["loss"]
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self._skip("loss", value)
+            return value
         loss.backward()
         norm = self.optimizers.gradient_norm()
         if not math.isfinite(norm):
             self._skip("gradient norm", norm)
-            return values["loss"]
+            return value
         if self.config.clip_norm is not None:
             self.optimizers.clip(self.config.clip_norm, norm)
         self.optimizers.step()
+        values = {"loss": value} | {name: float(part) for name, part in parts.items() if name != "loss"}
         self.state.count(values)
         if self.state.step % self.config.log_every == 0:
-            self._log(values | {"gradient_norm": norm, "learning_rate": self.config.optimizer.learning_rate * factor} | self._speed())
-        return values["loss"]
+            self._log_step(values, norm, factor)
+        return value
 
     def _skip(self, what: str, value: float) -> None:
         self.state.skipped += 1
@@ -330,10 +334,12 @@ class _Run:
         self.trainer.metrics.log_metrics(values, self.state.step)
         self.trainer.tracker.log_metrics(values, self.state.step)
 
-    def _speed(self) -> dict[str, float]:
+    def _log_step(self, values: dict[str, float], norm: float, factor: float) -> None:
         (step, then), now = self.logged, time.monotonic()
         self.logged = (self.state.step, now)
-        return {"steps_per_second": (self.state.step - step) / max(now - then, 1e-9)}
+        rate = {"learning_rate": self.config.optimizer.learning_rate * factor, "gradient_norm": norm}
+        speed = {"steps_per_second": (self.state.step - step) / max(now - then, 1e-9)}
+        self._log({f"batch_{name}": value for name, value in values.items()} | rate | speed)
 
 
 def _use_bf16(precision: str, device: torch.device) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from small import Small, make_loader, validate
+from small_model import Small, make_loader, validate
 
 from recsys.core.files import sha256_file, sha256_json
 from recsys.training import checkpoint
