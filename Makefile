@@ -20,7 +20,8 @@ OTHER_STAMP := $(VENV)/.stamp-$(if $(filter cpu,$(DEVICE)),gpu,cpu)
 RECIPE := pyproject.toml $(CONSTRAINTS) requirements/$(DEVICE).txt $(wildcard vendor/*/pyproject.toml)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-INTERPRETER := tests/kernels/interpreter
+# One file, so its tests are shared out one by one.
+INTERPRETER := --dist load tests/kernels/interpreter
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev run serve test test-all lint bench peers check-gpu-set clean

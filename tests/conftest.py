@@ -4,6 +4,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,3 +82,32 @@ class SkipGate:
         names = {report.nodeid, re.sub(r"\[.*\]$", "", report.nodeid)}
         if not any(node in names and part in reason for node, part in self.allowed):
             self.unlisted.append(f"{report.nodeid} | {reason}")
+
+
+TINY = (
+    "dataset={name: synthetic}",
+    "text.encoder={name: hashing}",
+    "ranker.training.trainer.epochs=2",
+    "ranker.training.batch_size=256",
+    "collaborative.training.trainer.epochs=4",
+    "retriever.training.trainer.epochs=4",
+    "retriever.model.semantic_tokens=2",
+    "lists.candidates=20",
+    "lists.validation_steps=100",
+    "evaluation.resamples=100",
+    "evaluation.explained_users=5",
+    "gates=[{kind: bound, metric: ranking.tokenmixer_large.auc, at_least: 0.5}, {kind: against_champion, metric: list.ndcg@10, margin: 1.0}]",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The quickstart at a size for tests, on planted data, from raw events to a served champion."""
+    from rich.console import Console
+
+    from pipelines.recipe import Recipe
+    from pipelines.run import execute
+    from recsys.core.config import load_recipe
+
+    recipe = load_recipe(Recipe, "quickstart", TINY)
+    return execute(recipe, tmp_path_factory.mktemp("home"), Console(quiet=True))

@@ -4,7 +4,7 @@
 import argparse
 import json
 
-from pipelines.doctor.examine import examine, parts
+from pipelines.doctor.examine import PARTS, examine
 from pipelines.doctor.show import show
 
 
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     description = "Try each library in a process of its own, and name the command that mends each problem."
     parser = argparse.ArgumentParser(prog="recsys doctor", description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--only", nargs="+", choices=parts(), default=[], metavar="PART", help=f"look at some of: {', '.join(parts())}")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[], metavar="PART", help=f"look at some of: {', '.join(PARTS)}")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that each library has (default %(default)g)")
     arguments = parser.parse_args(argv)
     report = examine(arguments.only, timeout=arguments.timeout)

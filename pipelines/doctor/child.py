@@ -44,7 +44,7 @@ def run_probe(name: str, *, timeout: float, environment: Mapping[str, str] | Non
         environment: variables to set for the child.
     """
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", _START, str(ROOT), name],
         env={**inherited, "PYTHONSAFEPATH": "1", **(environment or {})},
         stdin=subprocess.DEVNULL,
@@ -52,14 +52,12 @@ def run_probe(name: str, *, timeout: float, environment: Mapping[str, str] | Non
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-    )
-    try:
-        stdout, stderr = child.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return Outcome(error=f"no answer within {timeout:g} s (--timeout)")
-    finally:
-        child.kill()
-        child.wait()
+    ) as child:
+        try:
+            stdout, stderr = child.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return Outcome(error=f"no answer within {timeout:g} s (--timeout)")
     answer = next((line for line in reversed(stdout.splitlines()) if line.startswith(MARK)), None)
     if child.returncode == 0 and answer is not None:
         return Outcome(**json.loads(answer.removeprefix(MARK)))

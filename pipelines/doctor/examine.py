@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,6 +30,9 @@ from pipelines.doctor.supported import (
     reinstall,
     uninstall,
 )
+
+# What can be examined.
+PARTS = ("python", "packages", "compiler", *(library.name for library in SUPPORTED))
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,6 @@ class Report:
         return {"ok": self.ok, "device": self.device, "rows": [asdict(row) | {"state": row.state} for row in self.rows]}
 
 
-def parts() -> list[str]:
-    """The names of the parts that can be examined."""
-    return ["python", "packages", "compiler", *(library.name for library in SUPPORTED)]
-
-
 def examine(only: Collection[str] = (), *, timeout: float) -> Report:
     """Examine this environment.
 
@@ -88,9 +87,9 @@ def examine(only: Collection[str] = (), *, timeout: float) -> Report:
         timeout: seconds that each probe has.
     """
     device = environment_device()
-    checks: dict[str, Callable[[], Row]] = {"python": python, "packages": packages, "compiler": lambda: compiler(timeout)}
+    checks: dict[str, Callable[[], Row]] = {"python": python, "packages": packages, "compiler": partial(compiler, timeout)}
     for library in SUPPORTED:
-        checks[library.name] = lambda library=library: examine_library(library, device, timeout)  # type: ignore[misc]
+        checks[library.name] = partial(examine_library, library, device, timeout)
     chosen = [check for name, check in checks.items() if not only or name in only]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         return Report(device, list(pool.map(lambda check: check(), chosen)))

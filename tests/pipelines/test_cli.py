@@ -48,9 +48,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["promot"]) == 2
+    assert cli.main(["histroy"]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("recsys: unknown verb 'promot'; did you mean 'promote'?")
+    assert captured.out == "" and captured.err.startswith("recsys: unknown verb 'histroy'; did you mean 'history'?")
 
 
 def test_a_verb_gets_the_rest_of_the_line_and_gives_the_status(verb: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

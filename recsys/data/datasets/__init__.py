@@ -6,6 +6,7 @@ from recsys.data.dataset_schema import DatasetSchema
 from recsys.data.datasets.base import DatasetSource, load_dataset
 from recsys.data.datasets.ingested import Ingested
 from recsys.data.datasets.movielens_100k import MovieLens100K
+from recsys.data.datasets.synthetic import Synthetic
 
 __all__ = [
     "Dataset",
@@ -14,6 +15,7 @@ __all__ = [
     "IngestReport",
     "Ingested",
     "MovieLens100K",
+    "Synthetic",
     "TableCounts",
     "Treatment",
     "load_dataset",

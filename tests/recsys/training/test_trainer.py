@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from small_model import Small, data, make_loader, to_batch, validate
@@ -14,7 +17,9 @@ from torch import Tensor, nn
 
 from recsys.core.config import parse
 from recsys.core.errors import CheckpointError, ConfigError, DataError
-from recsys.data.loader import TableLoader
+from recsys.data.batch import RankingBatch, SequenceBatch
+from recsys.data.loader import ParquetLoader, TableLoader
+from recsys.data.sequences import SequenceData, SequenceLoader
 from recsys.training.checkpoint import Checkpointing
 from recsys.training.optim import DenseOptimizer, Schedule
 from recsys.training.progress import NoProgress
@@ -171,6 +176,57 @@ def test_an_error_in_between_does_not_change_the_outcome(tmp_path: Path, batches
     again = Small()
     assert trainer(tmp_path / "run", **often).fit(again, make_loader(), validate) == expected
     assert same(again.state_dict(), whole.state_dict())
+
+
+class Counting(nn.Module):
+    """Remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[int] = []
+        self.limit = 10**9
+
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        values = batch.targets if isinstance(batch, SequenceBatch) else batch.sparse.values()
+        if len(self.seen) + len(values) > self.limit:
+            raise RuntimeError("enough")
+        self.seen += values.tolist()
+        return (self.weight - values.float().mean()).square().sum(), {}
+
+
+def sequence_loader() -> SequenceLoader:
+    """60 events of 12 users, each item once."""
+    users = pa.array([f"u{i}" for i in range(12)])
+    order, times = np.arange(60), np.arange(60) * 1_000_000
+    return SequenceLoader(SequenceData(users, np.arange(0, 61, 5), order, order % 5, times), max_length=3, batch_size=4, seed=1)
+
+
+def parquet_loader(folder: Path) -> ParquetLoader[RankingBatch]:
+    folder.mkdir(exist_ok=True)
+    table = data(60).set_column(0, "item", pa.array(np.arange(60)))
+    pq.write_table(table, folder / "part.parquet", row_group_size=13)
+    return ParquetLoader(folder, to_batch, batch_size=8, seed=2, buffer_groups=2, prefetch=1)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "sequences"])
+@pytest.mark.parametrize("limit", [20, 59, 60, 90])
+def test_every_loader_gives_each_sample_once_an_epoch_whatever_happens(tmp_path: Path, kind: str, limit: int) -> None:
+    def loader() -> Any:
+        return sequence_loader() if kind == "sequences" else parquet_loader(tmp_path / "data")
+
+    often = {"epochs": 2, "checkpoint": Checkpointing(every_steps=1)}
+    whole = Counting()
+    trainer(tmp_path / "whole" / "run", **often).fit(whole, loader())
+    assert sorted(whole.seen[:60]) == sorted(whole.seen[60:]) == list(range(60)) and whole.seen[:60] != whole.seen[60:]
+    first, second = Counting(), Counting()
+    first.limit = limit
+    with pytest.raises(RuntimeError, match="enough"):
+        trainer(tmp_path / "run", **often).fit(first, loader())
+    trainer(tmp_path / "run", **often).fit(second, loader())
+    again = len(first.seen) + len(second.seen) - 120
+    assert 0 <= again <= 12, "at the end of an epoch there is no checkpoint, so its last batch may come again"
+    assert first.seen[: len(first.seen) - again] + second.seen == whole.seen
 
 
 def test_another_configuration_does_not_continue_the_run(tmp_path: Path) -> None:
