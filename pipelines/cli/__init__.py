@@ -15,7 +15,6 @@ VERBS = {
     "run": "run a recipe: from raw events to a promoted bundle, with a report",
     "ingest": "turn raw files into a data set, counting what was dropped",
     "serve": "answer requests over HTTP with the champion",
-    "promote": "make a bundle the champion, if its gates hold",
     "rollback": "make the previous champion the champion again",
     "history": "print the promotion log",
     "doctor": "say what is installed, whether it fits together, and how to mend what does not",

@@ -3,7 +3,6 @@
 
 import json
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +49,7 @@ class Manifest(Config):
     recipe: dict[str, Any]
     files: dict[str, FileEntry]
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """The bundle's content address: a hash over every field, and so over every file's hash."""
         return sha256_json(self.model_dump(mode="json"))

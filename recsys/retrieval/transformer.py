@@ -18,8 +18,7 @@ class TransformerConfig(Config):
         dim: width d of the residual stream.
         blocks: attention and feed-forward pairs.
         heads: attention heads; must divide ``dim``.
-        ffn_multiplier: hidden width of the feed-forward part, in units of ``dim``; 1 as in SASRec (wider cost time and gained nothing
-            on MovieLens).
+        ffn_multiplier: hidden width of the feed-forward part, in units of ``dim``; 1 as in SASRec.
         dropout: on the input and on what each sub-layer adds; attention weights are not dropped.
         max_length: the longest history L.
         init_std: of the normal distribution from which weights and embeddings are drawn.
