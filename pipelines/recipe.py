@@ -6,7 +6,7 @@ from pydantic import Field
 from feature_store.definitions import FeatureRepo
 from recsys.core.components import component_config
 from recsys.core.config import Config
-from recsys.data.encode import Encoder
+from recsys.data.encoding.config import EncoderConfig
 from recsys.registry.gates import Gate
 from recsys.training.trainer import Trainer
 
@@ -108,7 +108,7 @@ class Recipe(Config):
     dataset: component_config("dataset")  # type: ignore[valid-type]
     split: Split = Split()
     features: FeatureRepo
-    encoder: Encoder.Config
+    encoder: EncoderConfig
     ranker: RankerRecipe
     text: Text
     collaborative: RetrieverRecipe

@@ -21,6 +21,8 @@ from recsys.bundle.bundle import Bundle
 from recsys.bundle.environment import code_commit
 from recsys.core.errors import RecsysError
 from recsys.core.files import write_json
+from recsys.evaluation.bootstrap import paired_mean_difference
+from recsys.evaluation.metrics.ranking import ndcg_at
 from recsys.inference.recommender import Recommender
 from recsys.registry import Location, Registry
 from recsys.training.tracking import MLflowTracker, start_run
@@ -124,12 +126,12 @@ def _measure(
     online = release.online_recommender(bundle, recipe, prepared, run.location)
     intervals = measure.ranking_intervals(ours, ranking.labels, ranking.probabilities, users, evaluation, seed)
     intervals |= measure.retrieval_intervals(finder, retrieval.ranks, users, evaluation, seed)
-    places = {name: measure.ndcg_at(ranks, 10) for name, ranks in list_ranks.items()}
-    intervals["final_above_retriever"] = measure.mean_interval(places["final"], places["retriever"], users, evaluation, seed)
+    places = {name: ndcg_at(ranks, 10) for name, ranks in list_ranks.items()}
+    intervals["final_above_retriever.ndcg@10"] = measure.mean_interval(places["final"], places["retriever"], users, evaluation, seed)
     one_each = np.arange(len(deletions.top))
     for other in ("random", "last"):
         values = getattr(deletions, other)
-        intervals[f"top_event_above_{other}"] = measure.mean_interval(deletions.top, values, one_each, evaluation, seed)
+        intervals[f"top_event_above_{other}_event.fall"] = measure.mean_interval(deletions.top, values, one_each, evaluation, seed)
     run.results |= {
         "ranking": {
             "label": f"{recipe.encoder.tasks[0].feature} {recipe.encoder.tasks[0].threshold or ''}",
@@ -167,7 +169,7 @@ def _measure(
 
 
 def _effect(values: np.ndarray, clusters: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
-    interval = measure.paired_mean_difference(values, np.zeros_like(values), clusters, resamples=resamples, level=0.95, seed=seed)
+    interval = paired_mean_difference(values, np.zeros_like(values), clusters, resamples=resamples, level=0.95, seed=seed)
     return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
 
 

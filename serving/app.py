@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +22,7 @@ from serving.metrics import Metrics
 from serving.schemas import ErrorOut, ItemOut, ListOut, ModelOut, RankBody, ReasonOut, RecommendBody
 
 log = logging.getLogger("serving")
-_ERRORS = {code: {"model": ErrorOut} for code in (400, 422, 429, 503)}
+_ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorOut} for code in (400, 422, 429, 503)}
 
 
 class Rejected(Exception):

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 OURS, BASELINE, ACCENT = "#2563eb", "#9aa5b1", "#d97706"
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": GRID,
@@ -96,7 +96,7 @@ def intervals(rows: Sequence[Mapping[str, Any]]) -> str:
             colour = "#15803d" if row["low"] > 0 else ("#b91c1c" if row["high"] < 0 else ACCENT)
             axis.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
             axis.plot(row["estimate"], place, "o", color=colour, markersize=5)
-        axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axis.set_yticks(range(len(rows)), [row["name"].replace("_", " ") for row in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
         axis.set_title("Difference, with its 95% interval over users")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From predictions and ranks to the figures of a run, each with what it is compared with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,11 @@ from recsys.evaluation.metrics.normalized_entropy import normalized_entropy
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
 
 Segments = Mapping[str, np.ndarray]
+RANK_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "recall@10": partial(recall_at, k=10),
+    "recall@50": partial(recall_at, k=50),
+    "ndcg@10": partial(ndcg_at, k=10),
+}
 
 
 def ranking_metrics(labels: np.ndarray, probability: np.ndarray, users: np.ndarray, base_rate: float) -> dict[str, float | None]:
@@ -34,7 +40,7 @@ def ranking_metrics(labels: np.ndarray, probability: np.ndarray, users: np.ndarr
 
 def rank_metrics(ranks: np.ndarray) -> dict[str, float | None]:
     """Quality of ranks on one segment."""
-    values = {"recall@10": recall_at(ranks, 10), "recall@50": recall_at(ranks, 50), "ndcg@10": ndcg_at(ranks, 10)}
+    values = {name: measure(ranks) for name, measure in RANK_METRICS.items()}
     return {name: float(v.mean()) if len(v) else None for name, v in values.items()} | {"events": len(ranks)}
 
 
@@ -68,16 +74,17 @@ def ranking_intervals(
         level=evaluation.level,
         seed=seed,
     )
-    return {"ranker_above_logistic_regression": difference}
+    return {"ranker_above_logistic_regression.auc": difference}
 
 
 def retrieval_intervals(
     ours: str, ranks: Mapping[str, np.ndarray], users: np.ndarray, evaluation: Evaluation, seed: int
 ) -> dict[str, Interval]:
-    """Our Recall@10 less that of each other model, with paired intervals over users."""
+    """Our Recall@10, Recall@50 and NDCG@10 less those of each other model, with paired intervals over users."""
     return {
-        f"retriever_above_{name}": mean_interval(recall_at(ranks[ours], 10), recall_at(other, 10), users, evaluation, seed)
+        f"retriever_above_{name}.{metric}": mean_interval(measure(ranks[ours]), measure(other), users, evaluation, seed)
         for name, other in ranks.items()
+        for metric, measure in RANK_METRICS.items()
         if name != ours
     }
 

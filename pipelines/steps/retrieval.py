@@ -23,12 +23,14 @@ from recsys.retrieval.baselines import ItemKNN, Popularity
 from recsys.retrieval.catalogue import Catalogue, DenseIndex, check_pair
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
+from recsys.retrieval.models.setrec import SETRec
 from recsys.text import encode_cached, item_text
 from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
 
 _CHUNK = 256
 _VALIDATION_STEPS = 1000  # of the validation period, drawn by seed: enough to stop early by
+_DECAYS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of item-kNN: how much less an older event of the history counts
 Scorer = Callable[[SequenceBatch], np.ndarray]
 
 
@@ -88,7 +90,7 @@ def train_retrievers(recipe: Recipe, histories: Histories, text: Tensor, run_dir
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
     index = build_index(recipe, retriever, histories.catalogue)
     names = {recipe.retriever.model.name: retriever, recipe.collaborative.model.name: collaborative}
-    scorers = {name: model_scorer(model) for name, model in names.items()} | _baselines(histories)
+    scorers = {name: model_scorer(model) for name, model in names.items()} | _baselines(histories, recipe.seed)
     ranks = {name: event_ranks(scorer, histories.data, histories.test) for name, scorer in scorers.items()}
     curves = {recipe.collaborative.model.name: first, recipe.retriever.model.name: second}
     return RetrievalResult(items, collaborative, retriever, index, curves, ranks)
@@ -163,7 +165,7 @@ def _train(
 
 def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Histories, seed: int) -> None:
     """Set the weight of the semantic slots to the one with the best NDCG@10 on the validation period."""
-    if not hasattr(retriever, "set_beta"):
+    if not isinstance(retriever, SETRec):
         return
     steps = sample_steps(histories.valid, 2 * _VALIDATION_STEPS, seed + 1)
     quality = {}
@@ -173,8 +175,15 @@ def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Hist
     retriever.set_beta(max(betas, key=lambda beta: quality[beta]))
 
 
-def _baselines(histories: Histories) -> dict[str, Scorer]:
+def _baselines(histories: Histories, seed: int) -> dict[str, Scorer]:
+    """Popularity, and item-kNN over all neighbours with the decay that the validation period prefers."""
     count = histories.catalogue.snapshot().count
-    neighbours = ItemKNN(ItemKNN.Config()).fit(histories.train, count)
+    steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
+
+    def quality(model: ItemKNN) -> float:
+        return float(recall_at(event_ranks(model.scores, histories.data, steps), 10).mean())
+
+    tried = [ItemKNN(ItemKNN.Config(neighbours=count, decay=decay)).fit(histories.train, count) for decay in _DECAYS]
+    neighbours = max(tried, key=quality)
     popularity = Popularity(Popularity.Config()).fit(histories.train, count)
     return {"item_knn": neighbours.scores, "popularity": popularity.scores}

@@ -18,4 +18,5 @@ def combine(log_probability: np.ndarray, probability: np.ndarray, rank_weight: f
 def top(score: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
     """The places of the ``k`` best finite scores of one list, best first; equal scores in the order of their catalogue rows."""
     order = np.lexsort((rows, -score))
-    return order[np.isfinite(score[order])][:k]
+    best: np.ndarray = order[np.isfinite(score[order])][:k]
+    return best

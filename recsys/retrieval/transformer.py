@@ -109,7 +109,7 @@ class CausalTransformer(Transformer):
 
 
 class SetTransformer(Transformer):
-    """Histories whose items are sets of n tokens, and groups of n queries that read them (SETRec, section 3).
+    """Histories whose items are sets of n tokens, and groups of n queries that read them (SETRec).
 
     A token of item i sees all tokens of the items before i, and itself. Query k of a state that has seen p items sees all tokens of
     those p items, and itself; nothing sees a query. So queries and items attend in the same way, to a number of *seen* items and to

@@ -90,6 +90,9 @@ def test_cold_items_are_neither_scored_nor_trained():
     model.loss(batch_of(HISTORIES, TARGETS))[0].backward()
     touched = model.item.weight.grad.abs().sum(1) > 0
     assert touched.tolist() == [i not in COLD for i in range(N)]
+    with torch.no_grad():
+        model.item.weight.fill_(1.0)  # whatever a checkpoint holds
+    assert model.item_vectors()[list(COLD)].abs().max() == 0
 
 
 def test_a_cold_target_is_left_out_of_the_loss():

@@ -13,7 +13,7 @@ from recsys.retrieval.models import SETRec
 from recsys.retrieval.models.setrec import alignment
 
 N, COLD, D_TEXT, D_CF = 12, (3, 11), 7, 5
-HISTORIES = [[1, 2, 4], [], [5, 6, 7, 8, 9, 10], [0]]
+HISTORIES = [[1, 2, 4], [], [5, 6, 7, 8, 9, 10], [5]]  # item 5 twice: it is reconstructed once
 TARGETS = [(0, 0, 1), (0, 2, 4), (0, 2, 5), (2, 5, 10), (2, 5, 10), (1, 0, 6), (3, 1, 8)]
 
 
