@@ -29,7 +29,7 @@ from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
 
 _CHUNK = 256
-_VALIDATION_STEPS = 1000  # of the validation period, drawn by seed: enough to stop early by
+_VALIDATION_STEPS = 600  # of the validation period, drawn by seed: enough to stop early by
 _DECAYS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of item-kNN: how much less an older event of the history counts
 Scorer = Callable[[SequenceBatch], np.ndarray]
 
