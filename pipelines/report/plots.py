@@ -101,7 +101,7 @@ def intervals(rows: Sequence[Mapping[str, Any]]) -> str:
         axis.grid(axis="y", visible=False)
         axis.set_title("Difference, with its 95% interval over users")
 
-    return _svg(draw, columns=1, size=(7.2, 0.42 * len(rows) + 0.9))
+    return _svg(draw, columns=1, size=(7.2, 0.3 * len(rows) + 0.8))
 
 
 def deletion(effects: Mapping[str, Mapping[str, float]]) -> str:

@@ -54,6 +54,6 @@ def _pictures(results: Mapping[str, Any]) -> dict[str, str]:
         "calibration": plots.calibration(ranking["calibration"], LABELS, OURS),
         "retrieval": plots.bars(overall, ("recall@10", "recall@50", "ndcg@10"), OURS, LABELS),
         "curves": plots.curves(panels),
-        "intervals": plots.intervals(results["verdicts"]),
+        "intervals": plots.intervals([v for v in results["verdicts"] if not v["name"].endswith(".fall")]),
         "deletion": plots.deletion(results["explanations"]["effects"]),
     }

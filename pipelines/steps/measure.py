@@ -51,7 +51,7 @@ def by_segment(segments: Segments, measure: Any, *arrays: np.ndarray) -> dict[st
 
 def verdict(name: str, interval: Interval) -> dict[str, Any]:
     """A difference with its interval, as the report shows it."""
-    return {"name": name, "estimate": interval.estimate, "low": interval.low, "high": interval.high, "note": ""}
+    return {"name": name, "estimate": interval.estimate, "low": interval.low, "high": interval.high}
 
 
 def user_codes(user_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
