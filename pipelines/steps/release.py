@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From trained models to a registered bundle, and to the champion if the gates hold."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from recsys.inference.request import Request
 from recsys.registry import Event, GateResult, Location, Registry
 
 _PARITY_REQUESTS = 50
-_LATENCY_REQUESTS = 200
+_LATENCY_REQUESTS = 100
 _EXPLAINED_REQUESTS = 20
 
 
@@ -110,8 +111,9 @@ def _taken(online: Recommender, steps: EvaluationSteps, places: np.ndarray, k: i
 def release(
     recipe: Recipe, bundle: Bundle, run_dir: Path, location: Location, run_id: str, comparison: dict[str, Any] | None, expected: int | None
 ) -> Released:
-    """Save, register and, if every gate holds, promote."""
+    """Save, register and, if every gate holds, promote. What a resumed run had saved is written anew: only the registered copy counts."""
     registry = Registry(location)
+    shutil.rmtree(run_dir / "bundle", ignore_errors=True)
     manifest = bundle.save(run_dir / "bundle")
     version = registry.register(run_dir / "bundle", recipe.model, run_id)
     event, gates = registry.promote(recipe.model, version, gates=recipe.gates, comparison=comparison, expected=expected)

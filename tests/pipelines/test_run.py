@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole run: what it leaves behind, a second one beside the first, and one whose gates fail."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipelines.cli import main
+from pipelines.recipe import Recipe
+from pipelines.run import execute, promoted
+from recsys.core.config import load_recipe
+from recsys.registry import Location, PromotionLog
+
+SECOND = (
+    "dataset={name: synthetic}",
+    "text.encoder={name: hashing}",
+    "ranker.training.trainer.epochs=1",
+    "collaborative.training.trainer.epochs=1",
+    "retriever.training.trainer.epochs=1",
+    "lists.candidates=10",
+    "lists.validation_steps=50",
+    "evaluation.resamples=100",
+    "evaluation.explained_users=3",
+)
+
+
+@pytest.fixture
+def home(tiny_run, tmp_path: Path) -> Path:
+    """A copy of the registry that the first run left, so that a second run changes nothing for other tests."""
+    return Path(shutil.copytree(tiny_run.home, tmp_path / "home"))
+
+
+def test_the_summary_has_what_it_promises(tiny_run) -> None:
+    summary = json.loads((tiny_run.directory / "summary.json").read_text())
+    for model in ("tokenmixer_large", "logistic_regression", "base_rate"):
+        assert {"auc", "gauc", "logloss", "ne"} <= summary["ranking"][model].keys()
+    for model in ("setrec", "sasrec", "item_knn", "popularity"):
+        assert {"recall@10", "recall@50", "ndcg@10"} <= summary["retrieval"][model].keys()
+    for kind in ("final", "retriever"):
+        assert {"recall@10", "ndcg@10"} <= summary["list"][kind].keys()
+    assert {"version", "sha256", "gates"} <= summary["champion"].keys()
+    assert len(summary["served"]["known_user"]["items"]) == len(summary["served"]["new_user"]["items"]) == 10
+    assert summary["served"]["new_user"]["flags"] == ["new_user"]
+    assert summary["seconds"] > 0
+    assert summary["ranking"]["base_rate"]["auc"] == 0.5
+    assert summary["retrieval"]["setrec"]["recall@10"] > summary["retrieval"]["popularity"]["recall@10"]
+
+
+def test_offline_scores_are_the_served_ones(tiny_run) -> None:
+    assert tiny_run.results["parity"] < 1e-4
+
+
+def test_the_report_is_one_self_contained_file(tiny_run) -> None:
+    page = (tiny_run.directory / "report.html").read_text()
+    assert page.count("<svg") == 5
+    assert "src=" not in page
+    assert "<link" not in page
+    for words in ("TokenMixer-Large", "What was served", "brand-new-user", "Calibration", "Learning curves", "it was promoted"):
+        assert words.lower() in page.lower()
+
+
+def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    accept = "gates=[{kind: against_champion, metric: list.ndcg@10, margin: 1.0}]"
+    run = execute(load_recipe(Recipe, "quickstart", (*SECOND, accept)), home, Console(quiet=True))
+    (gate,) = run.results["champion"]["gates"]
+    assert promoted(run)
+    assert gate["gate"] == "champion:list.ndcg@10"
+    assert "difference" in gate["note"]
+    assert [e.to_version for e in PromotionLog(Location.under(home).log).events("recsys")] == [1, 2]
+    assert run.results["served"]["known_user"]["model"]["version"] == 2
+    assert main(["rollback", "--home", str(home), "--reason", "a test"]) == 0
+    assert main(["history", "--home", str(home), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [(line["action"], line["to_version"]) for line in lines] == [("promote", 1), ("promote", 2), ("rollback", 1)]
+
+
+def test_a_failed_gate_ends_with_status_1_and_a_report(home: Path) -> None:
+    refuse = "gates=[{kind: bound, metric: ranking.tokenmixer_large.auc, at_least: 0.999}]"
+    overrides = [part for override in (*SECOND, refuse) for part in ("--set", override)]
+    assert main(["run", "quickstart", "--home", str(home), *overrides]) == 1
+    log = PromotionLog(Location.under(home).log)
+    assert log.champion("recsys").to_version == 1
+    assert log.events("recsys")[-1].action == "refuse"
+    newest = max((home / "quickstart").iterdir())
+    assert "It was refused" in (newest / "report.html").read_text()
+
+
+def test_a_typo_in_an_override_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quickstart", "--set", "ranker.model.bloks=3"]) == 2
+    assert "did you mean 'blocks'" in capsys.readouterr().err
