@@ -6,12 +6,11 @@ Every kind is a function of the *counted* events of one entity at the request ti
 (t − w, t]. A static source counts as one event per entity that has always been known.
 """
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt
 
-from recsys.core.config import Config, Problem, validate
-from recsys.core.errors import unknown
+from recsys.core.config import Config, Problem, by_kind
 from recsys.core.schema import Column, Dtype, Kind
 
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -150,19 +149,8 @@ KINDS: dict[str, type[Config]] = {
 }
 
 
-def _by_kind(value: Any) -> Config:
-    """The feature that the key ``kind`` chooses. By hand, so that errors propose the keys of that kind only."""
-    if isinstance(value, Config):
-        return value
-    if not isinstance(value, dict) or "kind" not in value:
-        raise Problem((), f"expected a mapping with the key 'kind', one of {', '.join(KINDS)}; got {value!r}")
-    if value["kind"] not in KINDS:
-        raise Problem(("kind",), unknown("kind of feature", str(value["kind"]), KINDS))
-    return validate(KINDS[value["kind"]], value)
-
-
 AnyFeature: TypeAlias = Attribute | Count | Sum | Mean | LastN | Elapsed | Age
-Feature: TypeAlias = Annotated[AnyFeature, BeforeValidator(_by_kind)]
+Feature: TypeAlias = Annotated[AnyFeature, BeforeValidator(by_kind(KINDS, "kind of feature"))]
 
 
 def source_columns(features: tuple[AnyFeature, ...]) -> dict[str, Column]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from feature_store.online.base import OnlineStore, Snapshot, Transaction, ViewState
 from recsys.core.components import register
-from recsys.core.config import Config
+from recsys.core.config import Config as BaseConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _MemoryTransaction(_MemorySnapshot, Transaction):
 class MemoryStore(OnlineStore):
     """See the module."""
 
-    class Config(Config):
+    class Config(BaseConfig):
         """Nothing to configure."""
 
         name: Literal["memory"] = "memory"

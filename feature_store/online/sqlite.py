@@ -13,7 +13,7 @@ from typing import Literal
 
 from feature_store.online.base import FeatureStoreError, OnlineStore, Snapshot, Transaction, ViewState
 from recsys.core.components import register
-from recsys.core.config import Config
+from recsys.core.config import Config as BaseConfig
 
 FORMAT = 1
 BUSY_SECONDS = 30.0
@@ -73,7 +73,7 @@ class SQLiteStore(OnlineStore):
         FeatureStoreError: from every method, where the file is absent (when it is only to be read), damaged or locked for too long.
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         """Where the store is.
 
         Attributes:

@@ -4,7 +4,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cli._registry import open_registry, parser
+from pipelines.cli._registry import parser
+from recsys.registry.history import PromotionLog
+from recsys.registry.location import Location
 
 
 def main(argv: list[str]) -> int:
@@ -12,7 +14,7 @@ def main(argv: list[str]) -> int:
     options = parser("history", "Print the promotion log, the oldest event first.")
     options.add_argument("--json", action="store_true", help="one JSON line for each event, with its gates")
     arguments = options.parse_args(argv)
-    events = open_registry(arguments.home).log.events(arguments.name)
+    events = PromotionLog(Location.under(arguments.home).log).events(arguments.name)
     if arguments.json:
         for event in events:
             print(event.model_dump_json())

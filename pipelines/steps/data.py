@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +46,10 @@ class Prepared:
     def parts(self) -> dict[str, pa.Table]:
         """The events of ``train``, ``valid`` and ``test``, in their order."""
         return self.split.parts(self.events)
+
+    def context(self, seed: int) -> dict[str, Any]:
+        """What decides the course of a training besides its configuration: a checkpoint of another seed or data set is not continued."""
+        return {"seed": seed, "data": self.dataset.fingerprint()}
 
     @property
     def end(self) -> datetime:

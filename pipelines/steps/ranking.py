@@ -71,7 +71,7 @@ def build_frames(prepared: Prepared, folder: Path) -> Frames:
     return Frames(paths, tables)
 
 
-def train_ranker(recipe: Recipe, frames: Frames, run_dir: Path, tracker: Tracker) -> RankingResult:
+def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Path, tracker: Tracker) -> RankingResult:
     """Fit the encoder on train, train the ranker with early stopping on the validation period, and score the test period once."""
     encoder = Encoder.fit(recipe.encoder, frames.tables["train"])
     batches = {part: _encode(encoder, frames.tables[part]) for part in PARTS}
@@ -85,7 +85,8 @@ def train_ranker(recipe: Recipe, frames: Frames, run_dir: Path, tracker: Tracker
         labels = _labels(batches["valid"])
         return {"auc": auc(labels, predicted), "logloss": log_loss(labels, predicted)}
 
-    history = Trainer(training.trainer, run_dir, tracker=tracker).fit(ranker, loader, validate)
+    trainer = Trainer(training.trainer, run_dir, tracker=tracker, context=prepared.context(recipe.seed))
+    history = trainer.fit(ranker, loader, validate)
     labels = {part: _labels(batches[part]) for part in PARTS}
     base_rate = float(labels["train"].mean())
     probabilities = {

@@ -78,15 +78,18 @@ def text_vectors(recipe: Recipe, prepared: Prepared, cache: Path) -> Tensor:
     return torch.from_numpy(encode_cached(encoder, texts, cache))
 
 
-def train_retrievers(recipe: Recipe, histories: Histories, text: Tensor, run_dir: Path, tracker: Tracker) -> RetrievalResult:
+def train_retrievers(
+    recipe: Recipe, prepared: Prepared, histories: Histories, text: Tensor, run_dir: Path, tracker: Tracker
+) -> RetrievalResult:
     """Train the collaborative model, then the retriever on its item vectors; choose β on the validation period."""
+    context = prepared.context(recipe.seed)
     warm = torch.zeros(histories.catalogue.snapshot().count, dtype=torch.bool)
     warm[torch.from_numpy(np.unique(histories.train.items))] = True
     plain = ItemTable(count=len(warm), warm=warm)
-    collaborative, first = _train(recipe.collaborative, plain, histories, recipe.seed, run_dir / "collaborative", tracker)
+    collaborative, first = _train(recipe.collaborative, plain, histories, context, run_dir / "collaborative", tracker)
     assert isinstance(collaborative, SASRec)
     items = ItemTable(count=len(warm), warm=warm, text=text, collaborative=collaborative.collaborative_vectors())
-    retriever, second = _train(recipe.retriever, items, histories, recipe.seed, run_dir / "retriever", tracker)
+    retriever, second = _train(recipe.retriever, items, histories, context, run_dir / "retriever", tracker)
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
     index = build_index(recipe, retriever, histories.catalogue)
     names = {recipe.retriever.model.name: retriever, recipe.collaborative.model.name: collaborative}
@@ -147,8 +150,9 @@ def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSte
 
 
 def _train(
-    recipe: RetrieverRecipe, items: ItemTable, histories: Histories, seed: int, run_dir: Path, tracker: Tracker
+    recipe: RetrieverRecipe, items: ItemTable, histories: Histories, context: dict[str, Any], run_dir: Path, tracker: Tracker
 ) -> tuple[Retriever, History]:
+    seed: int = context["seed"]
     torch.manual_seed(seed)
     model: Retriever = components.get("retriever", recipe.model.name)(recipe.model, items)
     loader = SequenceLoader(histories.train, model.max_length, recipe.training.batch_size, seed)
@@ -159,7 +163,7 @@ def _train(
         ranks = event_ranks(model_scorer(module), histories.data, steps)
         return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
 
-    history = Trainer(recipe.training.trainer, run_dir, tracker=tracker).fit(model, loader, validate)
+    history = Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)
     return model.eval(), history
 
 

@@ -166,7 +166,7 @@ def _load_module(directory: Path, kind: str, inputs: Any) -> Any:
     cls = components.get(kind, stored["config"]["name"])
     module = cls(parse(cls.Config, stored["config"], source=str(directory / "config.json")), inputs)
     module.load_state_dict(load_file(directory / "model.safetensors"))
-    if stored["extra"]:
+    if kind == "retriever":
         module.load_extra_state(stored["extra"])
     return module.eval()
 

@@ -7,7 +7,7 @@ the class that it builds; a recipe chooses the component by its ``name`` (see `r
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +94,26 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for m in map(_model_in, typing.get_args(annotation)) if m is not None), None)
+
+
+def by_kind(kinds: Mapping[str, type["Config"]], what: str) -> Callable[[Any], "Config"]:
+    """A validator that lets the key ``kind`` choose the configuration, so that errors propose the keys of that kind only.
+
+    Args:
+        kinds: the configurations by their kind.
+        what: what they are, for errors.
+    """
+
+    def choose(value: Any) -> Config:
+        if isinstance(value, Config):
+            return value
+        if not isinstance(value, dict) or "kind" not in value:
+            raise Problem((), f"expected a mapping with the key 'kind', one of {', '.join(kinds)}; got {value!r}")
+        if value["kind"] not in kinds:
+            raise Problem(("kind",), unknown(what, str(value["kind"]), kinds))
+        return validate(kinds[value["kind"]], value)
+
+    return choose
 
 
 def recipe_names() -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recsys.core.errors import BundleError
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.state import SlotVectors
 
@@ -39,3 +40,8 @@ class Retriever(nn.Module, ABC):
     def extra_state(self) -> dict[str, Any]:
         """JSON-serialisable values, besides the weights and the config, that rebuild the model (none by default)."""
         return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` returned."""
+        if state:
+            raise BundleError(f"{type(self).__name__} has no extra state, but got {sorted(state)}")

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from recsys.core.components import register
-from recsys.core.config import Config
+from recsys.core.config import Config as BaseConfig
 from recsys.text.base import Progress, Vectors
 
 
@@ -16,7 +16,7 @@ from recsys.text.base import Progress, Vectors
 class HashingTextEncoder:
     """Hashed bags of words and word pairs through a seeded Gaussian projection; cosines approximate those of the bags."""
 
-    class Config(Config):
+    class Config(BaseConfig):
         """``dim``: width of the vectors. ``buckets``: of the hash. ``seed``: of the projection."""
 
         name: Literal["hashing"] = "hashing"

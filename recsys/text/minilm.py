@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from recsys.core.components import register
-from recsys.core.config import Config
+from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ComponentError
 from recsys.text.base import Progress, Vectors
 
@@ -28,7 +28,7 @@ class MiniLM:
         ComponentError: the extra is not installed.
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         """``batch_size``: texts in one forward. ``max_tokens``: longer texts are cut. ``device``: such as ``cpu``."""
 
         name: Literal["minilm"] = "minilm"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from recsys.core.components import register
-from recsys.core.config import Config
+from recsys.core.config import Config as BaseConfig
 from recsys.data.dataset import Dataset
 from recsys.data.ingest.store import read_dataset
 
@@ -14,7 +14,7 @@ from recsys.data.ingest.store import read_dataset
 class Ingested:
     """Reads a directory of ``recsys ingest`` and verifies its fingerprint."""
 
-    class Config(Config):
+    class Config(BaseConfig):
         """``path``: the directory."""
 
         name: Literal["ingested"] = "ingested"

@@ -20,7 +20,7 @@ from typing import Literal
 import polars as pl
 
 from recsys.core.components import register
-from recsys.core.config import Config
+from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import DataError
 from recsys.core.files import sha256_file
 from recsys.core.schema import Kind
@@ -75,7 +75,7 @@ class MovieLens100K:
     order within a second says nothing. Some films are listed under two ids; they are kept as the two items that the ratings name.
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         """``cache``: where the wheel is kept; by default ``$RECSYS_CACHE``, or ``~/.cache/recsys``."""
 
         name: Literal["movielens_100k"] = "movielens_100k"

@@ -9,7 +9,7 @@ import polars as pl
 from pydantic import Field
 
 from recsys.core.components import register
-from recsys.core.config import Config
+from recsys.core.config import Config as BaseConfig
 from recsys.core.schema import Kind
 from recsys.data.dataset import Dataset
 from recsys.data.dataset_schema import DatasetSchema, InteractionsSchema, ItemsSchema, SourceColumn, TimeColumn, TimeUnit, UsersSchema
@@ -47,7 +47,7 @@ class Synthetic:
     Users arrive one after another, so that a split by time leaves users whom training never saw. Some events share user and second.
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         """Sizes and ``seed``."""
 
         name: Literal["synthetic"] = "synthetic"

@@ -2,12 +2,11 @@
 """What each feature becomes: the configuration of an `Encoder`, as data."""
 
 from collections import Counter
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, model_validator
 
-from recsys.core.config import Config, Problem, validate
-from recsys.core.errors import unknown
+from recsys.core.config import Config, Problem, by_kind
 
 
 class Categorical(Config):
@@ -141,17 +140,6 @@ Feature = Categorical | Bag | Bucket | Dense | Sequence
 KINDS: dict[str, type[Config]] = {"categorical": Categorical, "bag": Bag, "bucket": Bucket, "dense": Dense, "sequence": Sequence}
 
 
-def _by_kind(value: Any) -> Config:
-    """The configuration that the key ``kind`` chooses. By hand, so that errors propose the keys of that kind only."""
-    if isinstance(value, Config):
-        return value
-    if not isinstance(value, dict) or "kind" not in value:
-        raise Problem((), f"expected a mapping with the key 'kind', one of {', '.join(KINDS)}; got {value!r}")
-    if value["kind"] not in KINDS:
-        raise Problem(("kind",), unknown("kind of feature", str(value["kind"]), KINDS))
-    return validate(KINDS[value["kind"]], value)
-
-
 class EncoderConfig(Config):
     """All inputs of a ranker, and its labels.
 
@@ -160,7 +148,7 @@ class EncoderConfig(Config):
         tasks: the labels, in the order of the columns of `RankingBatch.labels`.
     """
 
-    features: tuple[Annotated[Feature, BeforeValidator(_by_kind)], ...]
+    features: tuple[Annotated[Feature, BeforeValidator(by_kind(KINDS, "kind of feature"))], ...]
     tasks: tuple[Task, ...] = ()
 
     @model_validator(mode="after")
