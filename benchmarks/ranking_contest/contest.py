@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ranking_training.data import HELD_OUT, Planted, Rows, quality
+from benchmarks.ranking_contest.data import HELD_OUT, Planted, Rows, quality
 
 BATCH = 4096
 HELD_OUT_ROWS = 100_000

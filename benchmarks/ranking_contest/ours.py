@@ -5,8 +5,8 @@ import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.ranking_training.contest import Contestant
-from benchmarks.ranking_training.data import DENSE, FIELDS, ROWS, Rows
+from benchmarks.ranking_contest.contest import Contestant
+from benchmarks.ranking_contest.data import DENSE, FIELDS, ROWS, Rows
 from benchmarks.worker import serve
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, TableSpec

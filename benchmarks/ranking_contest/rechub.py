@@ -8,8 +8,8 @@ import torch
 from torch_rechub.basic.features import DenseFeature, SparseFeature
 from torch_rechub.models.ranking import DCNv2, DeepFM
 
-from benchmarks.ranking_training.contest import Contestant
-from benchmarks.ranking_training.data import DENSE, FIELDS, ROWS, Rows
+from benchmarks.ranking_contest.contest import Contestant
+from benchmarks.ranking_contest.data import DENSE, FIELDS, ROWS, Rows
 from benchmarks.worker import serve
 
 MLP = {"dims": [400, 400, 400], "dropout": 0.0, "activation": "relu"}

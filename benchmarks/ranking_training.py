@@ -16,7 +16,7 @@ from benchmarks.peers import python_of
 from benchmarks.worker import Worker
 from recsys.training.progress import track
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "ranking_contest"
 OURS, PEERS = "tokenmixer_large", ("rechub_dcnv2", "rechub_deepfm")
 THREADS = 2
 
