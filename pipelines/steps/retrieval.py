@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train SASRec and SETRec, and compare them with popularity and item-kNN over the whole catalogue."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,6 @@ def build_index(recipe: Recipe, retriever: Retriever, catalogue: Catalogue) -> D
 
 def model_hash(model: nn.Module) -> str:
     """A hash over all weights of a model, by which an index knows what its vectors come from."""
-    import hashlib
-
     digests = {k: hashlib.sha256(v.detach().contiguous().numpy().tobytes()).hexdigest() for k, v in model.state_dict().items()}
     return sha256_json(digests)
 

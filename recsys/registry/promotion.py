@@ -50,11 +50,15 @@ class Registry:
         Raises:
             BundleError: the bundle is incomplete or was changed.
         """
+        from mlflow.exceptions import MlflowException
+
         manifest = verify(directory)
         self._client.log_artifacts(run_id, str(directory), "bundle")
         try:
             self._client.get_registered_model(model)
-        except Exception:  # MLflow raises its own type for an unknown model, from a module that must stay lazily imported
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             self._client.create_registered_model(model)
         source = f"{self._client.get_run(run_id).info.artifact_uri}/bundle"
         version = self._client.create_model_version(model, source, run_id, tags={SHA_TAG: manifest.sha256})
