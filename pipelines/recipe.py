@@ -7,6 +7,7 @@ from feature_store.definitions import FeatureRepo
 from recsys.core.components import component_config
 from recsys.core.config import Config
 from recsys.data.encoding.config import EncoderConfig
+from recsys.data.windows import SequenceLoader
 from recsys.registry.gates import Gate
 from recsys.training.trainer import Trainer
 
@@ -33,9 +34,10 @@ class RankerRecipe(Config):
 
 
 class RetrieverRecipe(Config):
-    """A retriever and its training."""
+    """A retriever, how it sees histories in training, and its training."""
 
     model: component_config("retriever")  # type: ignore[valid-type]
+    windows: SequenceLoader.Config = SequenceLoader.Config()
     training: Training
 
 
@@ -76,7 +78,7 @@ class Evaluation(Config):
 
     resamples: int = Field(1000, ge=100)
     level: float = Field(0.95, gt=0, lt=1)
-    explained_users: int = Field(200, ge=1)
+    explained_requests: int = Field(200, ge=1)
 
 
 class Recipe(Config):

@@ -121,17 +121,16 @@ def _measure(
     served = lists.retrieve(offline, histories.test, "lists, test")
     list_ranks = {"final": lists.list_ranks(served, histories.test, weight), "retriever": lists.list_ranks(served, histories.test, 0.0)}
     run.say("testing the explanations")
-    deletions = lists.deletion_test(offline, prepared, histories.test, evaluation.explained_users, seed)
+    deletions = lists.deletion_test(offline, prepared, histories.test, evaluation.explained_requests, seed)
     run.say("comparing online with offline scores")
     online = release.online_recommender(bundle, recipe, prepared, run.location)
     intervals = measure.ranking_intervals(ours, ranking.labels, ranking.probabilities, users, evaluation, seed)
     intervals |= measure.retrieval_intervals(finder, retrieval.ranks, users, evaluation, seed)
     places = {name: ndcg_at(ranks, 10) for name, ranks in list_ranks.items()}
     intervals["final_above_retriever.ndcg@10"] = measure.mean_interval(places["final"], places["retriever"], users, evaluation, seed)
-    one_each = np.arange(len(deletions.top))
     for other in ("random", "last"):
         values = getattr(deletions, other)
-        intervals[f"top_event_above_{other}_event.fall"] = measure.mean_interval(deletions.top, values, one_each, evaluation, seed)
+        intervals[f"top_event_above_{other}_event.fall"] = measure.mean_interval(deletions.top, values, deletions.user, evaluation, seed)
     run.results |= {
         "ranking": {
             "label": f"{recipe.encoder.tasks[0].feature} {recipe.encoder.tasks[0].threshold or ''}",
@@ -153,9 +152,10 @@ def _measure(
             "rank_weight": weight,
         },
         "explanations": {
-            "users": len(deletions.top),
+            "requests": len(deletions.top),
+            "users": len(np.unique(deletions.user)),
             "effects": {
-                name: _effect(getattr(deletions, name), one_each, evaluation.resamples, seed) for name in ("top", "random", "last")
+                name: _effect(getattr(deletions, name), deletions.user, evaluation.resamples, seed) for name in ("top", "random", "last")
             },
         },
         "verdicts": [measure.verdict(name, interval) for name, interval in intervals.items()],

@@ -65,27 +65,37 @@ def choose_rank_weight(retrieved: Retrieved, steps: EvaluationSteps, weights: tu
 
 @dataclass(frozen=True)
 class Deletions:
-    """By how much the score of a served item falls when one event of the history is removed: float64 ``[users]`` for each choice."""
+    """By how much the score of a served item falls when one event of the history is removed: float64 ``[requests]`` for each choice.
 
+    Attributes:
+        user: the user of each request, as a number; intervals are taken over users.
+        top: the event that the explanation names first.
+        random: one drawn by seed.
+        last: the newest.
+    """
+
+    user: np.ndarray
     top: np.ndarray
     random: np.ndarray
     last: np.ndarray
 
 
-def deletion_test(recommender: Recommender, prepared: Prepared, steps: EvaluationSteps, users: int, seed: int) -> Deletions:
-    """Remove the top-attributed, a random and the last event for the first item of as many users, and score it again.
+def deletion_test(recommender: Recommender, prepared: Prepared, steps: EvaluationSteps, requests: int, seed: int) -> Deletions:
+    """Remove the top-attributed, a random and the last event for the first item of as many requests, and score it again.
+
+    First the last request of every user that has events enough, then further ones of the same users.
 
     The event is removed from the user's raw events, so that every feature of the user is computed anew without it, while the
     attribution only erased it from the history's lists.
     """
     random = np.random.default_rng(seed)
     effects: dict[str, list[float]] = {"top": [], "random": [], "last": []}
-    for place in track(_last_step_of_users(steps, users, random), "explanations"):
+    users: np.ndarray = steps.user_id.dictionary_encode().indices.to_numpy()
+    places = _explained(users, steps, requests, random)
+    for place in track(places, "explanations"):
         user, at = steps.user_id[place : place + 1], steps.request_time[place : place + 1]
         asked = recommender.users(user, at)
         length = int(asked.history.offsets[1])
-        if length < _SHORTEST:
-            continue
         ranked = recommender.rank(asked, recommender.retrieve(asked, recommender.bundle.settings.candidates))
         best = ranked.candidates.rows[:, [int(np.argmax(ranked.score[0]))]]
         attributed = erasure_effects(recommender, asked, 0, best[0])[:, 0]
@@ -94,7 +104,7 @@ def deletion_test(recommender: Recommender, prepared: Prepared, steps: Evaluatio
             kept = np.delete(np.arange(events.num_rows), events.num_rows - length + event)
             edited = Recommender(recommender.bundle, _Edited(prepared, events.take(pa.array(kept))))
             effects[name].append(float(ranked.score.max()) - _score(edited, edited.users(user, at), best))
-    return Deletions(**{name: np.array(values) for name, values in effects.items()})
+    return Deletions(user=users[places], **{name: np.array(values) for name, values in effects.items()})
 
 
 class _Edited:
@@ -112,8 +122,11 @@ def _score(recommender: Recommender, users: Users, rows: np.ndarray) -> float:
     return float(recommender.rank(users, recommender.score(users, rows)).score[0, 0])
 
 
-def _last_step_of_users(steps: EvaluationSteps, count: int, random: np.random.Generator) -> list[int]:
-    """The last step of up to ``count`` users, drawn by seed."""
-    codes = pa.array(steps.user_id).dictionary_encode().indices.to_numpy()
-    last = np.flatnonzero(np.append(codes[1:] != codes[:-1], True))
-    return sorted(random.permutation(last)[:count].tolist())
+def _explained(users: np.ndarray, steps: EvaluationSteps, count: int, random: np.random.Generator) -> list[int]:
+    """Up to ``count`` steps with at least `_SHORTEST` earlier events: the last of each user first, then others, drawn by seed."""
+    places = random.permutation(np.flatnonzero(steps.event - steps.start >= _SHORTEST))
+    newest_first = places[np.argsort(-places, kind="stable")]
+    _, first = np.unique(users[newest_first], return_index=True)
+    last = newest_first[first]
+    others = places[~np.isin(places, last)]
+    return sorted(np.concatenate([random.permutation(last), others])[:count].tolist())

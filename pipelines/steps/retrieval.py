@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from pipelines.recipe import Recipe, RetrieverRecipe
 from pipelines.steps.data import Prepared
 from recsys.core import components
+from recsys.core.errors import ConfigError
 from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
-from recsys.data.sequences import EvaluationSteps, Jagged, SequenceData, SequenceLoader, evaluation_steps, histories
+from recsys.data.jagged import Jagged
+from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_steps, histories
+from recsys.data.windows import SequenceLoader
 from recsys.evaluation.full_ranking import target_ranks
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
 from recsys.retrieval.base import Retriever
@@ -90,12 +93,14 @@ def train_retrievers(
     collaborative, first = _train(recipe.collaborative, plain, histories, context, run_dir / "collaborative", tracker)
     assert isinstance(collaborative, SASRec)
     items = ItemTable(count=len(warm), warm=warm, text=text, collaborative=collaborative.collaborative_vectors())
-    retriever, second = _train(recipe.retriever, items, histories, context, run_dir / "retriever", tracker)
+    retriever, second = _train(recipe.retriever, items, histories, context, run_dir / "retriever", tracker, collaborative)
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
     index = build_index(recipe, retriever, histories.catalogue)
     names = {recipe.retriever.model.name: retriever, recipe.collaborative.model.name: collaborative}
-    scorers = {name: model_scorer(model) for name, model in names.items()} | _baselines(histories, recipe.seed)
-    ranks = {name: event_ranks(scorer, histories.data, histories.test) for name, scorer in scorers.items()}
+    ranks = {name: event_ranks(model_scorer(model), histories.data, histories.test, model.max_length) for name, model in names.items()}
+    longest = max(model.max_length for model in names.values())
+    for name, scorer in _baselines(histories, recipe.seed, longest).items():
+        ranks[name] = event_ranks(scorer, histories.data, histories.test, longest)
     curves = {recipe.collaborative.model.name: first, recipe.retriever.model.name: second}
     return RetrievalResult(items, collaborative, retriever, index, curves, ranks)
 
@@ -130,7 +135,7 @@ def model_scorer(model: Retriever) -> Scorer:
     return score
 
 
-def event_ranks(scorer: Scorer, data: SequenceData, steps: EvaluationSteps, max_length: int = 50) -> np.ndarray:
+def event_ranks(scorer: Scorer, data: SequenceData, steps: EvaluationSteps, max_length: int) -> np.ndarray:
     """The rank of every target of every step among all items that the user has not seen: float64 ``[targets]``, 1 is best."""
     ranks, done = [], 0
     for batch, seen in histories(data, steps, max_length, _CHUNK):
@@ -149,17 +154,27 @@ def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSte
 
 
 def _train(
-    recipe: RetrieverRecipe, items: ItemTable, histories: Histories, context: dict[str, Any], run_dir: Path, tracker: Tracker
+    recipe: RetrieverRecipe,
+    items: ItemTable,
+    histories: Histories,
+    context: dict[str, Any],
+    run_dir: Path,
+    tracker: Tracker,
+    collaborative: SASRec | None = None,
 ) -> tuple[Retriever, History]:
     seed: int = context["seed"]
     torch.manual_seed(seed)
     model: Retriever = components.get("retriever", recipe.model.name)(recipe.model, items)
-    loader = SequenceLoader(histories.train, model.max_length, recipe.training.batch_size, seed)
+    if isinstance(model, SETRec) and model.config.warm_start:
+        if collaborative is None:
+            raise ConfigError("setrec: warm_start: there is no collaborative model to start from")
+        model.warm_start(collaborative)
+    loader = SequenceLoader(histories.train, model.max_length, recipe.training.batch_size, seed, config=recipe.windows)
     steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Retriever)
-        ranks = event_ranks(model_scorer(module), histories.data, steps)
+        ranks = event_ranks(model_scorer(module), histories.data, steps, module.max_length)
         return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
 
     history = Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)
@@ -174,17 +189,18 @@ def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Hist
     quality = {}
     for beta in betas:
         retriever.set_beta(beta)
-        quality[beta] = float(ndcg_at(event_ranks(model_scorer(retriever), histories.data, steps), 10).mean())
+        ranks = event_ranks(model_scorer(retriever), histories.data, steps, retriever.max_length)
+        quality[beta] = float(ndcg_at(ranks, 10).mean())
     retriever.set_beta(max(betas, key=lambda beta: quality[beta]))
 
 
-def _baselines(histories: Histories, seed: int) -> dict[str, Scorer]:
-    """Popularity, and item-kNN over all neighbours with the decay that the validation period prefers."""
+def _baselines(histories: Histories, seed: int, max_length: int) -> dict[str, Scorer]:
+    """Popularity, and item-kNN over all neighbours with the decay that the validation period prefers; they see what the models see."""
     count = histories.catalogue.snapshot().count
     steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
 
     def quality(model: ItemKNN) -> float:
-        return float(recall_at(event_ranks(model.scores, histories.data, steps), 10).mean())
+        return float(recall_at(event_ranks(model.scores, histories.data, steps, max_length), 10).mean())
 
     tried = [ItemKNN(ItemKNN.Config(neighbours=count, decay=decay)).fit(histories.train, count) for decay in _DECAYS]
     neighbours = max(tried, key=quality)

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.core.errors import CheckpointError, DataError, SchemaError, unknown
+from recsys.core.errors import DataError, SchemaError, unknown
+from recsys.data.cursor import Resumable
 from recsys.data.prefetch import prefetch
 
 Batch = TypeVar("Batch")
@@ -47,8 +48,8 @@ class Loader(Protocol[BatchOut]):
         ...
 
 
-class _BatchLoader(ABC, Generic[Batch]):
-    """The cursor, the transform and the prefetching that all loaders share. Subclasses give the rows of an epoch in order."""
+class _BatchLoader(Resumable, ABC, Generic[Batch]):
+    """The transform and the prefetching that loaders of tables share. Subclasses give the rows of an epoch in order."""
 
     def __init__(
         self,
@@ -65,44 +66,19 @@ class _BatchLoader(ABC, Generic[Batch]):
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if prefetch < 0:
             raise ValueError(f"prefetch: expected at least 0, got {prefetch}")
+        super().__init__(rows)
         self.rows = rows
         self.batch_size = batch_size
         self._transform = transform
         self._seed, self._shuffle, self._drop_last, self._prefetch = seed, shuffle, drop_last, prefetch
-        self._epoch = 0
-        self._samples = 0
-        self._resume = 0
 
     def __len__(self) -> int:
         """The number of batches of a whole epoch."""
         return self.rows // self.batch_size if self._drop_last else -(-self.rows // self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, and with it the order. The cursor goes back to 0 unless this is the current epoch already."""
-        if epoch != self._epoch:
-            self._epoch, self._samples, self._resume = epoch, 0, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """``{"epoch", "samples"}``: the samples of the epoch handed out so far."""
-        return {"epoch": self._epoch, "samples": self._samples}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to a saved cursor: the next iteration yields exactly the batches that were left.
-
-        Raises:
-            CheckpointError: not a cursor, or one beyond the rows that are there.
-        """
-        if set(state) != {"epoch", "samples"}:
-            raise CheckpointError(f"loader state: expected the keys epoch and samples, got {sorted(state)}")
-        if not 0 <= state["samples"] <= self.rows:
-            raise CheckpointError(f"loader state: {state['samples']} samples were consumed, but the data has {self.rows} rows")
-        self._epoch, self._samples, self._resume = state["epoch"], state["samples"], state["samples"]
-
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the current epoch, from its beginning, or right after `load_state_dict` from the loaded cursor."""
-        start, self._resume = self._resume, 0
-        self._samples = start
-        made = self._made(self._epoch, start)
+        made = self._made(self._epoch, self._begin())
         # The cursor moves here, where a batch is handed out, and not in the thread that prepares it.
         with closing(prefetch(made, self._prefetch) if self._prefetch else made) as batches:
             for rows, batch in batches:

@@ -1,34 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Histories: from ordered events to training windows, and to the states in which a period's events are predicted.
+"""Histories: ordered events by user, and the states in which a period's events are predicted.
 
 Events of one user in one second are one *step*: none of them predicts another, so the state that predicts an event has seen exactly
 the events of the earlier steps.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from recsys.core.errors import CheckpointError, DataError, unknown
+from recsys.core.errors import DataError, unknown
 from recsys.core.schema import EVENT_TIME, ITEM, TIME, USER
 from recsys.data.batch import SequenceBatch
+from recsys.data.jagged import Jagged, gather
 from recsys.data.splits import STEP
 
 _SECOND = 1_000_000  # microseconds
-
-
-class Jagged(NamedTuple):
-    """Lists of int64: list b holds ``values[offsets[b]:offsets[b + 1]]``."""
-
-    values: np.ndarray
-    offsets: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +91,7 @@ class SequenceData:
 
     def before(self, time: datetime) -> "SequenceData":
         """The events before ``time``; users stay, also those left without any."""
-        kept = self.times < _micros(time)
+        kept = self.times < microseconds(time)
         offsets = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
         return SequenceData(self.users, offsets, self.items[kept], self.steps[kept], self.times[kept])
 
@@ -111,119 +104,6 @@ def _check_order(codes: np.ndarray, steps: np.ndarray, times: np.ndarray, users:
     if wrong.any():
         user = users[int(codes[int(np.argmax(wrong))])].as_py()
         raise DataError(f"events: those of user {user!r} are not in the order of their seconds and steps: order_events gives it")
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """W windows: the history ``[start, start + length)`` and the targets ``[offsets[w], offsets[w + 1])`` of each."""
-
-    start: np.ndarray
-    length: np.ndarray
-    offsets: np.ndarray
-    targets: np.ndarray  # [M] events
-    position: np.ndarray  # [M] how many events of the window each target's state has seen
-
-
-def _cut(data: SequenceData, max_length: int, first_target: int | None) -> _Windows:
-    """Cut every user's events into windows, as `SequenceLoader` documents."""
-    targets = np.arange(len(data.items)) if first_target is None else np.flatnonzero(data.times >= first_target)
-    stride = max(1, max_length // 2)
-    seen, owner = data.seen[targets], data.owner[targets]
-    number = np.maximum(0, -(-(seen - max_length) // stride))  # ceil
-    new = np.ones(len(targets), bool)
-    new[1:] = (owner[1:] != owner[:-1]) | (number[1:] != number[:-1])
-    first = np.flatnonzero(new)
-    offsets = np.append(first, len(targets))
-    shift = number * stride
-    last = offsets[1:] - 1  # `seen` never falls within a user, so the last target of a window has the longest history
-    return _Windows(
-        start=(data.offsets[owner] + shift)[first],
-        length=(seen - shift)[last],
-        offsets=offsets,
-        targets=targets,
-        position=seen - shift,
-    )
-
-
-class SequenceLoader:
-    """Training batches in which every event is a target exactly once in an epoch.
-
-    With L = ``max_length`` and stride h = max(1, floor(L / 2)), window j of a user begins at event j · h. A target whose state has
-    seen s events belongs to window 0 where s <= L, and to window ceil((s - L) / h) otherwise. So window 0 has all its events as
-    targets, the first event from the empty history; a target of a later window is predicted from more than L / 2 events of context,
-    never more than L; and a window is cut off after the last event that one of its targets needs. A window without targets is left out.
-
-    The order of windows is a function of (seed, epoch), and the cursor counts windows, so a loader with a restored cursor goes on exactly
-    where the saved one stood, also in batches of another size. It is a `recsys.data.loader.Loader`.
-
-    Args:
-        data: the events of the training period (`SequenceData.before`).
-        max_length: L, the most events that a model sees.
-        batch_size: windows in a batch; the last batch of an epoch may be smaller.
-        seed: of the order.
-        first_target_time: events before it are history only.
-    """
-
-    def __init__(self, data: SequenceData, max_length: int, batch_size: int, seed: int, first_target_time: datetime | None = None) -> None:
-        _at_least_one(max_length=max_length, batch_size=batch_size)
-        self.data = data
-        self.batch_size = batch_size
-        self.seed = seed
-        self._windows = _cut(data, max_length, None if first_target_time is None else _micros(first_target_time))
-        self._epoch = 0
-        self._samples = 0
-        self._resume = 0
-
-    @property
-    def windows(self) -> int:
-        """The number of windows in an epoch."""
-        return len(self._windows.start)
-
-    def __len__(self) -> int:
-        """The number of batches in a whole epoch."""
-        return -(-self.windows // self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, and with it the order. The cursor goes back to 0 unless this is the current epoch already."""
-        if epoch != self._epoch:
-            self._epoch, self._samples, self._resume = epoch, 0, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """The cursor ``{"epoch", "samples"}``: the epoch, and how many windows of it have been handed out."""
-        return {"epoch": self._epoch, "samples": self._samples}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to a saved cursor: the next iteration yields exactly the batches that were left.
-
-        Raises:
-            CheckpointError: it is not a cursor of these data.
-        """
-        epoch, samples = state.get("epoch"), state.get("samples")
-        if not (isinstance(epoch, int) and epoch >= 0 and isinstance(samples, int) and 0 <= samples <= self.windows):
-            raise CheckpointError(f"cursor: expected epoch >= 0 and samples from 0 to {self.windows}, got {dict(state)!r}")
-        self._epoch, self._samples, self._resume = epoch, samples, samples
-
-    def __iter__(self) -> Iterator[SequenceBatch]:
-        """The batches of the current epoch, from its beginning, or right after `load_state_dict` from the loaded cursor."""
-        self._samples, self._resume = self._resume, 0
-        order = np.random.default_rng([self.seed, self._epoch]).permutation(self.windows)
-        for start in range(self._samples, self.windows, self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            self._samples = start + len(chosen)
-            yield self._batch(chosen)
-
-    def _batch(self, chosen: np.ndarray) -> SequenceBatch:
-        windows, items = self._windows, self.data.items
-        history = _gather(items, windows.start[chosen], windows.length[chosen])
-        counts = windows.offsets[chosen + 1] - windows.offsets[chosen]
-        targets = _ranges(windows.offsets[chosen], counts)
-        return SequenceBatch(
-            items=torch.from_numpy(history.values),
-            offsets=torch.from_numpy(history.offsets),
-            targets=torch.from_numpy(items[windows.targets[targets]]),
-            target_row=torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
-            target_position=torch.from_numpy(windows.position[targets]),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +135,7 @@ class EvaluationSteps:
             request_time=self.request_time.take(pa.array(places)),
             start=self.start[places],
             event=self.event[places],
-            targets=_gather(self.targets.values, offsets[places], np.diff(offsets)[places]),
+            targets=gather(self.targets.values, offsets[places], np.diff(offsets)[places]),
         )
 
 
@@ -264,9 +144,9 @@ def evaluation_steps(data: SequenceData, from_time: datetime, to_time: datetime 
 
     An earlier event of a second that ``from_time`` cuts is neither a target nor part of the step's history.
     """
-    chosen = data.times >= _micros(from_time)
+    chosen = data.times >= microseconds(from_time)
     if to_time is not None:
-        chosen &= data.times < _micros(to_time)
+        chosen &= data.times < microseconds(to_time)
     events = np.flatnonzero(chosen)
     start = data.offsets[data.owner[events]]
     event, first = np.unique(start + data.seen[events], return_index=True)  # ascending already: one entry for each step
@@ -296,33 +176,23 @@ def histories(data: SequenceData, steps: EvaluationSteps, max_length: int, chunk
     Raises:
         DataError: ``max_length`` or ``chunk`` is below 1.
     """
-    _at_least_one(max_length=max_length, chunk=chunk)
+    at_least_one(max_length=max_length, chunk=chunk)
     for begin in range(0, len(steps), chunk):
         start, event = steps.start[begin : begin + chunk], steps.event[begin : begin + chunk]
         length = np.minimum(event - start, max_length)
-        recent = _gather(data.items, event - length, length)
+        recent = gather(data.items, event - length, length)
         batch = SequenceBatch(items=torch.from_numpy(recent.values), offsets=torch.from_numpy(recent.offsets))
-        yield batch, _gather(data.items, start, event - start)
+        yield batch, gather(data.items, start, event - start)
 
 
-def _at_least_one(**values: int) -> None:
+def at_least_one(**values: int) -> None:
+    """Hold that each of the named values is at least 1."""
     for name, value in values.items():
         if value < 1:
             raise DataError(f"{name}: expected at least 1, got {value}")
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64 ``[Σ lengths]``: the integers ``starts[i]`` to ``starts[i] + lengths[i] - 1``, one range after another."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-
-
-def _gather(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Jagged:
-    """The slices ``values[starts[i]:starts[i] + lengths[i]]``."""
-    return Jagged(values[_ranges(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)]))
-
-
-def _micros(time: datetime) -> int:
+def microseconds(time: datetime) -> int:
     """Microseconds since 1970 of a time with a zone."""
     if time.tzinfo is None:
         raise DataError(f"time: expected a time with a zone, got {time.isoformat()}")

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from recsys.data.sequences import Jagged
+from recsys.data.jagged import Jagged
 
 Ties = Literal["average", "pessimistic", "optimistic", "random"]
 

@@ -16,7 +16,7 @@ from recsys.bundle.bundle import Bundle
 from recsys.core.schema import TIME
 from recsys.core.status import status_column
 from recsys.data.batch import SequenceBatch
-from recsys.data.sequences import Jagged
+from recsys.data.jagged import Jagged
 from recsys.inference import frame, rules
 from recsys.inference.explain import explain
 from recsys.inference.features import FeatureReader

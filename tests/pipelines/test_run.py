@@ -23,7 +23,7 @@ SECOND = (
     "lists.candidates=10",
     "lists.validation_steps=50",
     "evaluation.resamples=100",
-    "evaluation.explained_users=3",
+    "evaluation.explained_requests=3",
 )
 
 

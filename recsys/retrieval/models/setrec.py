@@ -14,6 +14,7 @@ from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.items import ItemTable
+from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy
 from recsys.retrieval.state import SlotVectors
@@ -64,7 +65,8 @@ class SETRec(Retriever):
     catalogue being tokenized anew in each step; slot weights w = [1 - beta, beta, … beta] when ranking. The masks are the intended
     ones, not those of the authors' code (which loses them in T5, and in Qwen under fused attention).
 
-    Differs from it: a small transformer of our own instead of a language model, hence no instruction text; a query group after every
+    Differs from it: a small transformer of our own instead of a language model, hence no instruction text; where the paper starts from
+    pretrained weights, `warm_start` takes those of the collaborative model; a query group after every
     prefix instead of one prefix for each sample, with equal results (see `SetTransformer`); a state that has seen nothing attends to
     itself. Items that are not warm have a zero collaborative vector, so that their collaborative term is the same for all of them,
     and stay out of the training softmax unless ``cold_in_softmax``: as negatives that are never positives they would be pushed down.
@@ -83,6 +85,7 @@ class SETRec(Retriever):
             reconstruction_weight: alpha.
             beta: the weight of each semantic slot; the collaborative slot has 1 - beta. To be chosen on validation data: `SETRec.set_beta`.
             cold_in_softmax: whether items that are not warm are candidates of the training softmax, as in the authors' code.
+            warm_start: whether the pipeline calls `SETRec.warm_start` with the collaborative model before training.
         """
 
         name: Literal["setrec"] = "setrec"
@@ -91,6 +94,7 @@ class SETRec(Retriever):
         reconstruction_weight: float = Field(default=0.7, ge=0.0)
         beta: float = Field(default=0.5, ge=0.0, le=1.0)
         cold_in_softmax: bool = False
+        warm_start: bool = False
 
     warm: Tensor
     text: Tensor
@@ -171,6 +175,25 @@ class SETRec(Retriever):
         if not 0.0 <= beta <= 1.0:
             raise ConfigError(f"beta: expected 0 to 1, got {beta!r}")
         self.beta = float(beta)
+
+    @torch.no_grad()
+    def warm_start(self, collaborative: SASRec) -> None:
+        """Begin where the collaborative model ended, as the paper begins with a pretrained language model.
+
+        Takes over its transformer; its space for the collaborative tokens (W = 1, b = 0); and its start token, which every query is
+        added to. The semantic tokens and what tells the queries apart stay as they were drawn.
+
+        Raises:
+            ConfigError: the two transformers have other sizes.
+        """
+        for field in ("dim", "blocks", "heads", "ffn_multiplier", "max_length"):
+            ours, theirs = getattr(self.config, field), getattr(collaborative.config, field)
+            if ours != theirs:
+                raise ConfigError(f"setrec: warm_start: {field}: expected {theirs} as in the collaborative model, got {ours}")
+        self.transformer.load_state_dict(collaborative.transformer.state_dict())
+        nn.init.eye_(self.collaborative_token.weight)
+        nn.init.zeros_(self.collaborative_token.bias)
+        self.queries.add_(collaborative.start)
 
     def replace_items(self, items: ItemTable) -> None:
         """Take another catalogue, such as one with new items appended, without training.

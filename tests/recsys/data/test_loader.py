@@ -162,9 +162,9 @@ def test_stopping_early_starts_again(kind: str, folder: Path) -> None:
 @BOTH
 def test_bad_states_are_refused(kind: str, folder: Path) -> None:
     loader = make(kind, folder)
-    with pytest.raises(CheckpointError, match="54 samples were consumed, but the data has 53 rows"):
+    with pytest.raises(CheckpointError, match=r"samples from 0 to 53, got .*54"):
         loader.load_state_dict({"epoch": 0, "samples": 54})
-    with pytest.raises(CheckpointError, match="expected the keys epoch and samples"):
+    with pytest.raises(CheckpointError, match=r"expected epoch >= 0 and samples .*step"):
         loader.load_state_dict({"step": 3})
 
 

@@ -14,8 +14,9 @@ from recsys.core.errors import CheckpointError, DataError
 from recsys.core.schema import TIME
 from recsys.data.batch import SequenceBatch
 from recsys.data.loader import Loader
-from recsys.data.sequences import SequenceData, SequenceLoader, evaluation_steps, histories
+from recsys.data.sequences import SequenceData, evaluation_steps, histories
 from recsys.data.splits import TimeSplit, evaluation_segments, order_events
+from recsys.data.windows import SequenceLoader
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 N = 500

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.data.sequences import Jagged
+from recsys.data.jagged import Jagged
 from recsys.evaluation import full_ranking
 from recsys.evaluation.full_ranking import target_ranks
 from recsys.evaluation.metrics.ranking import mrr, ndcg_at, recall_at

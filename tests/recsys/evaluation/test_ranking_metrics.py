@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
-from recsys.data.sequences import Jagged
+from recsys.data.jagged import Jagged
 from recsys.evaluation.full_ranking import target_ranks
 from recsys.evaluation.metrics.ranking import mrr, ndcg_at, recall_at
 

@@ -9,7 +9,7 @@ from recsys.core.config import parse
 from recsys.core.errors import CannotScoreNewItems, ConfigError, DataError
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.models import SETRec
+from recsys.retrieval.models import SASRec, SETRec
 from recsys.retrieval.models.setrec import alignment
 
 N, COLD, D_TEXT, D_CF = 12, (3, 11), 7, 5
@@ -255,6 +255,31 @@ def test_an_empty_history_and_no_targets_worth_training_on():
 def test_order_matters_between_items():
     model = build()
     assert not torch.allclose(outputs(model, [1, 2]), outputs(model, [2, 1]))
+
+
+def test_a_warm_start_is_the_collaborative_model_seen_through_queries():
+    """With W = 1 and equal positions, a query that stands where the start token stood attends to the same collaborative tokens."""
+    plain = ItemTable(N, item_table().warm)
+    collaborative = SASRec(SASRec.Config(dim=8, max_length=6, dropout=0.0), plain).double()
+    items = ItemTable(N, plain.warm, item_table().text, collaborative.collaborative_vectors())
+    model = build(items=items, semantic_tokens=2)
+    apart = model.queries.detach().clone()
+    model.warm_start(collaborative)
+    for ours, theirs in zip(model.transformer.parameters(), collaborative.transformer.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours is not theirs
+    assert torch.equal(model.tokenize(model.text, model.collaborative)[:, 0], collaborative.item_vectors())
+    assert torch.equal(model.queries - apart, collaborative.start.expand(3, -1))
+    # The empty history: query and start token attend to themselves alone, at position 0.
+    model.queries.data[:] = collaborative.start
+    start = collaborative.encode(batch_of([[]])).values[0, 0]
+    torch.testing.assert_close(outputs(model, [])[0], start)
+
+
+@pytest.mark.parametrize("other", [{"dim": 4}, {"blocks": 1}, {"max_length": 5}])
+def test_a_warm_start_needs_equal_sizes(other):
+    collaborative = SASRec(SASRec.Config(**{"dim": 8, "max_length": 6, **other}), ItemTable(N, item_table().warm))
+    with pytest.raises(ConfigError, match=f"warm_start: {next(iter(other))}: expected {next(iter(other.values()))} as in"):
+        build().warm_start(collaborative)
 
 
 def test_state_and_beta_rebuild_the_model():

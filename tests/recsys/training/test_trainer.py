@@ -19,7 +19,8 @@ from recsys.core.config import parse
 from recsys.core.errors import CheckpointError, ConfigError, DataError
 from recsys.data.batch import RankingBatch, SequenceBatch
 from recsys.data.loader import ParquetLoader, TableLoader
-from recsys.data.sequences import SequenceData, SequenceLoader
+from recsys.data.sequences import SequenceData
+from recsys.data.windows import SequenceLoader
 from recsys.training.checkpoint import Checkpointing
 from recsys.training.optim import DenseOptimizer, Schedule
 from recsys.training.progress import NoProgress

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From histories to training batches: windows in which all prefixes train at once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from recsys.core.config import Config as BaseConfig
+from recsys.core.errors import DataError
+from recsys.data.augment import Augmentation, retell, shown
+from recsys.data.batch import SequenceBatch
+from recsys.data.cursor import Resumable
+from recsys.data.jagged import Jagged, gather, ranges
+from recsys.data.sequences import SequenceData, at_least_one, microseconds
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """W windows: the history ``[start, start + length)`` and the targets ``[offsets[w], offsets[w + 1])`` of each."""
+
+    start: np.ndarray
+    length: np.ndarray
+    offsets: np.ndarray
+    targets: np.ndarray  # [M] events
+    position: np.ndarray  # [M] how many events of the window each target's state has seen
+
+
+def _cut(data: SequenceData, max_length: int, stride: int, first_target: int | None) -> _Windows:
+    """Cut every user's events into windows, as `SequenceLoader` documents."""
+    targets = np.arange(len(data.items)) if first_target is None else np.flatnonzero(data.times >= first_target)
+    seen, owner = data.seen[targets], data.owner[targets]
+    number = np.maximum(0, -(-(seen - max_length) // stride))  # ceil
+    new = np.ones(len(targets), bool)
+    new[1:] = (owner[1:] != owner[:-1]) | (number[1:] != number[:-1])
+    first = np.flatnonzero(new)
+    offsets = np.append(first, len(targets))
+    shift = number * stride
+    last = offsets[1:] - 1  # `seen` never falls within a user, so the last target of a window has the longest history
+    return _Windows(
+        start=(data.offsets[owner] + shift)[first],
+        length=(seen - shift)[last],
+        offsets=offsets,
+        targets=targets,
+        position=seen - shift,
+    )
+
+
+class SequenceLoader(Resumable):
+    """Training batches in which every event is a target exactly once in an epoch.
+
+    With L = ``max_length`` and stride h, window j of a user begins at event j · h. A target whose state has seen s events belongs to
+    window 0 where s <= L, and to window ceil((s - L) / h) otherwise. So window 0 has all its events as targets, the first event from
+    the empty history; a target of a later window is predicted from more than L - h events of context, never more than L; and a window
+    is cut off after the last event that one of its targets needs. A window without targets is left out.
+
+    The order of windows, and with an `Augmentation` the order inside them, is a function of (seed, epoch), and the cursor counts
+    windows, so a loader with a restored cursor goes on exactly where the saved one stood, also in batches of another size. It is a
+    `recsys.data.loader.Loader`.
+
+    Args:
+        data: the events of the training period (`SequenceData.before`).
+        max_length: L, the most events that a model sees.
+        batch_size: windows in a batch; the last batch of an epoch may be smaller.
+        seed: of the order.
+        first_target_time: events before it are history only.
+        config: see `Config`.
+
+    Raises:
+        DataError: a size is below 1, the stride is above L, or an augmentation is asked for together with a first target time.
+    """
+
+    class Config(BaseConfig):
+        """How histories are cut.
+
+        Attributes:
+            stride: h, the events from one window to the next; by default half of L, at least 1. A larger one costs less for an epoch,
+                since each event is history in L / h windows, and leaves less context at a window's beginning.
+            augmentation: how histories vary from epoch to epoch; null for not at all.
+        """
+
+        stride: int | None = Field(None, ge=1)
+        augmentation: Augmentation | None = None
+
+    def __init__(
+        self,
+        data: SequenceData,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        first_target_time: datetime | None = None,
+        config: Config | None = None,
+    ) -> None:
+        config = config or self.Config()
+        at_least_one(max_length=max_length, batch_size=batch_size)
+        self._stride = config.stride or max(1, max_length // 2)
+        if self._stride > max_length:
+            raise DataError(f"stride: expected at most max_length={max_length}, got {self._stride}")
+        if config.augmentation and first_target_time:
+            raise DataError("augmentation: expected no first_target_time, since reordered histories do not end in their targets")
+        self.data, self.max_length, self.batch_size, self.seed = data, max_length, batch_size, seed
+        self._augmentation = config.augmentation
+        self._first_target = None if first_target_time is None else microseconds(first_target_time)
+        self._told: tuple[int, _Told] | None = None
+        super().__init__(len(self._tell(0).windows.start))
+
+    @property
+    def windows(self) -> int:
+        """The number of windows in an epoch, the same in all."""
+        return self._total
+
+    def __len__(self) -> int:
+        """The number of batches in a whole epoch."""
+        return -(-self.windows // self.batch_size)
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        """The batches of the current epoch, from its beginning, or right after `load_state_dict` from the loaded cursor."""
+        begin, told = self._begin(), self._tell(self._epoch)
+        order = np.random.default_rng([self.seed, self._epoch]).permutation(self.windows)
+        for start in range(begin, self.windows, self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            self._samples = start + len(chosen)
+            yield told.batch(chosen)
+
+    def _tell(self, epoch: int) -> "_Told":
+        """The windows of an epoch; without augmentation those of every epoch."""
+        augmentation = self._augmentation
+        if self._told and (augmentation is None or self._told[0] == epoch):
+            return self._told[1]
+        data = retell(self.data, augmentation, self.seed, epoch) if augmentation else self.data
+        kept = shown(len(data.items), augmentation, self.seed, epoch) if augmentation and augmentation.hide else None
+        self._told = epoch, _Told(data.items, _cut(data, self.max_length, self._stride, self._first_target), kept)
+        return self._told[1]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """The windows of an epoch over its order of items; ``kept`` bool ``[E]`` are the events that histories show, None for all."""
+
+    items: np.ndarray
+    windows: _Windows
+    kept: np.ndarray | None
+
+    def batch(self, chosen: np.ndarray) -> SequenceBatch:
+        """The batch of these windows."""
+        windows, items = self.windows, self.items
+        counts = windows.offsets[chosen + 1] - windows.offsets[chosen]
+        targets = ranges(windows.offsets[chosen], counts)
+        row = np.repeat(np.arange(len(chosen)), counts)
+        history, position = self._history(chosen, row, windows.position[targets])
+        return SequenceBatch(
+            items=torch.from_numpy(history.values),
+            offsets=torch.from_numpy(history.offsets),
+            targets=torch.from_numpy(items[windows.targets[targets]]),
+            target_row=torch.from_numpy(row),
+            target_position=torch.from_numpy(position),
+        )
+
+    def _history(self, chosen: np.ndarray, row: np.ndarray, position: np.ndarray) -> tuple[Jagged, np.ndarray]:
+        """The histories of the windows without their hidden events, and how many of those left each target's state has seen."""
+        start, length = self.windows.start[chosen], self.windows.length[chosen]
+        whole = gather(self.items, start, length)
+        if self.kept is None:
+            return whole, position
+        kept = gather(self.kept, start, length).values
+        before = np.concatenate([[0], np.cumsum(kept)])
+        first = whole.offsets[row]
+        return Jagged(whole.values[kept], before[whole.offsets]), before[first + position] - before[first]
