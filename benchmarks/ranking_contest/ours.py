@@ -12,6 +12,7 @@ from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, TableSpec
 from recsys.embedding.tables import EmbeddingTables, dense_parameters
 from recsys.ranking.models.tokenmixer_large import TokenMixerLarge
+from recsys.ranking.tokenizers import GroupTokenizer
 
 CATEGORICAL = tuple(f"c{i}" for i in range(FIELDS))
 NUMERIC = tuple(f"d{i}" for i in range(DENSE))
@@ -23,7 +24,7 @@ def build() -> TokenMixerLarge:
     spec = InputSpec(tables=tuple(TableSpec(name=name, rows=ROWS, bags=(name,)) for name in CATEGORICAL), dense=NUMERIC, tasks=("click",))
     groups = {f"token{i}": tuple(part) for i, part in enumerate(np.array_split(CATEGORICAL, 6))} | {"numeric": NUMERIC}
     embedding = EmbeddingTables.Config(dim=16, optimizer="rowwise_adagrad", learning_rate=0.05)
-    config = TokenMixerLarge.Config(groups=groups, dim=64, blocks=2, auxiliary=None, embedding=embedding)
+    config = TokenMixerLarge.Config(tokenizer=GroupTokenizer.Config(groups=groups), dim=64, blocks=2, auxiliary=None, embedding=embedding)
     return TokenMixerLarge(config, spec)
 
 

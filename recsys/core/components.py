@@ -19,8 +19,12 @@ T = TypeVar("T", bound=type)
 # Each kind with the modules that register what ships with the framework; they are imported when a name of the kind is first asked for.
 KINDS: dict[str, tuple[str, ...]] = {
     "dataset": ("recsys.data.datasets",),
+    "tokenizer": ("recsys.ranking.tokenizers",),
     "mixer": ("recsys.ranking.mixers",),
-    "per_token": ("recsys.ranking.experts",),
+    "per_token": ("recsys.ranking.per_token",),
+    "stack": ("recsys.ranking.stacks",),
+    "head": ("recsys.ranking.heads",),
+    "history": ("recsys.ranking.history",),
     "ranker": ("recsys.ranking.models",),
     "retriever": ("recsys.retrieval.models",),
     "index": ("recsys.retrieval.catalogue",),
@@ -74,6 +78,11 @@ def get(kind: str, name: str) -> Any:
         raise ComponentError(unknown(kind, name, _registered[kind])) from None
 
 
+def build(kind: str, config: Config, *arguments: Any) -> Any:
+    """The component of ``kind`` that ``config`` names, built from it and further arguments."""
+    return get(kind, str(vars(config)["name"]))(config, *arguments)
+
+
 def load_plugins(packages: Sequence[str]) -> None:
     """Import the packages that register a user's own components."""
     if not isinstance(packages, list | tuple) or not all(isinstance(package, str) for package in packages):
@@ -85,11 +94,11 @@ def load_plugins(packages: Sequence[str]) -> None:
             raise ConfigError(f"plugins: cannot import {package!r}: {error}") from error
 
 
-def component_config(kind: str) -> Any:
-    """The annotation for a recipe's field that configures a component of ``kind``: ``{name: ..., **its Config}``."""
+def component_config(kind: str, *, optional: bool = False) -> Any:
+    """The annotation for a recipe's field that configures a component of ``kind``: ``{name: ..., **its Config}``, or null if optional."""
 
-    def resolve(value: Any) -> Config:
-        if isinstance(value, Config):
+    def resolve(value: Any) -> Config | None:
+        if isinstance(value, Config) or (optional and value is None):
             return value
         if not isinstance(value, dict) or "name" not in value:
             raise Problem((), f"expected a mapping with the key 'name', one of {', '.join(names(kind))}; got {value!r}")
@@ -99,6 +108,8 @@ def component_config(kind: str) -> Any:
             raise Problem(("name",), str(error)) from None
         return cast(Config, validate(cls.Config, value))
 
+    if optional:
+        return Annotated[SerializeAsAny[Config] | None, BeforeValidator(resolve)]
     return Annotated[SerializeAsAny[Config], BeforeValidator(resolve)]
 
 

@@ -5,8 +5,8 @@ A multiply-add counts as two operations. Norms, activations and residuals are le
 costs three times the forward pass.
 """
 
-from recsys.ranking.blocks import Residual
-from recsys.ranking.experts import hidden_width
+from recsys.ranking.per_token import hidden_width
+from recsys.ranking.stacks import Residual
 
 
 def swiglu_weights(tokens: int, dim: int, expansion: float) -> int:

@@ -3,17 +3,40 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from recsys.core import components
+from recsys.core.components import component_config
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec
-from recsys.embedding.tables import Embedded, EmbeddingTables
-from recsys.ranking.heads import masked_bce
-from recsys.ranking.sequence import TargetAttention
+from recsys.embedding.tables import Embedded, EmbeddingTables, dense_parameters
+from recsys.ranking.history import HistoryEncoder, TargetAttention
+from recsys.ranking.losses import masked_bce
+from recsys.ranking.part import Part
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a ranker costs.
+
+    Attributes:
+        tables: parameters of the embedding tables.
+        dense: all other parameters.
+        active: those of ``dense`` that take part in one sample's forward pass; less than ``dense`` where experts are chosen.
+        flops: operations of one sample's forward pass, from the fields' vectors to the logits: matrix products alone, a multiply-add
+            counting as two. Encoding a history is left out, since it depends on the history's length. Training costs three times this.
+    """
+
+    tables: int
+    dense: int
+    active: int
+    flops: int
 
 
 class Ranker(nn.Module, ABC):
@@ -37,11 +60,11 @@ class Ranker(nn.Module, ABC):
 
         Attributes:
             embedding: the tables.
-            sequence: how histories are pooled.
+            history: how histories become field vectors.
         """
 
         embedding: EmbeddingTables.Config = EmbeddingTables.Config()
-        sequence: TargetAttention.Config = TargetAttention.Config()
+        history: component_config("history") = TargetAttention.Config()  # type: ignore[valid-type]
 
     config: Config
 
@@ -51,12 +74,30 @@ class Ranker(nn.Module, ABC):
         if twice := [field for field in spec.fields if spec.fields.count(field) > 1]:
             raise ConfigError(f"inputs: the name {twice[0]!r} is used twice among {', '.join(spec.fields)}")
         self.tables = EmbeddingTables(spec=spec, config=config.embedding, device=torch.get_default_device())
-        self.histories = nn.ModuleList(TargetAttention(config.sequence, s, config.embedding.dim) for s in spec.sequences)
+        self.histories = nn.ModuleList(components.build("history", config.history, s, config.embedding.dim) for s in spec.sequences)
 
     @property
     def widths(self) -> dict[str, int]:
-        """The width of each field's vector: 1 for a dense column, else the embedding's."""
-        return {field: 1 if field in self.spec.dense else self.config.embedding.dim for field in self.spec.fields}
+        """The fields in order, and the width of each one's vector: 1 for a dense column, else the embedding's.
+
+        Pooled keys, then for each sequence its target and its history's fields, then the dense columns.
+        """
+        keys = list(self.spec.bag_keys)
+        for history in self._encoders():
+            keys += [history.sequence.target, *history.fields]
+        return dict.fromkeys(keys, self.config.embedding.dim) | dict.fromkeys(self.spec.dense, 1)
+
+    def costs(self) -> "Costs":
+        """Parameters and operations: see `Costs`."""
+        dense = sum(parameter.numel() for parameter in dense_parameters(self))
+        idle = sum(part.idle for part in self.modules() if isinstance(part, Part))
+        tables = sum(parameter.numel() for parameter in self.tables.parameters())
+        return Costs(tables, dense, dense - idle, self.flops)
+
+    @property
+    @abstractmethod
+    def flops(self) -> int:
+        """Operations of the matrix products in `interact` for one sample, forward: see `recsys.ranking.part.Part.flops`."""
 
     def embed(self, batch: RankingBatch) -> Embedded:
         """Look the batch up in the tables."""
@@ -90,7 +131,7 @@ class Ranker(nn.Module, ABC):
         """Logits ``[B, tasks]`` from the fields' vectors."""
 
     def fields(self, embedded: Embedded, batch: RankingBatch) -> dict[str, Tensor]:
-        """The vector ``[B, width]`` of each of ``spec.fields``.
+        """The vector ``[B, width]`` of each field, in the order of `widths`.
 
         Raises:
             DataError: the dense columns are not what the spec says.
@@ -99,10 +140,13 @@ class Ranker(nn.Module, ABC):
         if dense.dtype != torch.float32 or dense.shape[1:] != (len(self.spec.dense),):
             raise DataError(f"dense: expected float32 [B, {len(self.spec.dense)}], got {dense.dtype} {list(dense.shape)}")
         fields = {key: embedded.pooled[key] for key in self.spec.bag_keys}
-        for sequence, history in zip(self.spec.sequences, self.histories, strict=True):
-            fields[sequence.target] = embedded.sequences[sequence.target].values()
-            fields[sequence.name] = history(embedded.sequences)
+        for history in self._encoders():
+            fields[history.sequence.target] = embedded.sequences[history.sequence.target].values()
+            fields |= dict(zip(history.fields, history(embedded.sequences).unbind(1), strict=True))
         return fields | {name: dense[:, i : i + 1] for i, name in enumerate(self.spec.dense)}
+
+    def _encoders(self) -> list[HistoryEncoder]:
+        return cast(list[HistoryEncoder], list(self.histories))
 
     def labels(self, batch: RankingBatch) -> Tensor:
         """The batch's labels ``[B, tasks]``.

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from recsys.core import components
-from recsys.ranking.experts import PerToken
 from recsys.ranking.mixers import Mixer, ReversibleMixer
+from recsys.ranking.per_token import PerToken
 
 TOKENS, DIM = 4, 8
 MIXERS, PER_TOKEN = components.names("mixer"), components.names("per_token")

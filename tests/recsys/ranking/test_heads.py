@@ -5,7 +5,9 @@ import torch
 from sklearn.metrics import log_loss
 from torch import nn
 
-from recsys.ranking.heads import MeanReadout, TaskTowers, masked_bce
+from recsys.ranking.heads import Towers
+from recsys.ranking.losses import masked_bce
+from recsys.ranking.token_ranker import MeanReadout
 
 NAN = float("nan")
 
@@ -49,7 +51,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_towers_do_not_share_weights() -> None:
-    towers, x = TaskTowers(4, 3, hidden=(5,)), torch.randn(6, 4)
+    towers, x = Towers(Towers.Config(hidden=(5,)), 4, 3), torch.randn(6, 4)
     assert towers(x).shape == (6, 3)
     towers(x)[:, 1].sum().backward()
     for k, tower in enumerate(towers.towers):
@@ -57,17 +59,17 @@ def test_towers_do_not_share_weights() -> None:
 
 
 def test_readout_is_the_mean_of_normed_tokens_and_ignores_their_order() -> None:
-    readout, x = MeanReadout(4, 2), torch.randn(6, 5, 4)
+    readout, x = MeanReadout(4, 2, Towers.Config(), norm=True), torch.randn(6, 5, 4)
     nn.init.uniform_(readout.norm.weight, 0.5, 1.5)
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * readout.norm.weight
-    torch.testing.assert_close(readout(x), readout.towers(normed.mean(1)))
+    torch.testing.assert_close(readout(x), readout.head(normed.mean(1)))
     torch.testing.assert_close(readout(x.flip(1)), readout(x))
     torch.testing.assert_close(readout(x * 8), readout(x), rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_acts_in_training_alone() -> None:
     torch.manual_seed(0)
-    towers, x = TaskTowers(4, 1, hidden=(64,), dropout=0.5), torch.randn(6, 4)
+    towers, x = Towers(Towers.Config(hidden=(64,), dropout=0.5), 4, 1), torch.randn(6, 4)
     assert not torch.equal(towers(x), towers(x))
     towers.eval()
     assert torch.equal(towers(x), towers(x))

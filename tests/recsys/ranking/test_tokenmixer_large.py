@@ -15,10 +15,11 @@ from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, SequenceSpec
 from recsys.embedding.tables import Embedded, dense_parameters
-from recsys.ranking.blocks import Residual
 from recsys.ranking.flops import mix_revert_parameters
-from recsys.ranking.heads import masked_bce
+from recsys.ranking.losses import masked_bce
 from recsys.ranking.models import TokenMixerLarge
+from recsys.ranking.stacks import Residual
+from recsys.ranking.tokenizers import GroupTokenizer
 
 Build = Callable[..., TokenMixerLarge]
 LENGTHS = [3, 0, 6, 1, 2]
@@ -27,7 +28,8 @@ LENGTHS = [3, 0, 6, 1, 2]
 @pytest.fixture
 def build(spec: InputSpec, groups: dict[str, tuple[str, ...]]) -> Build:
     def make(seed: int = 0, **changes: Any) -> TokenMixerLarge:
-        settings: dict[str, Any] = {"groups": groups, "dim": 16, "blocks": 3, "embedding": {"dim": 8}} | changes
+        tokenizer = {"name": "groups", "groups": groups}
+        settings: dict[str, Any] = {"tokenizer": tokenizer, "dim": 16, "blocks": 3, "embedding": {"dim": 8}} | changes
         torch.manual_seed(seed)
         return TokenMixerLarge(parse(TokenMixerLarge.Config, settings, source="test"), spec)
 
@@ -48,10 +50,10 @@ def gradients(model: torch.nn.Module) -> dict[str, bool]:
 def test_it_is_registered_and_built_from_plain_data(spec: InputSpec, groups: Any, batch: RankingBatch) -> None:
     cls = components.get("ranker", "tokenmixer_large")
     assert cls is TokenMixerLarge
-    plain = {"name": "tokenmixer_large", "groups": {k: list(v) for k, v in groups.items()}, "dim": 8, "sequence": {"unit": "dot"}}
+    plain = {"name": "tokenmixer_large", "tokenizer": {"groups": {k: list(v) for k, v in groups.items()}}, "dim": 8}
     config = parse(cls.Config, plain, source="test")
     assert parse(cls.Config, config.model_dump(mode="json"), source="again") == config
-    assert list(config.groups) == list(groups)
+    assert list(config.tokenizer.groups) == list(groups)
     assert cls(config, spec)(batch).shape == (5, 2)
 
 
@@ -59,11 +61,11 @@ def test_it_is_registered_and_built_from_plain_data(spec: InputSpec, groups: Any
     "changes",
     [
         {},
-        {"residual": "stream", "heads": 2},
-        {"heads": 8, "blocks": 1},
-        {"inter_residual": None, "auxiliary": None},
-        {"auxiliary": "residual", "tokenizer_hidden": 5, "head_hidden": (7, 3), "dropout": 0.1},
-        {"sequence": {"unit": "dot", "heads": 2}, "expansion": 8 / 3},
+        {"stack": {"name": "mix_revert", "residual": "stream"}, "mixer": {"heads": 2}},
+        {"mixer": {"heads": 8}, "blocks": 1},
+        {"stack": {"inter_residual": None}, "auxiliary": None},
+        {"auxiliary": "residual", "head": {"name": "towers", "hidden": (7, 3)}, "dropout": 0.1},
+        {"history": {"name": "target_attention", "unit": "dot", "heads": 2}, "per_token": {"name": "swiglu", "expansion": 8 / 3}},
     ],
 )
 def test_every_dense_parameter_learns(build: Build, batch: RankingBatch, changes: dict[str, Any]) -> None:
@@ -100,12 +102,12 @@ def test_fields_are_those_of_the_spec(build: Build, spec: InputSpec, batch: Rank
     model = build()
     embedded = model.embed(batch)
     fields = model.fields(embedded, batch)
-    assert fields.keys() == set(spec.fields)
+    assert fields.keys() == set(spec.fields) == model.widths.keys()
     assert {name: value.shape[1] for name, value in fields.items()} == model.widths
     assert torch.equal(torch.cat([fields["age"], fields["popularity"]], 1), batch.dense)
     assert torch.equal(fields["item"], embedded.sequences["item"].values())
     assert torch.equal(fields["genres"], embedded.pooled["genres"])
-    assert torch.equal(fields["history"], model.histories[0](embedded.sequences))
+    assert torch.equal(fields["history"], model.histories[0](embedded.sequences)[:, 0])
 
 
 def test_predict_gives_probabilities_without_gradients(build: Build, batch: RankingBatch) -> None:
@@ -188,7 +190,7 @@ def test_training_on_planted_preferences_lowers_the_loss_and_resumes(build: Buil
 
 
 def test_gradients_reach_every_event_of_a_history(build: Build, batch: RankingBatch) -> None:
-    model = build(sequence={"unit": "dot"}).eval()
+    model = build(history={"name": "target_attention", "unit": "dot"}).eval()
     embedded = model.embed(batch)
     seen = embedded.sequences["seen"]
     events = seen.values().detach().clone().requires_grad_()
@@ -220,14 +222,14 @@ def test_embeddings_looked_up_carry_a_gradient(build: Build, batch: RankingBatch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": 3}, "dim=16 and heads=3"),
+        ({"mixer": {"heads": 3}}, "dim=16 and heads=3"),
         ({"dim": 10}, "dim=10 and heads=4"),
-        ({"groups": {"who": ("user", "age", "item", "genres", "popularity")}}, "field 'history' is in no group"),
-        ({"groups": {"who": ("userr",)}}, "unknown field 'userr'; did you mean 'user'"),
-        ({"inter_residual": 0}, "inter_residual.*greater than or equal to 1"),
+        ({"tokenizer": {"groups": {"who": ("user", "age", "item", "genres", "popularity")}}}, "field 'history' is in no group"),
+        ({"tokenizer": {"groups": {"who": ("userr",)}}}, "unknown field 'userr'; did you mean 'user'"),
+        ({"stack": {"inter_residual": 0}}, "inter_residual.*greater than or equal to 1"),
         ({"auxiliary": "on"}, "auxiliary.*'on'"),
         ({"block": 3}, "unknown key 'block'; did you mean 'blocks'"),
-        ({"sequence": {"unit": "dot", "heads": 3}}, "dim=8 and heads=3"),
+        ({"history": {"name": "target_attention", "unit": "dot", "heads": 3}}, "dim=8 and heads=3"),
     ],
 )
 def test_bad_settings_are_named(build: Build, changes: dict[str, Any], message: str) -> None:
@@ -259,7 +261,7 @@ def test_a_batch_that_is_not_as_declared_is_an_error(build: Build, batch: Rankin
 def test_two_histories_may_share_a_candidate(spec: InputSpec, groups: Any, batch: RankingBatch) -> None:
     both = (*spec.sequences, SequenceSpec(name="recent", keys=("seen",), target="item"))
     two = spec.model_copy(update={"sequences": both})
-    config = TokenMixerLarge.Config(groups=groups | {"now": ("recent",)}, dim=20, blocks=1)
+    config = TokenMixerLarge.Config(tokenizer=GroupTokenizer.Config(groups=groups | {"now": ("recent",)}), dim=20, blocks=1)
     assert TokenMixerLarge(config, two)(batch).shape == (5, 2)
 
 
@@ -270,20 +272,20 @@ def test_a_ranker_needs_neither_histories_nor_dense_columns(spec: InputSpec) -> 
         sequences=KeyedJaggedTensor(keys=[], values=torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int64)),
         dense=torch.empty(2, 0),
     )
-    config = TokenMixerLarge.Config(groups={"who": ("user",)}, dim=8, blocks=1)
+    config = TokenMixerLarge.Config(tokenizer=GroupTokenizer.Config(groups={"who": ("user",)}), dim=8, blocks=1)
     assert TokenMixerLarge(config, bare)(batch).shape == (2, 2)
 
 
 @pytest.mark.parametrize("residual", ["input", "stream"])
 def test_settings_reach_the_stack(build: Build, batch: RankingBatch, residual: Residual) -> None:
-    model = build(heads=2, expansion=1.5, residual=residual, blocks=5)
+    model = build(mixer={"heads": 2}, per_token={"name": "swiglu", "expansion": 1.5}, stack={"residual": residual}, blocks=5)
     assert sum(p.numel() for p in model.stack.parameters()) == 5 * mix_revert_parameters(4, 16, 2, 1.5, residual)
     assert all(block.residual == residual for block in model.stack.blocks)
 
 
 @pytest.mark.parametrize(("gap", "amplitude"), [(2, 4), (3, 2), (None, 1)])
 def test_inter_layer_residuals_join_the_stack(build: Build, batch: RankingBatch, gap: int | None, amplitude: int) -> None:
-    model = build(blocks=5, inter_residual=gap)
+    model = build(blocks=5, stack={"inter_residual": gap})
     tokens = model.tokenizer(model.fields(model.embed(batch), batch))
     for block in model.stack.blocks:
         torch.nn.init.zeros_(block.token.down)

@@ -1,59 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers: from the vectors of input fields to tokens ``[B, T, D]``."""
+"""Tokens from groups of fields that belong together."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from recsys.core.components import register
+from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, unknown
 from recsys.ranking.mlp import mlp
+from recsys.ranking.part import linear_flops
+from recsys.ranking.tokenizers.base import Tokenizer
 
 Groups = Mapping[str, tuple[str, ...]]
 
 
-class GroupTokenizer(nn.Module):
+@register("tokenizer", "groups")
+class GroupTokenizer(Tokenizer):
     """The semantic-group tokenizer of TokenMixer-Large (arXiv 2602.06563, eqs. 1-4).
 
     Token 0 is the global token ``MLP_g(concat(G_1, …, G_n))``, which reads the raw field vectors of all groups; token i is
-    ``MLP_i(concat(G_i))``. T = groups + 1.
+    ``MLP_i(concat(G_i))``. T = groups + 1, or as many as groups without the global token (an ablation of the paper's table 5).
 
     Chosen where the paper is silent: each MLP is one affine map, or with ``hidden`` one hidden layer with SiLU.
-
-    Args:
-        groups: the fields of each token, by the token's name, in the order of the tokens.
-        widths: the width of each field's vector.
-        dim: D.
-        hidden: the width of the MLPs' hidden layer, or None for affine maps.
 
     Raises:
         ConfigError: a field is unknown, in no group or in two; a group is empty.
     """
 
-    def __init__(self, groups: Groups, widths: Mapping[str, int], dim: int, hidden: int | None = None) -> None:
-        super().__init__()
-        check_groups(groups, widths)
-        self.groups = tuple(groups.values())
+    class Config(BaseConfig):
+        """Which fields make which token.
+
+        Attributes:
+            groups: the fields of each token, by the token's name, in the order of the tokens.
+            hidden: the width of the MLPs' hidden layer; null for affine maps.
+            global_token: whether there is one.
+        """
+
+        name: Literal["groups"] = "groups"
+        groups: dict[str, tuple[str, ...]]
+        hidden: int | None = Field(None, ge=1)
+        global_token: bool = True
+
+    def __init__(self, config: Config, widths: Mapping[str, int], dim: int) -> None:
+        super().__init__(widths, dim)
+        check_groups(config.groups, widths)
+        self.groups = tuple(config.groups.values())
+        self.global_token = config.global_token
         group_widths = [sum(widths[field] for field in fields) for fields in self.groups]
-        between = () if hidden is None else (hidden,)
-        self.projections = nn.ModuleList(mlp((width, *between, dim)) for width in (sum(group_widths), *group_widths))
+        between = () if config.hidden is None else (config.hidden,)
+        inputs = (sum(group_widths), *group_widths) if config.global_token else tuple(group_widths)
+        self.projections = nn.ModuleList(mlp((width, *between, dim)) for width in inputs)
+        self.tokens = len(self.projections)
 
     @property
-    def tokens(self) -> int:
-        """T."""
-        return len(self.projections)
+    def flops(self) -> int:
+        """Those of the linear layers."""
+        return linear_flops(self)
 
     def forward(self, fields: Mapping[str, Tensor]) -> Tensor:
-        """The tokens.
-
-        Args:
-            fields: ``[B, width]`` for each field.
-
-        Returns:
-            ``[B, T, D]``, tokens-outermost in memory.
-        """
+        """See `Tokenizer.forward`."""
         groups = [torch.cat([fields[field] for field in group], dim=1) for group in self.groups]
-        inputs = (torch.cat(groups, dim=1), *groups)
+        inputs = [torch.cat(groups, dim=1), *groups] if self.global_token else groups
         return torch.stack([projection(x) for projection, x in zip(self.projections, inputs, strict=True)]).transpose(0, 1)
 
 

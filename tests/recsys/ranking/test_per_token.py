@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from recsys.ranking.experts import FFN, PerToken, SwiGLU, hidden_width, xavier_uniform_per_token_
+from recsys.ranking.per_token import FFN, PerToken, SwiGLU, hidden_width, xavier_uniform_per_token_
 
 T, D = 3, 4
 

@@ -5,24 +5,40 @@ import torch
 from torch import nn
 
 from recsys.core.errors import ConfigError
-from recsys.ranking.blocks import NORM_EPS, BlockStack, MixRevert, Residual
-from recsys.ranking.experts import SwiGLU
 from recsys.ranking.flops import mix_revert_flops, mix_revert_parameters, mix_revert_weights
 from recsys.ranking.mixers import Identity, ReversibleMixer, TokenMix
+from recsys.ranking.part import NORM_EPS
+from recsys.ranking.per_token import SwiGLU
+from recsys.ranking.stacks import Block, MixRevertBlock, Residual, Sequence
 
 RESIDUALS: tuple[Residual, ...] = ("input", "stream")
 
 
+class Add(Block):
+    def __init__(self, amount: float) -> None:
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, x_btd: torch.Tensor, penalties: object = None) -> torch.Tensor:
+        return x_btd + self.amount
+
+
+class Chain(Sequence):
+    """A sequence of given blocks."""
+
+    normalised = False
+
+
 def block(
     tokens: int, dim: int, heads: int | None = None, residual: Residual = "input", down_init: float = 1.0, mixing: bool = True
-) -> MixRevert:
+) -> MixRevertBlock:
     mixer: ReversibleMixer
     mixer = TokenMix(TokenMix.Config(heads=heads), tokens, dim) if mixing else Identity(Identity.Config(), tokens, dim)
     config = SwiGLU.Config(expansion=1.5, down_init=down_init)
-    return MixRevert(mixer, SwiGLU(config, mixer.mixed_tokens, mixer.mixed_dim), SwiGLU(config, tokens, dim), residual)
+    return MixRevertBlock(mixer, SwiGLU(config, mixer.mixed_tokens, mixer.mixed_dim), SwiGLU(config, tokens, dim), residual)
 
 
-def reference(module: MixRevert, x_btd: torch.Tensor, heads: int) -> np.ndarray:
+def reference(module: MixRevertBlock, x_btd: torch.Tensor, heads: int) -> np.ndarray:
     """The block in numpy, one sample and one token at a time."""
 
     def norm(v: np.ndarray, gain: np.ndarray) -> np.ndarray:
@@ -103,7 +119,7 @@ def test_without_mixing_tokens_stay_apart(residual: Residual) -> None:
 class Scaling(SwiGLU):
     """F as a diagonal scaling of the coordinates."""
 
-    def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_btd: torch.Tensor, penalties: object = None) -> torch.Tensor:
         return 0.1 * torch.arange(1, 1 + x_btd[0].numel(), dtype=x_btd.dtype).reshape(x_btd.shape[1:]) * x_btd
 
 
@@ -111,7 +127,7 @@ def test_token_semantics_stay_aligned_in_the_stream() -> None:
     tokens, dim, heads = 3, 4, 2
     mixer = TokenMix(TokenMix.Config(heads=heads), tokens, dim)
     scaling, zero = Scaling(SwiGLU.Config(), heads, tokens * dim // heads), SwiGLU(SwiGLU.Config(down_init=0.0), tokens, dim)
-    module = MixRevert(mixer, scaling, zero, "stream").double()
+    module = MixRevertBlock(mixer, scaling, zero, "stream").double()
     module.norm1 = nn.Identity()
     x = torch.randn(1, tokens, dim, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(module, x)[0].flatten(0, 1)[:, 0].flatten(1)
@@ -146,7 +162,7 @@ def test_gradients_agree_with_finite_differences(residual: Residual) -> None:
 @pytest.mark.parametrize(("tokens", "heads", "dim", "expansion"), [(4, 4, 8, 2.0), (4, 2, 8, 2.0), (3, 6, 6, 1.0), (16, 8, 32, 2.5)])
 def test_parameters_equal_the_formula(tokens: int, heads: int, dim: int, expansion: float, residual: Residual) -> None:
     mixer, config = TokenMix(TokenMix.Config(heads=heads), tokens, dim), SwiGLU.Config(expansion=expansion)
-    module = MixRevert(mixer, SwiGLU(config, mixer.mixed_tokens, mixer.mixed_dim), SwiGLU(config, tokens, dim), residual)
+    module = MixRevertBlock(mixer, SwiGLU(config, mixer.mixed_tokens, mixer.mixed_dim), SwiGLU(config, tokens, dim), residual)
     counted = sum(p.numel() for p in module.parameters())
     matrices = 3 * expansion * tokens**2 * dim**2 / heads + 3 * expansion * tokens * dim**2
     assert mix_revert_weights(tokens, dim, heads, expansion) == matrices
@@ -166,36 +182,28 @@ def test_flops_equal_what_torch_counts() -> None:
 @pytest.mark.parametrize(("blocks", "gap", "amplitude"), [(4, 2, 2), (6, 2, 4), (6, 3, 2), (8, 2, 8), (4, None, 1), (3, 3, 1), (3, 5, 1)])
 def test_inter_layer_residuals_double_identity_blocks(blocks: int, gap: int | None, amplitude: int) -> None:
     x = torch.randn(2, 3, 4)
-    states = BlockStack((nn.Identity() for _ in range(blocks)), gap)(x)
+    states = Chain((Add(0.0) for _ in range(blocks)), gap)(x)
     assert len(states) == blocks
     assert torch.equal(states[-1], amplitude * x)
 
 
 def test_inter_layer_residual_adds_the_state_of_gap_blocks_before() -> None:
-    class Add(nn.Module):
-        def __init__(self, amount: float) -> None:
-            super().__init__()
-            self.amount = amount
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.amount
-
-    states = BlockStack([Add(1.0), Add(10.0), Add(100.0), Add(1000.0), Add(10000.0)], gap=2)(torch.zeros(1, 1, 1))
+    states = Chain([Add(1.0), Add(10.0), Add(100.0), Add(1000.0), Add(10000.0)], gap=2)(torch.zeros(1, 1, 1))
     # X1 = 1; X2 = 11 + X0; X3 = 111; X4 = 1111 + X2; X5 = 11122
     assert [int(s) for s in states] == [1, 11, 111, 1122, 11122]
 
 
 def test_a_gap_below_one_block_is_an_error() -> None:
     with pytest.raises(ConfigError, match="gap of at least 1 block, or null, got 0"):
-        BlockStack([nn.Identity()], gap=0)
+        Chain([Add(0.0)], gap=0)
 
 
 def test_parts_that_do_not_fit_are_an_error() -> None:
     mixer, config = TokenMix(TokenMix.Config(heads=2), 4, 8), SwiGLU.Config()
     with pytest.raises(ConfigError, match=r"mixed: expected \(tokens, dim\) = \(2, 16\), got \(4, 8\)"):
-        MixRevert(mixer, SwiGLU(config, 4, 8), SwiGLU(config, 4, 8))
+        MixRevertBlock(mixer, SwiGLU(config, 4, 8), SwiGLU(config, 4, 8))
     with pytest.raises(ConfigError, match=r"token: expected \(tokens, dim\) = \(4, 8\), got \(2, 16\)"):
-        MixRevert(mixer, SwiGLU(config, 2, 16), SwiGLU(config, 2, 16))
+        MixRevertBlock(mixer, SwiGLU(config, 2, 16), SwiGLU(config, 2, 16))
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -208,7 +216,7 @@ def test_blocks_keep_tokens_outermost_in_memory(residual: Residual) -> None:
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_a_compiled_stack_equals_the_eager_one(residual: Residual) -> None:
     torch.manual_seed(0)
-    stack = BlockStack((block(4, 8, 2, residual) for _ in range(3)), gap=2)
+    stack = Chain((block(4, 8, 2, residual) for _ in range(3)), gap=2)
     compiled = torch.compile(stack, backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 4, 8, requires_grad=True)
     expected, got = stack(x), compiled(x)

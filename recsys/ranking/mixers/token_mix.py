@@ -1,46 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixers: how information moves between tokens.
+"""The rule-based token mixing of RankMixer and TokenMixer-Large."""
 
-By shape a tensor is ``[B, T, D]``; the mixers here write it tokens-outermost in memory, the order in which the batched products of
-`recsys.ranking.experts` read it.
-"""
-
-from abc import ABC, abstractmethod
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
-
-
-class Mixer(nn.Module, ABC):
-    """``[B, T, D] → [B, mixed_tokens, mixed_dim]``.
-
-    Both sizes equal ``(T, D)``, except in `TokenMix` with as many heads as it likes. Built as ``cls(config, tokens, dim)``.
-
-    Args:
-        tokens: T.
-        dim: D.
-    """
-
-    def __init__(self, tokens: int, dim: int) -> None:
-        super().__init__()
-        self.tokens, self.dim = tokens, dim
-        self.mixed_tokens, self.mixed_dim = tokens, dim
-
-    @abstractmethod
-    def forward(self, x_btd: Tensor) -> Tensor:
-        """Mix the tokens of each row of the batch."""
-
-
-class ReversibleMixer(Mixer):
-    """A mixer with an inverse, as the block style `mix_revert` needs."""
-
-    @abstractmethod
-    def revert(self, x_bhd: Tensor) -> Tensor:
-        """``[B, mixed_tokens, mixed_dim] → [B, T, D]``, the inverse of `forward`."""
+from recsys.ranking.mixers.base import ReversibleMixer
 
 
 def mix(x_btd: Tensor, heads: int) -> Tensor:
@@ -101,24 +69,3 @@ class TokenMix(ReversibleMixer):
     def revert(self, x_bhd: Tensor) -> Tensor:
         """``[B, H, T * D / H] → [B, T, D]``."""
         return revert(x_bhd, self.tokens)
-
-
-@register("mixer", "identity")
-class Identity(ReversibleMixer):
-    """No mixing: token t of the output depends on token t alone. The ablation against which mixing is measured."""
-
-    class Config(BaseConfig):
-        """Nothing to choose."""
-
-        name: Literal["identity"] = "identity"
-
-    def __init__(self, config: Config, tokens: int, dim: int) -> None:
-        super().__init__(tokens, dim)
-
-    def forward(self, x_btd: Tensor) -> Tensor:
-        """The input."""
-        return x_btd
-
-    def revert(self, x_bhd: Tensor) -> Tensor:
-        """The input."""
-        return x_bhd

@@ -1,31 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pooling of histories: a jagged history and a candidate become one field vector, which joins the other fields among the tokens."""
+"""Target attention: a jagged history and a candidate become one vector."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
-from recsys.core.errors import ConfigError, DataError
+from recsys.core.errors import ConfigError
 from recsys.data.spec import SequenceSpec
+from recsys.ranking.history.base import Events, HistoryEncoder
+from recsys.ranking.history.segments import segment_softmax, segment_sum
 from recsys.ranking.mlp import mlp
-
-
-def segment_sum(values_n: Tensor, row_n: Tensor, rows: int) -> Tensor:
-    """Sum the values of each row: ``[N, …]`` and int64 ``[N]`` to ``[rows, …]``; a row without values gets zero."""
-    return values_n.new_zeros(rows, *values_n.shape[1:]).index_add(0, row_n, values_n)
-
-
-def segment_softmax(scores_nh: Tensor, row_n: Tensor, rows: int) -> Tensor:
-    """Softmax over the events of each row, for each column alone: ``[N, H] → [N, H]``."""
-    highest_bh = scores_nh.new_full((rows, scores_nh.shape[1]), -torch.inf)
-    highest_bh = highest_bh.scatter_reduce(0, row_n[:, None].expand_as(scores_nh), scores_nh.detach(), "amax")
-    weights_nh = (scores_nh - highest_bh[row_n]).exp()
-    return weights_nh / segment_sum(weights_nh, row_n, rows)[row_n]
 
 
 class ActivationUnit(nn.Module):
@@ -81,16 +70,11 @@ class DotAttention(nn.Module):
         return out_bd
 
 
-class TargetAttention(nn.Module):
+@register("history", "target_attention")
+class TargetAttention(HistoryEncoder):
     """One history as seen from the candidate (Deep Interest Network, arXiv 1706.06978).
 
-    An event's vector is its item's embedding plus a learned projection of each aligned extra, so that it stays in the space of the
-    candidate's embedding, with which it shares a table. A row without events gets a learned vector, zero at first.
-
-    Args:
-        config: see `Config`.
-        sequence: which keys hold the events and the candidate.
-        dim: d, the width of all embeddings and of the result.
+    A row without events gets a learned vector, zero at first.
     """
 
     class Config(BaseConfig):
@@ -102,46 +86,17 @@ class TargetAttention(nn.Module):
             heads: attention heads (``dot`` alone).
         """
 
+        name: Literal["target_attention"] = "target_attention"
         unit: Literal["mlp", "dot"] = "mlp"
         hidden: tuple[int, ...] = (80, 40)
         heads: int = Field(1, ge=1)
 
     def __init__(self, config: Config, sequence: SequenceSpec, dim: int) -> None:
-        super().__init__()
-        self.sequence = sequence
-        self.extras = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in sequence.keys[1:])
+        super().__init__(sequence, dim)
         self.unit = ActivationUnit(dim, config.hidden) if config.unit == "mlp" else DotAttention(dim, config.heads)
         self.empty = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, sequences: Mapping[str, JaggedTensor]) -> Tensor:
-        """Pool the history of each row.
-
-        Args:
-            sequences: embeddings of the spec's keys and of its target, the latter one per row.
-
-        Returns:
-            ``[B, d]``.
-
-        Raises:
-            DataError: the keys are not aligned, or a row does not have exactly one target.
-        """
-        name, target = self.sequence.name, self.sequence.target
-        lengths_b = sequences[self.sequence.keys[0]].lengths()
-        target_bd = sequences[target].values()
-        if target_bd.shape[0] != lengths_b.shape[0]:
-            raise DataError(f"{name}: expected one {target!r} for each of {lengths_b.shape[0]} rows, got {target_bd.shape[0]}")
-        events_nd = self.events(sequences)
-        row_n = torch.repeat_interleave(lengths_b.long(), output_size=events_nd.shape[0])
-        return torch.where(lengths_b[:, None] > 0, self.unit(target_bd, events_nd, row_n), self.empty)
-
-    def events(self, sequences: Mapping[str, JaggedTensor]) -> Tensor:
-        """The vectors of all events, one history after another: ``[N, d]``."""
-        item, *extras = self.sequence.keys
-        events_nd: Tensor = sequences[item].values()
-        for key, project in zip(extras, self.extras, strict=True):
-            values_nd = sequences[key].values()
-            if values_nd.shape[0] != events_nd.shape[0]:
-                expected = f"as many values of {key!r} as of {item!r} ({events_nd.shape[0]})"
-                raise DataError(f"{self.sequence.name}: expected {expected}, got {values_nd.shape[0]}")
-            events_nd = events_nd + project(values_nd)
-        return events_nd
+    def encode(self, events: Events) -> Tensor:
+        """``[B, 1, d]``."""
+        pooled_bd = self.unit(events.target, events.vectors, events.row)
+        return torch.where(events.lengths[:, None] > 0, pooled_bd, self.empty)[:, None]

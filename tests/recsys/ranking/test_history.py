@@ -8,7 +8,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from recsys.core.errors import ConfigError, DataError
 from recsys.data.spec import SequenceSpec
-from recsys.ranking.sequence import TargetAttention, segment_softmax, segment_sum
+from recsys.ranking.history import TargetAttention
+from recsys.ranking.history.segments import segment_softmax, segment_sum
 
 DIM = 6
 SEQUENCE = SequenceSpec(name="history", keys=("seen", "stars", "age"), target="item")
@@ -26,6 +27,13 @@ def build(config: TargetAttention.Config) -> TargetAttention:
     module = TargetAttention(config, SEQUENCE, DIM).double()
     nn.init.normal_(module.empty)
     return module
+
+
+def pooled(module: TargetAttention, rows: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+    """[B, d]: the one vector of each history."""
+    (name,) = module.fields
+    assert name == "history"
+    return module(jagged(rows))[:, 0]
 
 
 def vectors(lengths: list[int], seed: int = 0) -> dict[str, list[torch.Tensor]]:
@@ -68,7 +76,7 @@ def brute_force(module: TargetAttention, rows: dict[str, list[torch.Tensor]]) ->
 @pytest.mark.parametrize("config", CONFIGS)
 def test_pooling_equals_brute_force(config: TargetAttention.Config) -> None:
     module, rows = build(config), vectors(LENGTHS)
-    torch.testing.assert_close(module(jagged(rows)), brute_force(module, rows))
+    torch.testing.assert_close(pooled(module, rows), brute_force(module, rows))
 
 
 def test_dot_attention_equals_torchs_own() -> None:
@@ -77,16 +85,16 @@ def test_dot_attention_equals_torchs_own() -> None:
     reference = nn.MultiheadAttention(DIM, 3, bias=False, batch_first=True).double()
     reference.in_proj_weight.data = torch.cat([unit.query.weight, unit.key.weight, unit.value.weight]).detach()
     reference.out_proj.weight.data = unit.out.weight.detach()
-    events = module.events(jagged(rows)).reshape(2, 4, DIM)
+    events = module.events(jagged(rows)).vectors.reshape(2, 4, DIM)
     expected, _ = reference(torch.stack(rows["item"]), events, events)
-    torch.testing.assert_close(module(jagged(rows)), expected[:, 0])
+    torch.testing.assert_close(pooled(module, rows), expected[:, 0])
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [0]])
 def test_empty_histories_give_the_learned_vector_without_nan(config: TargetAttention.Config, lengths: list[int]) -> None:
     module = build(config)
-    out = module(jagged(vectors(lengths)))
+    out = pooled(module, vectors(lengths))
     assert torch.equal(out, module.empty.expand(len(lengths), DIM))
     out.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
@@ -100,9 +108,9 @@ def test_the_vector_of_an_empty_history_starts_at_zero() -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_rows_do_not_see_their_batch_mates(config: TargetAttention.Config) -> None:
     module, rows = build(config), vectors(LENGTHS)
-    together = module(jagged(rows))
+    together = pooled(module, rows)
     for b in range(len(LENGTHS)):
-        alone = module(jagged({key: [values[b]] for key, values in rows.items()}))
+        alone = pooled(module, {key: [values[b]] for key, values in rows.items()})
         torch.testing.assert_close(alone[0], together[b])
 
 
@@ -110,7 +118,7 @@ def test_rows_do_not_see_their_batch_mates(config: TargetAttention.Config) -> No
 def test_events_form_a_set(config: TargetAttention.Config) -> None:
     module, rows = build(config), vectors(LENGTHS)
     reversed_rows = {key: [v.flip(0) for v in values] for key, values in rows.items()}
-    torch.testing.assert_close(module(jagged(reversed_rows)), module(jagged(rows)))
+    torch.testing.assert_close(pooled(module, reversed_rows), pooled(module, rows))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -129,7 +137,7 @@ def test_gradients_agree_with_finite_differences(config: TargetAttention.Config)
 def test_huge_scores_do_not_overflow() -> None:
     module, rows = build(TargetAttention.Config(unit="dot")), vectors(LENGTHS)
     rows["item"] = [1e6 * v for v in rows["item"]]
-    out = module(jagged(rows))
+    out = pooled(module, rows)
     assert out.isfinite().all()
     torch.testing.assert_close(out, brute_force(module, rows))
 

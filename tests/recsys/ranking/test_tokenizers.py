@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from recsys.core.errors import ConfigError
-from recsys.ranking.tokenize import GroupTokenizer
+from recsys.ranking.tokenizers import GroupTokenizer
 
 WIDTHS = {"user": 3, "age": 1, "item": 3, "history": 3}
 GROUPS = {"past": ("history",), "who": ("age", "user"), "what": ("item",)}
@@ -14,12 +14,16 @@ def fields(rows: int = 5) -> dict[str, torch.Tensor]:
     return {name: torch.randn(rows, width) for name, width in WIDTHS.items()}
 
 
+def build(groups: dict[str, tuple[str, ...]] = GROUPS, hidden: int | None = None) -> GroupTokenizer:
+    return GroupTokenizer(GroupTokenizer.Config(groups=groups, hidden=hidden), WIDTHS, dim=4)
+
+
 def affine(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     return x @ layer.weight.T + layer.bias
 
 
 def test_tokens_are_affine_maps_of_their_groups_behind_a_global_token_of_the_raw_fields() -> None:
-    tokenizer, x = GroupTokenizer(GROUPS, WIDTHS, dim=4), fields()
+    tokenizer, x = build(), fields()
     past, who, what = x["history"], torch.cat([x["age"], x["user"]], 1), x["item"]
     inputs = [torch.cat([past, who, what], 1), past, who, what]
     expected = torch.stack([affine(v, p[0]) for v, p in zip(inputs, tokenizer.projections, strict=True)], 1)
@@ -28,14 +32,14 @@ def test_tokens_are_affine_maps_of_their_groups_behind_a_global_token_of_the_raw
 
 
 def test_a_hidden_layer_has_silu() -> None:
-    tokenizer, x = GroupTokenizer(GROUPS, WIDTHS, dim=4, hidden=6), fields()
+    tokenizer, x = build(hidden=6), fields()
     first, _, last = tokenizer.projections[3]
     hidden = affine(x["item"], first)
     torch.testing.assert_close(tokenizer(x)[:, 3], affine(hidden * torch.sigmoid(hidden), last))
 
 
 def test_the_global_token_reads_raw_fields_not_projected_tokens() -> None:
-    tokenizer, x = GroupTokenizer(GROUPS, WIDTHS, dim=4), fields()
+    tokenizer, x = build(), fields()
     before = tokenizer(x)
     with torch.no_grad():
         for projection in tokenizer.projections[1:]:
@@ -46,20 +50,20 @@ def test_the_global_token_reads_raw_fields_not_projected_tokens() -> None:
 
 
 def test_a_token_depends_on_its_own_fields_and_the_global_token_on_all() -> None:
-    tokenizer, x = GroupTokenizer(GROUPS, WIDTHS, dim=4), fields()
+    tokenizer, x = build(), fields()
     for name in WIDTHS:
         changed = (tokenizer(x | {name: x[name] + 1}) != tokenizer(x)).any(dim=2).all(dim=0)
         assert changed.tolist() == [True, name == "history", name in ("age", "user"), name == "item"]
 
 
 def test_parameters_equal_the_formula() -> None:
-    tokenizer = GroupTokenizer(GROUPS, WIDTHS, dim=4)
+    tokenizer = build()
     inputs = sum(WIDTHS.values())
     assert sum(p.numel() for p in tokenizer.parameters() if p.dim() == 2) == inputs * 4 + inputs * 4
 
 
 def test_tokens_lie_outermost_in_memory() -> None:
-    assert GroupTokenizer(GROUPS, WIDTHS, dim=4)(fields()).transpose(0, 1).is_contiguous()
+    assert build()(fields()).transpose(0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -76,4 +80,4 @@ def test_tokens_lie_outermost_in_memory() -> None:
 )
 def test_groups_that_are_not_a_partition_are_an_error(groups: dict[str, tuple[str, ...]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        GroupTokenizer(groups, WIDTHS, dim=4)
+        build(groups)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of a ranker have in common: their sizes, what they cost, and the penalties that they add to the training loss."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6  # undisclosed by the papers; public re-implementations use 1e-6 to 1e-8
+
+Penalties = list[Tensor] | None
+"""Where a part puts scalars that the training loss adds to the task's, such as a router's balance; None outside training."""
+
+
+class Part(nn.Module, ABC):
+    """A module that says what a forward pass through it costs."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> int:
+        """Operations of the matrix products of one sample's forward pass; a multiply-add counts as two.
+
+        Norms, activations, biases, residuals, look-ups and softmaxes are left out. Training costs three times as much.
+        """
+
+    @property
+    def idle(self) -> int:
+        """How many of the parameters take no part in one sample's forward pass, such as experts that were not chosen."""
+        return 0
+
+
+class TokenPart(Part):
+    """A part that takes ``[B, T, D]``.
+
+    Args:
+        tokens: T.
+        dim: D.
+    """
+
+    def __init__(self, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.tokens, self.dim = tokens, dim
+
+
+class TokenNorm(nn.RMSNorm):
+    """RMSNorm over the width of each token, one gain per channel shared by the tokens; writes tokens-outermost.
+
+    ``nn.RMSNorm`` alone would write batch-outermost, whatever lay in memory before.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """``[B, T, D] → [B, T, D]``."""
+        return super().forward(x_btd.transpose(0, 1)).transpose(0, 1)
+
+
+class TokenLayerNorm(nn.LayerNorm):
+    """LayerNorm over the width of each token, gains and biases shared by the tokens; writes tokens-outermost."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        """``[B, T, D] → [B, T, D]``."""
+        return super().forward(x_btd.transpose(0, 1)).transpose(0, 1)
+
+
+def linear_flops(module: nn.Module) -> int:
+    """Operations of all linear layers below ``module``, each applied once to one sample."""
+    return sum(2 * layer.in_features * layer.out_features for layer in module.modules() if isinstance(layer, nn.Linear))

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-token transformations: every token has weights of its own; each in one file under its name."""
+
+from recsys.ranking.per_token.base import PerToken, hidden_width, per_token_linear, xavier_uniform_per_token_
+from recsys.ranking.per_token.ffn import FFN
+from recsys.ranking.per_token.swiglu import SwiGLU
+
+__all__ = ["FFN", "PerToken", "SwiGLU", "hidden_width", "per_token_linear", "xavier_uniform_per_token_"]

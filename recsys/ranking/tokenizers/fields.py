@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One token for each field."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from recsys.core.components import register
+from recsys.core.config import Config as BaseConfig
+from recsys.ranking.part import linear_flops
+from recsys.ranking.tokenizers.base import Tokenizer
+
+
+@register("tokenizer", "fields")
+class FieldTokenizer(Tokenizer):
+    """Token i is field i: what AutoInt, Wukong, DHEN, DLRM and HiFormer call a feature embedding. T = fields.
+
+    A field whose vector is D wide is taken as it is; any other goes through an affine map of its own. So a dense column x becomes
+    ``x · v + b``, which is AutoInt's embedding of numerical fields (arXiv 1810.11921, §4.2) with a bias.
+    """
+
+    class Config(BaseConfig):
+        """Nothing to choose."""
+
+        name: Literal["fields"] = "fields"
+
+    def __init__(self, config: Config, widths: Mapping[str, int], dim: int) -> None:
+        super().__init__(widths, dim)
+        self.projections = nn.ModuleList(nn.Identity() if width == dim else nn.Linear(width, dim) for width in widths.values())
+        self.tokens = len(self.projections)
+
+    @property
+    def flops(self) -> int:
+        """Those of the affine maps."""
+        return linear_flops(self)
+
+    def forward(self, fields: Mapping[str, Tensor]) -> Tensor:
+        """See `Tokenizer.forward`."""
+        tokens = [projection(fields[name]) for name, projection in zip(self.widths, self.projections, strict=True)]
+        return torch.stack(tokens).transpose(0, 1)
