@@ -160,7 +160,7 @@ def _measure(
         },
         "verdicts": [measure.verdict(name, interval) for name, interval in intervals.items()],
         "curves": {ours: ranking.history.rows()} | {name: history.rows() for name, history in retrieval.curves.items()},
-        "monitors": {ours: "auc"} | dict.fromkeys(retrieval.curves, "recall@10"),
+        "monitors": {ours: "auc"} | dict.fromkeys(retrieval.curves, "ndcg@10"),
         "parity": release.parity(offline, online, histories.test, seed),
         "latency": release.latency(online, histories.test, K, seed),
     }

@@ -33,7 +33,7 @@ from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
 
 _CHUNK = 256
-_VALIDATION_STEPS = 600  # of the validation period, drawn by seed: enough to stop early by
+_VALIDATION_STEPS = 2000  # of the validation period, drawn by seed; 600 chose the wrong epoch (docs/results/quickstart.md)
 _DECAYS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of item-kNN: how much less an older event of the history counts
 Scorer = Callable[[SequenceBatch], np.ndarray]
 
@@ -185,7 +185,7 @@ def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Hist
     """Set the weight of the semantic slots to the one with the best NDCG@10 on the validation period."""
     if not isinstance(retriever, SETRec):
         return
-    steps = sample_steps(histories.valid, 2 * _VALIDATION_STEPS, seed + 1)
+    steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed + 1)
     quality = {}
     for beta in betas:
         retriever.set_beta(beta)
