@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedding tables of a ranker, built from an `InputSpec`, updated by FBGEMM inside the backward pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -9,18 +9,20 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
-from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from recsys.core.config import Config as BaseConfig
-from recsys.core.errors import CheckpointError, RecsysError
+from recsys.core.errors import CheckpointError, ConfigError, RecsysError, unknown
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec
-from recsys.embedding.unpooled import CPUFusedEmbeddingCollection
+from recsys.embedding.ids import ManagedIds, ManagedTableConfig
+from recsys.embedding.unpooled import UnpooledTables
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -28,6 +30,7 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 LEARNING_RATE = "learning_rate"
+Width = Annotated[int, Field(ge=4, multiple_of=4)]  # FBGEMM's rows are vectors of four
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Embedded:
     """What the tables say about a batch of B rows.
 
     Attributes:
-        pooled: for each key of ``spec.bag_keys``, in that order, float ``[B, dim]``; 0 for an empty bag.
-        sequences: for each key of ``spec.sequence_keys``, in that order, the vectors ``[N, dim]`` of all elements, and their lengths.
+        pooled: for each key of ``spec.bag_keys``, in that order, float ``[B, width]``; 0 for an empty bag.
+        sequences: for each key of ``spec.sequence_keys``, in that order, the vectors ``[N, width]`` of all elements, and their lengths.
     """
 
     pooled: dict[str, Tensor]
@@ -58,6 +61,9 @@ class EmbeddingTables(nn.Module):
         config: see `Config`.
         device: where the tables live, the CPU by default.
 
+    Raises:
+        ConfigError: ``dims`` names a table that the spec does not have.
+
     Row-wise Adagrad (FBGEMM's EXACT_ROWWISE_ADAGRAD, `torchrec.optim.RowWiseAdagrad`) keeps one accumulator m per row, for the gradient
     g of the whole row: m ← m + mean(g²), w ← w − lr · g / (√m + eps). Rows that a batch does not look up do not change. There is no
     weight decay: FBGEMM's CPU kernels accept it and then ignore it for pooled tables.
@@ -67,7 +73,9 @@ class EmbeddingTables(nn.Module):
         """How tables are sized, initialised and trained.
 
         Attributes:
-            dim: of every table.
+            dim: the width of every table that ``dims`` does not name.
+            dims: other widths, by table. A history's items and their target share a table, so they agree by themselves.
+            managed: the tables whose keys hold raw 64-bit ids instead of rows, see `recsys.embedding.ids.ManagedIds`.
             pooling: of bags.
             optimizer: what FBGEMM can fuse on the CPU.
             learning_rate: the initial one; see `EmbeddingTables.set_learning_rate`.
@@ -77,7 +85,9 @@ class EmbeddingTables(nn.Module):
             init_std: the initial weights are normal with mean 0, drawn from torch's generator.
         """
 
-        dim: Annotated[int, Field(ge=4, multiple_of=4)] = 32
+        dim: Width = 32
+        dims: dict[str, Width] = Field(default_factory=dict)
+        managed: dict[str, ManagedTableConfig] = Field(default_factory=dict)
         pooling: Literal["sum", "mean"] = "sum"
         optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
         learning_rate: NonNegativeFloat = 0.05
@@ -88,36 +98,46 @@ class EmbeddingTables(nn.Module):
     def __init__(self, spec: InputSpec, config: Config, device: torch.device | None = None) -> None:
         super().__init__()
         self.spec, self.config = spec, config
+        if absent := [table for table in config.dims if table not in {t.name for t in spec.tables}]:
+            raise ConfigError(f"embedding.dims: {unknown('table', absent[0], (t.name for t in spec.tables))}")
         self._device = device or torch.device("cpu")
         self.pooled = self._build_pooled()
         self.unpooled = self._build_unpooled()
         for weight in self.parameters():
             nn.init.normal_(weight, std=config.init_std)
+        if config.managed:
+            self.ids = ManagedIds(spec, config.managed, self._device)
         self._addresses = self._weight_addresses()
         self.register_load_state_dict_post_hook(lambda module, keys: module._check_addresses())
+
+    def dim_of(self, table: str) -> int:
+        """The width of a table."""
+        return self.config.dims.get(table, self.config.dim)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of each key's vectors, pooled keys first."""
+        pooled = {key: self.dim_of(table.name) for table in self.spec.tables for key in table.bags}
+        return pooled | {key: self.dim_of(table.name) for table in self.spec.tables for key in table.sequences}
 
     def _build_pooled(self) -> FusedEmbeddingBagCollection | None:
         pooling = PoolingType.SUM if self.config.pooling == "sum" else PoolingType.MEAN
         tables = [
             EmbeddingBagConfig(
-                name=t.name, embedding_dim=self.config.dim, num_embeddings=t.rows, feature_names=list(t.bags), pooling=pooling
+                name=t.name, embedding_dim=self.dim_of(t.name), num_embeddings=t.rows, feature_names=list(t.bags), pooling=pooling
             )
             for t in self.spec.tables
             if t.bags
         ]
         return FusedEmbeddingBagCollection(tables, *self._optimizer(), device=self._device) if tables else None
 
-    def _build_unpooled(self) -> CPUFusedEmbeddingCollection | FusedEmbeddingCollection | None:
+    def _build_unpooled(self) -> UnpooledTables | None:
         tables = [
-            EmbeddingConfig(name=t.name, embedding_dim=self.config.dim, num_embeddings=t.rows, feature_names=list(t.sequences))
+            EmbeddingConfig(name=t.name, embedding_dim=self.dim_of(t.name), num_embeddings=t.rows, feature_names=list(t.sequences))
             for t in self.spec.tables
             if t.sequences
         ]
-        if not tables:
-            return None
-        if self._device.type == "cpu":
-            return CPUFusedEmbeddingCollection(tables, *self._optimizer())
-        return FusedEmbeddingCollection(tables, *self._optimizer(), device=self._device)
+        return UnpooledTables(tables, *self._optimizer(), device=self._device) if tables else None
 
     def _optimizer(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         # FATAL, because FBGEMM's default mode reads row 0 in the place of a row that does not exist, and goes on.
@@ -139,17 +159,33 @@ class EmbeddingTables(nn.Module):
         return self._look_up(batch)
 
     def _look_up(self, batch: RankingBatch) -> Embedded:
+        if self.config.managed:
+            batch, evicted = self.ids(batch)
+            self._renew(evicted)
         # By key: a sharded collection orders its values by shard.
         pooled = self.pooled(batch.sparse) if self.pooled is not None else {}
         unpooled = self.unpooled(batch.sequences) if self.unpooled is not None else {}
         return Embedded({key: pooled[key] for key in self.spec.bag_keys}, {key: unpooled[key] for key in self.spec.sequence_keys})
+
+    @torch.no_grad()
+    def _renew(self, evicted: Mapping[str, Tensor]) -> None:
+        """Draw the rows anew that went from one id to another, and forget their accumulators. TorchRec leaves both as they were."""
+        if not evicted:
+            return
+        weights = {name.split(".")[-2]: weight for name, weight in self.named_parameters() if name.endswith(".weight")}
+        for table, rows in evicted.items():
+            # .data, so that a forward pass whose backward pass is still to come does not object; FBGEMM's own updates do the same.
+            weights[table].data[rows] = torch.randn(len(rows), weights[table].shape[1], device=self._device) * self.config.init_std
+            for name, accumulator in self._accumulators().items():
+                if name.split(".")[1] == table:
+                    accumulator.data[rows] = 0.0
 
     def fused_optimizers(self) -> list[KeyedOptimizer]:
         """The optimizers that run inside the backward pass.
 
         A changed ``param_groups[i]["lr"]`` reaches FBGEMM with the next ``step()`` (or ``zero_grad()``), which does nothing else.
         """
-        return [collection.fused_optimizer() for collection in self._collections().values()]
+        return [optimizer for collection in self._collections().values() for optimizer in _optimizers(collection)]
 
     @property
     def learning_rate(self) -> float:
@@ -165,7 +201,11 @@ class EmbeddingTables(nn.Module):
             optimizer.step()
 
     def fused_state(self) -> dict[str, Tensor]:
-        """A copy of the optimizers' state: the accumulators, and the learning rate as a float64 scalar. The weights are not in it."""
+        """A copy of the optimizers' state: the accumulators, and the learning rate as a float64 scalar. The weights are not in it.
+
+        Raises:
+            CheckpointError: the tables are sharded; their state is saved by `torch.distributed.checkpoint`.
+        """
         state = {name: tensor.detach().clone() for name, tensor in self._accumulators().items()}
         return state | {LEARNING_RATE: torch.tensor(self.learning_rate, dtype=torch.float64)}
 
@@ -186,6 +226,8 @@ class EmbeddingTables(nn.Module):
         self.set_learning_rate(float(state[LEARNING_RATE]))
 
     def _accumulators(self) -> dict[str, Tensor]:
+        if self.sharded:
+            raise CheckpointError("the state of sharded tables is that of DistributedModelParallel.fused_optimizer")
         return {
             f"{name}.{key}": tensor
             for name, collection in self._collections().items()
@@ -193,11 +235,16 @@ class EmbeddingTables(nn.Module):
             for key, tensor in states.items()
         }
 
+    @property
+    def sharded(self) -> bool:
+        """Whether `recsys.embedding.sharding.shard` has replaced the collections."""
+        return not all(isinstance(c, FusedEmbeddingBagCollection | UnpooledTables) for c in self._collections().values())
+
     def _collections(self) -> dict[str, Any]:
         return {name: module for name, module in (("pooled", self.pooled), ("unpooled", self.unpooled)) if module is not None}
 
     def _weight_addresses(self) -> list[int]:
-        return [weight.data_ptr() for weight in self.parameters()]
+        return [weight.data_ptr() for collection in self._collections().values() for weight in collection.parameters()]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Refuse a move or a cast."""
@@ -207,7 +254,7 @@ class EmbeddingTables(nn.Module):
 
     def _check_addresses(self) -> None:
         """Whatever replaces a parameter replaces it by a copy that FBGEMM neither reads nor trains."""
-        if self._weight_addresses() != self._addresses:
+        if not self.sharded and self._weight_addresses() != self._addresses:
             raise RecsysError(
                 f"embedding tables cannot be moved, cast or assigned to: FBGEMM holds their memory on {self._device}. "
                 "Build them with device=..., load them with assign=False"
@@ -222,7 +269,17 @@ class EmbeddingTables(nn.Module):
         return other.train(self.training)
 
 
+def _optimizers(collection: nn.Module) -> list[KeyedOptimizer]:
+    """The fused optimizers of a collection; TorchRec's sharded ones have a property where the others have a method."""
+    if not isinstance(collection, FusedOptimizerModule):
+        return [optimizer for child in collection.children() for optimizer in _optimizers(child)]
+    optimizer: Any = collection.fused_optimizer
+    return [optimizer if isinstance(optimizer, KeyedOptimizer) else optimizer()]
+
+
 def dense_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of ``model`` that no fused optimizer updates: those for a dense optimizer."""
-    fused = {id(p) for module in model.modules() if isinstance(module, FusedOptimizerModule) for p in module.parameters()}
+    # DistributedModelParallel calls itself a FusedOptimizerModule, though it holds dense parameters too.
+    modules = [m for m in model.modules() if isinstance(m, FusedOptimizerModule) and not isinstance(m, DistributedModelParallel)]
+    fused = {id(parameter) for module in modules for parameter in module.parameters()}
     return (parameter for parameter in model.parameters() if id(parameter) not in fused)
