@@ -8,6 +8,7 @@ from recsys.core.components import component_config
 from recsys.core.config import Config
 from recsys.data.encoding.config import EncoderConfig
 from recsys.data.windows import SequenceLoader
+from recsys.ranking.calibration import NoCalibration
 from recsys.registry.gates import Gate
 from recsys.training.trainer import Trainer
 
@@ -27,10 +28,18 @@ class Training(Config):
 
 
 class RankerRecipe(Config):
-    """The ranker and its training."""
+    """The ranker, its training, and its calibration.
+
+    Attributes:
+        model: the ranker.
+        training: how it is trained.
+        calibration: from its probabilities to those that are served and measured, fitted on the validation period: ``platt``, ``isotonic``
+            or ``none``.
+    """
 
     model: component_config("ranker")  # type: ignore[valid-type]
     training: Training
+    calibration: component_config("calibration") = NoCalibration.Config()  # type: ignore[valid-type]
 
 
 class RetrieverRecipe(Config):

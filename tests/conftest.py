@@ -89,6 +89,7 @@ TINY = (
     "text.encoder={name: hashing}",
     "ranker.training.trainer.epochs=2",
     "ranker.training.batch_size=256",
+    "ranker.calibration={name: platt}",
     "collaborative.training.trainer.epochs=4",
     "retriever.training.trainer.epochs=4",
     "retriever.model.semantic_tokens=2",

@@ -23,6 +23,7 @@ from recsys.data.splits import PARTS
 from recsys.evaluation.metrics.auc import auc
 from recsys.evaluation.metrics.log_loss import log_loss
 from recsys.inference.frame import ranking_frame
+from recsys.ranking.calibration import Calibrator
 from recsys.ranking.model import Ranker
 from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
@@ -45,13 +46,15 @@ class RankingResult:
     """Trained models and what they say of the test events, in the order of the events.
 
     Attributes:
-        probabilities: model → float64 ``[events]``.
+        calibration: fitted on the validation period.
+        probabilities: model → float64 ``[events]``; the ranker's are calibrated.
         labels: 0 or 1, ``[events]``.
         base_rate: the share of positive labels in train.
     """
 
     encoder: Encoder
     ranker: Ranker
+    calibration: Calibrator
     history: History
     probabilities: dict[str, np.ndarray]
     labels: np.ndarray
@@ -72,7 +75,7 @@ def build_frames(prepared: Prepared, folder: Path) -> Frames:
 
 
 def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Path, tracker: Tracker) -> RankingResult:
-    """Fit the encoder on train, train the ranker with early stopping on the validation period, and score the test period once."""
+    """Fit the encoder on train, train the ranker with early stopping on validation, calibrate it there, and score the test period once."""
     encoder = Encoder.fit(recipe.encoder, frames.tables["train"])
     batches = {part: _encode(encoder, frames.tables[part]) for part in PARTS}
     torch.manual_seed(recipe.seed)
@@ -89,12 +92,14 @@ def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Pa
     history = trainer.fit(ranker, loader, validate)
     labels = {part: _labels(batches[part]) for part in PARTS}
     base_rate = float(labels["train"].mean())
+    calibration: Calibrator = components.build("calibration", recipe.ranker.calibration)
+    calibration.fit(labels["valid"], _predict(ranker, batches["valid"]), _weights(batches["valid"]))
     probabilities = {
-        recipe.ranker.model.name: _predict(ranker, batches["test"]),
+        recipe.ranker.model.name: calibration.apply(_predict(ranker, batches["test"])),
         "logistic_regression": _logistic_regression(batches, labels, encoder),
         "base_rate": np.full(len(labels["test"]), base_rate),
     }
-    return RankingResult(encoder, ranker.eval(), history, probabilities, labels["test"], base_rate)
+    return RankingResult(encoder, ranker.eval(), calibration, history, probabilities, labels["test"], base_rate)
 
 
 def _encode(encoder: Encoder, table: pa.Table) -> list[RankingBatch]:
@@ -103,6 +108,11 @@ def _encode(encoder: Encoder, table: pa.Table) -> list[RankingBatch]:
 
 def _labels(batches: list[RankingBatch]) -> np.ndarray:
     return np.concatenate([batch.labels[:, 0].numpy() for batch in batches if batch.labels is not None]).astype(np.float64)
+
+
+def _weights(batches: list[RankingBatch]) -> np.ndarray | None:
+    weights = [batch.weights.numpy() for batch in batches if batch.weights is not None]
+    return np.concatenate(weights) if weights else None
 
 
 def _predict(model: nn.Module, batches: list[RankingBatch]) -> np.ndarray:

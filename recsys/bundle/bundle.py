@@ -6,6 +6,7 @@
     manifest.json                       identity and the hash of every file
     features.json                       feature definitions, as the feature store wrote them
     settings.json                       `Settings`: how retrieved and ranked scores become one list
+    calibration.json                    from the ranker's probability of the task to a calibrated one
     metrics.json                        what evaluation measured
     catalogue.arrow  items.arrow        rows, live bits, version; display attributes by row
     encoder/                            `recsys.data.encode.Encoder`
@@ -16,7 +17,7 @@
 Nothing in it is pickled. `Bundle.load` refuses a bundle whose files do not have the hashes of its manifest.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from recsys.core.config import Config, parse
 from recsys.core.errors import BundleError
 from recsys.core.files import new_directory, read_json, write_json
 from recsys.data.encode import Encoder
+from recsys.ranking.calibration import Calibrator, NoCalibration, from_state
 from recsys.ranking.model import Ranker
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.catalogue import Catalogue, DenseIndex
@@ -73,6 +75,7 @@ class Bundle:
     retriever: Retriever
     item_table: ItemTable
     index: DenseIndex
+    calibration: Calibrator = field(default_factory=lambda: NoCalibration(NoCalibration.Config()))
 
     def save(self, directory: Path) -> Manifest:
         """Write the bundle whole or not at all; returns the manifest with the files' hashes.
@@ -83,6 +86,7 @@ class Bundle:
         with new_directory(directory) as root:
             write_json(root / "features.json", self.features)
             write_json(root / "settings.json", self.settings.model_dump(mode="json"))
+            write_json(root / "calibration.json", self.calibration.state())
             write_json(root / "metrics.json", self.metrics)
             write_table(root / "items.arrow", self.items)
             self.catalogue.save(root / "catalogue.arrow")
@@ -122,6 +126,7 @@ class Bundle:
             retriever=retriever,
             item_table=items,
             index=DenseIndex.load(directory / "index", catalogue.snapshot()),
+            calibration=_load_calibration(directory / "calibration.json"),
         )
 
 
@@ -169,6 +174,11 @@ def _load_module(directory: Path, kind: str, inputs: Any) -> Any:
     if kind == "retriever":
         module.load_extra_state(stored["extra"])
     return module.eval()
+
+
+def _load_calibration(path: Path) -> Calibrator:
+    """No calibration where there is no file, as in older bundles; a file that was lost does not come to this, since `verify` misses it."""
+    return from_state(read_json(path)) if path.is_file() else NoCalibration(NoCalibration.Config())
 
 
 def _save_item_table(path: Path, items: ItemTable) -> None:

@@ -26,9 +26,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     "head": ("recsys.ranking.heads",),
     "history": ("recsys.ranking.history",),
     "ranker": ("recsys.ranking.models",),
+    "calibration": ("recsys.ranking.calibration",),
     "retriever": ("recsys.retrieval.models",),
     "index": ("recsys.retrieval.catalogue",),
     "text_encoder": ("recsys.text",),
+    "scaling_data": ("recsys.scaling",),
     "online_store": ("feature_store.online",),
 }
 

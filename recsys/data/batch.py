@@ -42,12 +42,14 @@ class RankingBatch(_Batch):
         sequences: table rows to be looked up one by one, keys ``spec.sequence_keys``; histories are oldest first.
         dense: float32 ``[B, len(spec.dense)]``.
         labels: float32 ``[B, len(spec.tasks)]``, or None when serving.
+        weights: float32 ``[B]``, at least 0: how much each row counts in the training loss; None where all count alike.
     """
 
     sparse: KeyedJaggedTensor
     sequences: KeyedJaggedTensor
     dense: Tensor
     labels: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.dense.shape[0])

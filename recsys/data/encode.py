@@ -134,15 +134,21 @@ class Encoder:
         """The columns of the labels."""
         return tuple(dict.fromkeys(task.feature for task in self.config.tasks))
 
+    @property
+    def weight_column(self) -> str | None:
+        """The column of the rows' weights, which is read where there are labels."""
+        return self.config.weight
+
     def transform(self, table: pa.Table | pa.RecordBatch) -> RankingBatch:
         """Encode B ≥ 1 rows.
 
         Args:
-            table: the features, with status columns where there are any. Labels are all there, or none is (then the batch has none).
+            table: the features, with status columns where there are any. Labels are all there, or none is (then the batch has none, and no
+                weights either).
 
         Raises:
             SchemaError: a column is absent or of another type than its encoding expects.
-            DataError: no rows; a null or infinite label; aligned lists of different lengths.
+            DataError: no rows; a null or infinite label; a null, infinite or negative weight; aligned lists of different lengths.
         """
         columns = Columns(table)
         if len(columns) == 0:
@@ -161,11 +167,13 @@ class Encoder:
                     dense += self._dense(feature, columns.numbers(feature.feature))
                 case Sequence():
                     jagged |= self._sequence(feature, columns)
+        labels = self._labels(columns)
         return RankingBatch(
             sparse=_keyed(self.spec.bag_keys, jagged, len(columns)),
             sequences=_keyed(self.spec.sequence_keys, jagged, len(columns)),
             dense=_matrix(dense, len(columns)),
-            labels=self._labels(columns),
+            labels=labels,
+            weights=None if labels is None or self.config.weight is None else _weights(self.config.weight, columns),
         )
 
     def _dense(self, feature: Dense, column: Scalars) -> list[np.ndarray]:
@@ -235,6 +243,17 @@ def _label(task: Task, column: Scalars) -> np.ndarray:
     text = task.threshold.strip()
     sign = next(s for s in _COMPARE if text.startswith(s))
     return np.asarray(_COMPARE[sign](column.numbers(), float(text.removeprefix(sign))))
+
+
+def _weights(name: str, columns: Columns) -> torch.Tensor:
+    """float32 ``[B]``."""
+    column = columns.numbers(name)
+    wrong = ~column.present | (column.numbers() < 0)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        found = f"{column.numbers()[row]:g}" if column.present[row] else "null, not PRESENT or not finite"
+        raise DataError(f"weight {name!r}: row {row} is {found}; expected a finite number of at least 0")
+    return torch.from_numpy(column.numbers().astype(np.float32))
 
 
 def _matrix(columns: list[np.ndarray], rows: int) -> torch.Tensor:

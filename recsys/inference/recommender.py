@@ -53,7 +53,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Candidates with the ranker's opinion: float32 ``[B, C]`` each, -inf and 0 where there is no item."""
+    """Candidates with the ranker's opinion, calibrated: float32 ``[B, C]`` each, -inf and 0 where there is no item."""
 
     candidates: Candidates
     probability: np.ndarray
@@ -135,7 +135,7 @@ class Recommender:
             read = users.table.select([name for name in users.table.column_names if name in self._columns])
             batch = self.bundle.encoder.transform(frame.join(read, user_of_row, items))
             predicted: Tensor = self.bundle.ranker.predict(batch)[:, self._task]
-            probability[present] = predicted.numpy()
+            probability[present] = self.bundle.calibration.apply(predicted.numpy())
         score = rules.combine(candidates.log_probability, probability, self.bundle.settings.rank_weight)
         return Ranked(candidates, probability, np.where(present, score, -np.inf).astype(np.float32))
 

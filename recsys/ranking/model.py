@@ -16,6 +16,7 @@ from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec
 from recsys.embedding.tables import Embedded, EmbeddingTables, dense_parameters
+from recsys.ranking import checks
 from recsys.ranking.history import HistoryEncoder, TargetAttention
 from recsys.ranking.losses import masked_bce
 from recsys.ranking.part import Part
@@ -74,7 +75,10 @@ class Ranker(nn.Module, ABC):
         if twice := [field for field in spec.fields if spec.fields.count(field) > 1]:
             raise ConfigError(f"inputs: the name {twice[0]!r} is used twice among {', '.join(spec.fields)}")
         self.tables = EmbeddingTables(spec=spec, config=config.embedding, device=torch.get_default_device())
-        self.histories = nn.ModuleList(components.build("history", config.history, s, config.embedding.dim) for s in spec.sequences)
+        widths = self.tables.widths
+        self.histories = nn.ModuleList(components.build("history", config.history, s, widths[s.keys[0]]) for s in spec.sequences)
+        for history in self._encoders():
+            history.set_extra_widths([widths[key] for key in history.sequence.keys[1:]])
 
     @property
     def widths(self) -> dict[str, int]:
@@ -82,10 +86,10 @@ class Ranker(nn.Module, ABC):
 
         Pooled keys, then for each sequence its target and its history's fields, then the dense columns.
         """
-        keys = list(self.spec.bag_keys)
+        widths = {key: self.tables.widths[key] for key in self.spec.bag_keys}
         for history in self._encoders():
-            keys += [history.sequence.target, *history.fields]
-        return dict.fromkeys(keys, self.config.embedding.dim) | dict.fromkeys(self.spec.dense, 1)
+            widths |= dict.fromkeys((history.sequence.target, *history.fields), history.dim)
+        return widths | dict.fromkeys(self.spec.dense, 1)
 
     def costs(self) -> "Costs":
         """Parameters and operations: see `Costs`."""
@@ -99,10 +103,33 @@ class Ranker(nn.Module, ABC):
     def flops(self) -> int:
         """Operations of the matrix products in `interact` for one sample, forward: see `recsys.ranking.part.Part.flops`."""
 
+    def compile_dense(self) -> None:
+        """Compile, in place and when first called, every module between the fields' vectors and the logits.
+
+        Look-ups and histories stay as they are: their shapes change from batch to batch. Names in the state dict do not change.
+        """
+        parts = [child for child in self.children() if child is not self.tables and child is not self.histories]
+        for part in parts:
+            for module in part if isinstance(part, nn.ModuleList) else (part,):
+                if any(True for _ in module.parameters()):
+                    module.compile()
+
     def embed(self, batch: RankingBatch) -> Embedded:
-        """Look the batch up in the tables."""
-        embedded: Embedded = self.tables(batch)
+        """Look the batch up in the tables.
+
+        Raises:
+            DataError: a field is absent or a row is beyond its table; the error names the field.
+        """
+        try:
+            embedded: Embedded = self.tables(batch)
+        except (RuntimeError, LookupError, ValueError) as error:
+            checks.explain(batch, self.spec, error)
+            raise
         return embedded
+
+    def diagnose(self, batch: RankingBatch) -> str | None:
+        """What is wrong with a batch, for whoever finds a loss that is not finite: see `recsys.ranking.checks.problem`."""
+        return checks.problem(batch, self.spec)
 
     def score(self, embedded: Embedded, batch: RankingBatch) -> Tensor:
         """Logits ``[B, tasks]`` from looked-up embeddings; of the batch itself only the dense columns are read."""
@@ -118,12 +145,12 @@ class Ranker(nn.Module, ABC):
         return torch.sigmoid(self(batch))
 
     def loss(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss, a scalar, and its detached parts by name. NaN labels do not count.
+        """The training loss, a scalar, and its detached parts by name. NaN labels do not count; the batch's weights do.
 
         Raises:
-            DataError: the batch has no labels.
+            DataError: see `labels`, `embed` and `fields`.
         """
-        bce = masked_bce(self(batch), self.labels(batch))
+        bce = masked_bce(self(batch), self.labels(batch), batch.weights)
         return bce, {"bce": bce.detach()}
 
     @abstractmethod
@@ -152,8 +179,9 @@ class Ranker(nn.Module, ABC):
         """The batch's labels ``[B, tasks]``.
 
         Raises:
-            DataError: there are none.
+            DataError: there are none, or one is neither 0 nor 1 nor NaN.
         """
         if batch.labels is None:
             raise DataError("labels: the loss needs a batch with labels")
+        checks.check_labels(batch.labels, self.spec.tasks)
         return batch.labels

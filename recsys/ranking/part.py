@@ -2,6 +2,7 @@
 """What the parts of a ranker have in common: their sizes, what they cost, and the penalties that they add to the training loss."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -64,6 +65,15 @@ class TokenLayerNorm(nn.LayerNorm):
     def forward(self, x_btd: Tensor) -> Tensor:
         """``[B, T, D] → [B, T, D]``."""
         return super().forward(x_btd.transpose(0, 1)).transpose(0, 1)
+
+
+def outermost_parts(module: nn.Module) -> Iterator[Part]:
+    """The parts below ``module`` that are in no other part, whose operations would count theirs a second time."""
+    for child in module.children():
+        if isinstance(child, Part):
+            yield child
+        else:
+            yield from outermost_parts(child)
 
 
 def linear_flops(module: nn.Module) -> int:

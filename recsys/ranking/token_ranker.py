@@ -10,49 +10,22 @@ from torch import Tensor, nn
 
 from recsys.core import components
 from recsys.core.components import component_config, register
-from recsys.core.config import Config as BaseConfig
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec
-from recsys.ranking.heads import Head, Towers
+from recsys.ranking.heads import Towers
 from recsys.ranking.losses import masked_bce
 from recsys.ranking.mixers import TokenMix
 from recsys.ranking.model import Ranker
-from recsys.ranking.part import NORM_EPS, Part, Penalties
+from recsys.ranking.part import Penalties, outermost_parts
 from recsys.ranking.per_token import SwiGLU
+from recsys.ranking.readout import FlattenReadout, MeanReadout, Readout
 from recsys.ranking.stacks import MixRevert, Parts, Stack
 from recsys.ranking.tokenizers import FieldTokenizer, Tokenizer
 
 
-class MeanReadout(Part):
-    """Mean over tokens, then a head: ``[B, T, D] → [B, tasks]``.
-
-    Args:
-        dim: D.
-        tasks: how many.
-        head: the configuration of the head.
-        norm: whether an RMSNorm comes before the mean. It is ours: a pre-norm stack leaves its stream unnormalised, and each
-            inter-layer residual about doubles it.
-    """
-
-    def __init__(self, dim: int, tasks: int, head: BaseConfig, norm: bool) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(dim, eps=NORM_EPS) if norm else nn.Identity()
-        self.head: Head = components.build("head", head, dim, tasks)
-
-    @property
-    def flops(self) -> int:
-        """Those of the head."""
-        return self.head.flops
-
-    def forward(self, x_btd: Tensor) -> Tensor:
-        """Logits."""
-        logits: Tensor = self.head(self.norm(x_btd).mean(dim=1))
-        return logits
-
-
 @register("ranker", "token_ranker")
 class TokenRanker(Ranker):
-    """Tokenizer → blocks of mixer × per-token transformation in a block style → mean over tokens → head.
+    """Tokenizer → blocks of mixer × per-token transformation in a block style → mean or concatenation of the tokens → head.
 
     Every published model of this form is a subclass that names its choices; this one leaves them open, and by default makes those of
     TokenMixer-Large over one token for each field.
@@ -71,7 +44,8 @@ class TokenRanker(Ranker):
             mixer: how tokens exchange information.
             per_token: what each token goes through by itself; null for nothing, where the stack allows it.
             stack: how mixer, per-token transformation, norms and residuals make a block.
-            head: from the mean of the tokens to the logits.
+            readout: what the head reads: the mean of the last tokens, or their concatenation.
+            head: from that vector to the logits.
             auxiliary: a loss on the states below the last; null for none. Every block but the last gets a readout of its own, used in
                 training alone. The joint loss is ``BCE(y, z) + λ Σ BCE(y, z_l)`` (``deep_supervision``), or
                 ``BCE(y, z) + λ Σ BCE(y, z_l + stop_gradient(z))`` (``residual``).
@@ -86,6 +60,7 @@ class TokenRanker(Ranker):
         mixer: component_config("mixer") = TokenMix.Config()  # type: ignore[valid-type]
         per_token: component_config("per_token", optional=True) = SwiGLU.Config()  # type: ignore[valid-type]
         stack: component_config("stack") = MixRevert.Config()  # type: ignore[valid-type]
+        readout: Literal["mean", "flatten"] = "mean"
         head: component_config("head") = Towers.Config()  # type: ignore[valid-type]
         auxiliary: Literal["deep_supervision", "residual"] | None = None
         auxiliary_weight: float = Field(0.1, ge=0)
@@ -103,14 +78,16 @@ class TokenRanker(Ranker):
         # Last, so that a seed gives the same model with and without them.
         self.auxiliary = nn.ModuleList(self._readout() for _ in range(config.blocks - 1) if config.auxiliary)
 
-    def _readout(self) -> MeanReadout:
-        return MeanReadout(self.config.dim, len(self.spec.tasks), self.config.head, norm=not self.stack.normalised)
+    def _readout(self) -> Readout:
+        config, tasks, norm = self.config, len(self.spec.tasks), not self.stack.normalised
+        if config.readout == "flatten":
+            return FlattenReadout(self.tokenizer.tokens, config.dim, tasks, config.head, norm)
+        return MeanReadout(config.dim, tasks, config.head, norm)
 
     @property
     def flops(self) -> int:
         """Those of tokenizer, blocks and readout; the auxiliary readouts take no part."""
-        parts = [part for part in self.stack.modules() if isinstance(part, Part)]
-        return self.tokenizer.flops + sum(part.flops for part in parts) + self.readout.flops
+        return self.tokenizer.flops + sum(part.flops for part in outermost_parts(self.stack)) + self.readout.flops
 
     def states(self, fields: Mapping[str, Tensor], penalties: Penalties = None) -> list[Tensor]:
         """The output of every block, ``[B, T, D]`` each."""
@@ -127,12 +104,13 @@ class TokenRanker(Ranker):
         labels, penalties = self.labels(batch), list[Tensor]()
         *lower, top = self.states(self.fields(self.embed(batch), batch), penalties)
         logits = self.readout(top)
-        total = bce = masked_bce(logits, labels)
+        total = bce = masked_bce(logits, labels, batch.weights)
         parts = {"bce": bce}
         if self.auxiliary:
             base = logits.detach() if self.config.auxiliary == "residual" else torch.zeros_like(logits)
             towers = zip(self.auxiliary, lower, strict=True)
-            parts["auxiliary"] = torch.stack([masked_bce(base + tower(state), labels) for tower, state in towers]).sum()
+            losses = [masked_bce(base + tower(state), labels, batch.weights) for tower, state in towers]
+            parts["auxiliary"] = torch.stack(losses).sum()
             total = total + self.config.auxiliary_weight * parts["auxiliary"]
         if penalties:
             parts["penalty"] = torch.stack(penalties).sum()

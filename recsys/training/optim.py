@@ -37,7 +37,7 @@ class DenseOptimizer(Config):
     """The optimizer of the dense parameters.
 
     Attributes:
-        name: the algorithm, PyTorch's own.
+        name: the algorithm, PyTorch's own, in its fused form where it has one (one pass over a parameter instead of five).
         learning_rate: at the schedule's factor 1.
         weight_decay: decoupled for ``adamw``, added to the gradient for the others. Vectors and scalars (biases, norms' gains) are not
             decayed.
@@ -66,11 +66,11 @@ class DenseOptimizer(Config):
         betas = self.betas or (0.9, 0.999)
         match self.name:
             case "adamw":
-                return torch.optim.AdamW(groups, lr=self.learning_rate, betas=betas)
+                return torch.optim.AdamW(groups, lr=self.learning_rate, betas=betas, fused=True)
             case "adam":
-                return torch.optim.Adam(groups, lr=self.learning_rate, betas=betas)
+                return torch.optim.Adam(groups, lr=self.learning_rate, betas=betas, fused=True)
             case "adagrad":
-                return torch.optim.Adagrad(groups, lr=self.learning_rate)
+                return torch.optim.Adagrad(groups, lr=self.learning_rate, fused=True)
             case "rmsprop":
                 return torch.optim.RMSprop(groups, lr=self.learning_rate)
 

@@ -2,9 +2,9 @@
 """What each feature becomes: the configuration of an `Encoder`, as data."""
 
 from collections import Counter
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from recsys.core.config import Config, Problem, by_kind
 
@@ -146,10 +146,13 @@ class EncoderConfig(Config):
     Attributes:
         features: each of the kind ``categorical``, ``bag``, ``bucket``, ``dense`` or ``sequence``.
         tasks: the labels, in the order of the columns of `RankingBatch.labels`.
+        weight: a column of numbers, at least 0: how much each row counts in training (`RankingBatch.weights`). It stands beside the labels,
+            and is not read where there are none.
     """
 
     features: tuple[Annotated[Feature, BeforeValidator(by_kind(KINDS, "kind of feature"))], ...]
     tasks: tuple[Task, ...] = ()
+    weight: str | None = None
 
     @model_validator(mode="after")
     def _unambiguous(self) -> Self:
@@ -159,7 +162,17 @@ class EncoderConfig(Config):
         _distinct("features", "key of a sequence", [key for f in sequences for key in f.keys] + targets)
         _distinct("tasks", "task", [task.name for task in self.tasks])
         _check_tables(self)
+        if self.weight is not None and not self.tasks:
+            raise Problem(("weight",), f"expected tasks beside {self.weight!r}: weights count in the loss alone")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_weight(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a weight, what is saved and hashed is what it was before there were weights: older encoders keep their fingerprints."""
+        content: dict[str, Any] = serialize(self)
+        if self.weight is None:
+            content.pop("weight", None)
+        return content
 
 
 def _fields(feature: Feature) -> tuple[str, ...]:

@@ -3,5 +3,6 @@
 
 from recsys.ranking.history.attention import TargetAttention
 from recsys.ranking.history.base import Events, HistoryEncoder
+from recsys.ranking.history.hstu import HSTU
 
-__all__ = ["Events", "HistoryEncoder", "TargetAttention"]
+__all__ = ["HSTU", "Events", "HistoryEncoder", "TargetAttention"]

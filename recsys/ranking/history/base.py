@@ -2,8 +2,9 @@
 """The interface of history encoders: a jagged history and a candidate become one or more field vectors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class HistoryEncoder(nn.Module, ABC):
 
     Args:
         sequence: which keys hold the events and the candidate.
-        dim: d, the width of all embeddings and of each vector of the result.
+        dim: d, the width of the items' embeddings, of the candidate's, and of each vector of the result. Aligned extras have the same
+            unless `set_extra_widths` says otherwise.
 
     Attributes:
         vectors: n, how many vectors a history becomes.
@@ -50,6 +52,12 @@ class HistoryEncoder(nn.Module, ABC):
         super().__init__()
         self.sequence, self.dim = sequence, dim
         self.extras = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in sequence.keys[1:])
+
+    def set_extra_widths(self, widths: Sequence[int]) -> None:
+        """Take aligned extras of these widths, one for each of ``sequence.keys[1:]``; an extra of another width gets a new projection."""
+        for i, (width, project) in enumerate(zip(widths, self.extras, strict=True)):
+            if cast(nn.Linear, project).in_features != width:
+                self.extras[i] = nn.Linear(width, self.dim, bias=False)
 
     @property
     def fields(self) -> tuple[str, ...]:

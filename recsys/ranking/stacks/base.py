@@ -81,22 +81,25 @@ class Sequence(Stack):
 
     X(0) is the input and X(l) the output of block l of L. With gap s, ``X(l) ← X(l) + X(l − s)`` for l = s, 2s, … < L, before the next
     block reads it. The last block's output gets none (the paper). The indexing is ours: X(l − s) is the value that went on from
-    there, sum included, so that identity blocks give ``2 ** (number of sums) * X(0)``.
+    there, sum included, so that identity blocks give ``2 ** (number of sums) * X(0)``. A deep stack does not bear that: what the first
+    block adds is doubled with the rest while the last block's norm looks at a stream ``2 ** (number of sums)`` too large, so that their
+    gradients differ by that factor. ``mean`` takes ``(X(l) + X(l − s)) / 2`` and keeps the amplitude.
 
     Args:
         blocks: the blocks.
         gap: s, or None for no inter-layer residual.
+        mean: halve each sum.
 
     Raises:
         ConfigError: ``gap`` is below 1.
     """
 
-    def __init__(self, blocks: Iterable[Block], gap: int | None = None) -> None:
+    def __init__(self, blocks: Iterable[Block], gap: int | None = None, mean: bool = False) -> None:
         super().__init__()
         if gap is not None and gap < 1:
             raise ConfigError(f"inter_residual: expected a gap of at least 1 block, or null, got {gap}")
         self.blocks = nn.ModuleList(blocks)
-        self.gap = gap
+        self.gap, self.mean = gap, mean
 
     def forward(self, x_btd: Tensor, penalties: Penalties = None) -> list[Tensor]:
         """X(1), …, X(L), each ``[B, T, D]`` with its inter-layer residual."""
@@ -105,5 +108,6 @@ class Sequence(Stack):
             state = block(states[-1], penalties)
             if self.gap is not None and number % self.gap == 0 and number < len(self.blocks):
                 state = state + states[number - self.gap]
+                state = state / 2 if self.mean else state
             states.append(state)
         return states[1:]

@@ -79,16 +79,18 @@ class MixRevert(Sequence):
         Attributes:
             residual: the reading of eqs. 12 and 16.
             inter_residual: the gap of the inter-layer residual, in blocks; null for none.
+            inter_mean: halve its sums, which a stack of more than about eight blocks needs: see `Sequence`.
         """
 
         name: Literal["mix_revert"] = "mix_revert"
         residual: Residual = "input"
         inter_residual: int | None = Field(2, ge=1)
+        inter_mean: bool = False
 
     normalised: ClassVar[bool] = False
 
     def __init__(self, config: Config, parts: Parts, blocks: int) -> None:
-        super().__init__((self._block(config, parts) for _ in range(blocks)), config.inter_residual)
+        super().__init__((self._block(config, parts) for _ in range(blocks)), config.inter_residual, config.inter_mean)
 
     @staticmethod
     def _block(config: Config, parts: Parts) -> MixRevertBlock:

@@ -5,10 +5,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recsys.bundle.bundle import Bundle
 from recsys.bundle.manifest import MANIFEST, Manifest, verify
+from recsys.core import components
 from recsys.core.errors import BundleError, ConfigError
 
 
@@ -25,7 +27,30 @@ def test_every_file_is_in_the_manifest(directory: Path) -> None:
     assert not {p for p in present if p.endswith((".pkl", ".pt", ".pickle", ".joblib"))}
 
 
-@pytest.mark.parametrize("name", ["ranker/model.safetensors", "metrics.json", "catalogue.arrow"])
+@pytest.mark.parametrize("name", ["platt", "isotonic", "none"])
+def test_a_calibrator_comes_back_to_the_bit(directory: Path, tmp_path: Path, name: str) -> None:
+    random = np.random.default_rng(0)
+    probabilities = random.random(500).astype(np.float32)
+    bundle = Bundle.load(directory)
+    cls = components.get("calibration", name)
+    bundle.calibration = cls(cls.Config()).fit(random.random(500) < probabilities**2, probabilities)
+    bundle.save(tmp_path / "copy")
+    loaded = Bundle.load(tmp_path / "copy").calibration
+    assert type(loaded) is cls and loaded.config == bundle.calibration.config
+    assert np.array_equal(loaded.apply(probabilities), bundle.calibration.apply(probabilities))
+
+
+def test_a_bundle_of_before_there_was_calibration_leaves_probabilities_as_they_are(directory: Path) -> None:
+    (directory / "calibration.json").unlink()
+    with pytest.raises(BundleError, match=r"calibration\.json is absent"):
+        Bundle.load(directory)
+    manifest = json.loads((directory / MANIFEST).read_text())
+    del manifest["files"]["calibration.json"]
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+    assert Bundle.load(directory).calibration.apply([0.1, 0.7]).tolist() == [0.1, 0.7]
+
+
+@pytest.mark.parametrize("name", ["ranker/model.safetensors", "metrics.json", "calibration.json", "catalogue.arrow"])
 def test_one_changed_bit_is_refused(directory: Path, name: str) -> None:
     content = bytearray((directory / name).read_bytes())
     content[len(content) // 2] ^= 1

@@ -418,6 +418,52 @@ def test_labels_are_all_there_or_none() -> None:
         encoder.transform(table.slice(0, 0))
 
 
+def weighted(values: list[Any], **columns: list[Any]) -> pa.Table:
+    return pa.table({"x": [1.0] * len(values), "label": [1.0] * len(values), "importance": values, **columns})
+
+
+def weighted_encoder(weight: str | None = "importance") -> Encoder:
+    content = {"features": [{"kind": "dense", "feature": "x"}], "tasks": [{"name": "t", "feature": "label"}], "weight": weight}
+    return Encoder.fit(parse(Encoder.Config, content, source="test"), weighted([1.0]))
+
+
+def test_weights_stand_beside_the_labels(tmp_path: Any) -> None:
+    encoder, table = weighted_encoder(), weighted([2, 0, 0.5])
+    assert (encoder.weight_column, encoder.feature_columns, encoder.label_columns) == ("importance", ("x",), ("label",))
+    weights = encoder.transform(table).weights
+    assert weights is not None and weights.dtype == torch.float32 and weights.tolist() == [2.0, 0.0, 0.5]
+    assert encoder.transform(table.drop_columns(["label", "importance"])).weights is None
+    assert weighted_encoder(None).transform(table).weights is None
+    encoder.save(tmp_path)
+    assert torch.equal(Encoder.load(tmp_path).transform(table).weights, weights)
+    with pytest.raises(SchemaError, match=r"missing column.*'importance'"):
+        encoder.transform(table.drop_columns("importance"))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(-0.5, "-0.5"), (math.nan, "null, not PRESENT or not finite"), (math.inf, "null, not PRESENT"), (None, "null, not PRESENT")],
+)
+def test_a_weight_that_is_none_is_an_error_that_names_column_and_row(value: float | None, found: str) -> None:
+    with pytest.raises(DataError, match=f"weight 'importance': row 1 is {found}"):
+        weighted_encoder().transform(weighted([1.0, value]))
+
+
+def test_a_weight_that_is_not_present_is_an_error() -> None:
+    status = [int(ValueStatus.PRESENT), int(ValueStatus.EXPIRED)]
+    with pytest.raises(DataError, match="weight 'importance': row 1"):
+        weighted_encoder().transform(weighted([1.0, 1.0], importance__status=status))
+
+
+def test_an_encoder_without_weights_has_the_fingerprint_of_before_there_were_any() -> None:
+    config = weighted_encoder(None).config
+    assert "weight" not in config.model_dump(mode="json")
+    assert weighted_encoder().config.model_dump(mode="json")["weight"] == "importance"
+    assert weighted_encoder().fingerprint() != weighted_encoder(None).fingerprint()
+    with pytest.raises(ConfigError, match="weight: expected tasks beside 'w'"):
+        parse(Encoder.Config, {"features": [], "weight": "w"}, source="test")
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [

@@ -18,6 +18,7 @@ from recsys.inference import rules
 from recsys.inference.explain import erasure_effects
 from recsys.inference.recommender import Recommender
 from recsys.inference.request import InvalidRequest, Request
+from recsys.ranking.calibration import NoCalibration, Platt
 from recsys.registry import Location
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -78,6 +79,26 @@ def test_the_score_is_what_the_rules_say(offline: Recommender) -> None:
     weight = offline.bundle.settings.rank_weight
     for item in offline.recommend([ask("5", k=8)])[0].items:
         assert item.score == pytest.approx(item.log_probability + weight * np.log(item.probability), abs=1e-5)
+
+
+def test_the_probability_is_the_calibrated_one_offline_and_online(offline: Recommender, online: Recommender) -> None:
+    bundle, at, rows = offline.bundle, pa.array([NOW], pa.timestamp("us", tz="UTC")), np.arange(100)[None]
+
+    def probability(recommender: Recommender) -> np.ndarray:
+        users = recommender.users(["5"], at)
+        return recommender.rank(users, recommender.score(users, rows)).probability[0]
+
+    fitted, served = bundle.calibration, probability(online)
+    assert isinstance(fitted, Platt) and (fitted.slope, fitted.intercept) != (1.0, 0.0)
+    np.testing.assert_allclose(probability(offline), served, atol=1e-6)
+    try:
+        bundle.calibration = NoCalibration(NoCalibration.Config())
+        raw = probability(offline)
+    finally:
+        bundle.calibration = fitted
+    np.testing.assert_allclose(served, fitted.apply(raw), atol=1e-6)
+    assert np.abs(served - raw).max() > 1e-3
+    np.testing.assert_array_equal(np.argsort(served, kind="stable"), np.argsort(raw, kind="stable"))
 
 
 def test_log_probabilities_are_normalised_over_the_live_catalogue(offline: Recommender) -> None:

@@ -16,7 +16,8 @@ EVERYTHING = [("mixer", name) for name in MIXERS] + [("per_token", name) for nam
 def build(kind: str, name: str) -> torch.nn.Module:
     cls = components.get(kind, name)
     torch.manual_seed(0)
-    return cls(cls.Config(), TOKENS, DIM)
+    module: torch.nn.Module = cls(cls.Config(), TOKENS, DIM)
+    return module.train(kind != "mixer")  # a mixer that anneals is another function at every pass of training
 
 
 def test_something_is_registered() -> None:
