@@ -61,6 +61,10 @@ class Ratio:
         """The check that the ratio is at least ``bound``: it holds when the lower end of the interval does."""
         return Check(name, round(self.low, 3), at_least=bound, note=str(self))
 
+    def at_most(self, name: str, bound: float) -> Check:
+        """The check that the ratio is at most ``bound``: it holds when the upper end of the interval does."""
+        return Check(name, round(self.high, 3), at_most=bound, note=str(self))
+
     def __str__(self) -> str:
         return f"{self.estimate:.2f} [{self.low:.2f}, {self.high:.2f}] over {self.pairs} pairs"
 

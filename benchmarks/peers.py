@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / ".peers"
-REQUIREMENTS = {"rechub": ("torch==2.13.0", "torch-rechub==0.9.0", "numpy>=1.26")}
+REQUIREMENTS = {
+    "rechub": ("torch==2.13.0", "torch-rechub==0.9.0", "numpy>=1.26"),
+    "fuxictr": ("torch==2.13.0", "fuxictr==2.3.10", "numpy>=2", "pandas<3"),
+}
 
 
 def python_of(name: str) -> Path:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real impressions as a source for sweeps: a folder of rows that are encoded already, so that no sweep encodes them again.
+
+The folder holds ``spec.json`` (an `InputSpec`, beside the groups of its fields) and ``train.parquet``, ``valid.parquet`` and
+``test.parquet``. A column is named by its key: table rows as int64 lists for the keys of bags and sequences, float32 for dense columns
+and tasks. `write_encoded` makes one of batches.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.core.components import register
+from recsys.core.config import Config as BaseConfig
+from recsys.core.config import parse
+from recsys.core.errors import DataError, SchemaError, unknown
+from recsys.core.files import read_json, sha256_file, write_json
+from recsys.data.batch import RankingBatch
+from recsys.data.loader import TableLoader
+from recsys.data.spec import InputSpec
+
+PARTS = ("train", "valid", "test")
+
+
+class _Layout(BaseConfig):
+    spec: InputSpec
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+
+@register("scaling_data", "encoded")
+class EncodedData:
+    """A folder of encoded rows as a source; see `recsys.scaling.data.ScalingData`.
+
+    Raises:
+        DataError: a file is missing.
+        SchemaError: a file lacks a column, or has it in another type.
+    """
+
+    class Config(BaseConfig):
+        """Where the rows are.
+
+        Attributes:
+            path: the folder.
+        """
+
+        name: Literal["encoded"] = "encoded"
+        path: Path
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        for file in ("spec.json", *(f"{part}.parquet" for part in PARTS)):
+            if not (config.path / file).is_file():
+                raise DataError(f"{config.path}: expected spec.json and train, valid and test.parquet; there is no {file}")
+        path = config.path / "spec.json"
+        layout = parse(_Layout, read_json(path), source=str(path))
+        self.spec, self.groups = layout.spec, layout.groups
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """The content of the files."""
+        return {file: sha256_file(self.config.path / file) for file in ("spec.json", *(f"{part}.parquet" for part in PARTS))}
+
+    def train(self, rows: int, seed: int, batch_size: int) -> TableLoader[RankingBatch]:
+        """The first ``rows`` of the seed's permutation of the training rows, in an order of its own in every epoch."""
+        table = self._tables["train"]
+        if rows > table.num_rows:
+            raise DataError(f"rows: {self.config.path} has {table.num_rows} training rows, got {rows}")
+        chosen = np.random.default_rng([seed, 0]).permutation(table.num_rows)[:rows]
+        return TableLoader(table.take(pa.array(chosen)), self.batch, batch_size=batch_size, seed=seed)
+
+    def valid(self, batch_size: int) -> Iterator[RankingBatch]:
+        """See `ScalingData.valid`."""
+        return self._held_out("valid", batch_size)
+
+    def test(self, batch_size: int) -> Iterator[RankingBatch]:
+        """See `ScalingData.test`."""
+        return self._held_out("test", batch_size)
+
+    def references(self) -> dict[str, float]:
+        """Nothing is known."""
+        return {}
+
+    def batch(self, table: pa.Table) -> RankingBatch:
+        """Rows as a ranker takes them."""
+        return RankingBatch(
+            _keyed(table, self.spec.bag_keys),
+            _keyed(table, self.spec.sequence_keys),
+            _dense(table, self.spec.dense),
+            _dense(table, self.spec.tasks),
+        )
+
+    def _held_out(self, part: str, batch_size: int) -> Iterator[RankingBatch]:
+        table = self._tables[part]
+        return (self.batch(table.slice(start, batch_size)) for start in range(0, table.num_rows, batch_size))
+
+    @cached_property
+    def _tables(self) -> dict[str, pa.Table]:
+        expected = dict.fromkeys((*self.spec.bag_keys, *self.spec.sequence_keys), pa.list_(pa.int64()))
+        expected |= dict.fromkeys((*self.spec.dense, *self.spec.tasks), pa.float32())
+        tables = {}
+        for part in PARTS:
+            path = self.config.path / f"{part}.parquet"
+            table = pq.read_table(path)
+            for name, kind in expected.items():
+                if name not in table.column_names:
+                    raise SchemaError(f"{path}: missing column: {unknown('column', name, table.column_names)}")
+                found = table.schema.field(name).type
+                same = pa.types.is_list(found) and found.value_type == pa.int64() if pa.types.is_list(kind) else found == kind
+                if not same or table[name].null_count:
+                    raise SchemaError(f"{path}: column {name!r}: expected {kind} without nulls, got {found}")
+            tables[part] = table.select(list(expected)).combine_chunks()
+        return tables
+
+
+def write_encoded(
+    folder: Path, spec: InputSpec, parts: Mapping[str, Iterable[RankingBatch]], groups: Mapping[str, tuple[str, ...]] | None = None
+) -> None:
+    """Write batches as a folder that `EncodedData` reads.
+
+    Args:
+        folder: where; files that are there are replaced.
+        spec: of the batches.
+        parts: the batches of ``train``, ``valid`` and ``test``, with labels.
+        groups: fields that belong together, if known.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "spec.json", {"spec": spec.model_dump(mode="json"), "groups": {k: list(v) for k, v in (groups or {}).items()}})
+    for part in PARTS:
+        tables = [_table(batch, spec) for batch in parts[part]]
+        pq.write_table(pa.concat_tables(tables), folder / f"{part}.parquet")
+
+
+def _table(batch: RankingBatch, spec: InputSpec) -> pa.Table:
+    if batch.labels is None:
+        raise DataError("labels: an encoded row needs one")
+    columns: dict[str, pa.Array] = {}
+    for keys, found in ((spec.bag_keys, batch.sparse), (spec.sequence_keys, batch.sequences)):
+        jagged = found.to_dict() if keys else {}
+        for key in keys:
+            offsets = np.concatenate([[0], np.cumsum(jagged[key].lengths().numpy())]).astype(np.int32)
+            columns[key] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(jagged[key].values().numpy(), pa.int64()))
+    for names, values_bn in ((spec.dense, batch.dense), (spec.tasks, batch.labels)):
+        columns |= {name: pa.array(values_bn[:, i].numpy(), pa.float32()) for i, name in enumerate(names)}
+    return pa.table(columns)
+
+
+def _keyed(table: pa.Table, keys: tuple[str, ...]) -> KeyedJaggedTensor:
+    values, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for key in keys:
+        column = table[key].combine_chunks()
+        values.append(column.flatten().to_numpy(zero_copy_only=False))
+        lengths.append(np.diff(column.offsets.to_numpy()).astype(np.int64))
+    return KeyedJaggedTensor(
+        keys=list(keys), values=torch.from_numpy(np.concatenate(values)), lengths=torch.from_numpy(np.concatenate(lengths))
+    )
+
+
+def _dense(table: pa.Table, names: tuple[str, ...]) -> torch.Tensor:
+    made: Any = np.stack([table[name].to_numpy() for name in names], axis=1) if names else np.empty((table.num_rows, 0), np.float32)
+    return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32))

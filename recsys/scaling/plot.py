@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the lines of a sweep to points, laws, a table, a picture, and a section of a page."""
+
+import csv
+import html
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from recsys.core.errors import DataError
+from recsys.evaluation.bootstrap import Interval
+from recsys.scaling.fit import Law, fit_gain, fit_loss
+
+X = {"params": "dense parameters", "flops": "FLOPs per sample, forward", "rows": "training rows"}
+_COLOURS = ("#2563eb", "#d97706", "#15803d", "#b91c1c", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _MUTED,
+    "axes.titlesize": 10,
+    "axes.titlecolor": _INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "recsys",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """The seeds of one size of one architecture, on so many rows.
+
+    Attributes:
+        architecture: its label.
+        size: its label.
+        x: ``params``, ``flops`` and ``rows``.
+        metrics: ``auc``, ``log_loss`` and ``ne`` of each seed.
+    """
+
+    architecture: str
+    size: str
+    x: Mapping[str, float]
+    metrics: Mapping[str, Sequence[float]]
+
+    def mean(self, metric: str) -> float:
+        """Over the seeds."""
+        return float(np.mean(self.metrics[metric]))
+
+    def spread(self, metric: str) -> float:
+        """The standard deviation over the seeds; 0 for one."""
+        return float(np.std(self.metrics[metric], ddof=1)) if len(self.metrics[metric]) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What gains are measured against: a known AUC, or the seeds of an architecture's size, which is then left out of the fits."""
+
+    name: str
+    values: Sequence[float]
+    point: Point | None = None
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return float(np.mean(self.values))
+
+
+@dataclass(frozen=True)
+class Fits:
+    """The laws of one x by architecture, and the reason where there is none.
+
+    Attributes:
+        x: one of `X`.
+        gain: of the AUC over the baseline.
+        loss: of the log-loss.
+        refused: ``architecture: reason`` of each fit that is not defined.
+    """
+
+    x: str
+    gain: dict[str, Law] = field(default_factory=dict)
+    loss: dict[str, Law] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+
+def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The lines of cells, seeds of the same cell together, in the order of their first lines."""
+    found: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["architecture"], row["size"], row["rows"]), []).append(row)
+    return [
+        Point(
+            architecture,
+            size,
+            {"params": same[0]["params"]["dense"], "flops": same[0]["flops"], "rows": amount},
+            {metric: [row["metrics"][metric] for row in same] for metric in ("auc", "log_loss", "ne")},
+        )
+        for (architecture, size, amount), same in found.items()
+    ]
+
+
+def fits(found: Sequence[Point], baseline: Baseline, x: str, *, resamples: int, level: float, seed: int = 0) -> Fits:
+    """Both laws of every architecture. A fit that is not defined is named with its reason, and the others go on."""
+    laws = Fits(x)
+    for architecture in dict.fromkeys(point.architecture for point in found):
+        own = [point for point in found if point.architecture == architecture]
+        options = {"resamples": resamples, "level": level, "seed": seed}
+        try:
+            scaled = [point for point in own if point is not baseline.point]
+            laws.gain[architecture] = fit_gain(_samples(scaled, x, "auc"), baseline.values, **options)  # type: ignore[arg-type]
+        except DataError as error:
+            laws.refused.append(f"{architecture}: {error}")
+        try:
+            laws.loss[architecture] = fit_loss(_samples(own, x, "log_loss"), **options)  # type: ignore[arg-type]
+        except DataError as error:
+            laws.refused.append(f"{architecture}: {error}")
+    return laws
+
+
+def _samples(found: Sequence[Point], x: str, metric: str) -> dict[float, list[float]]:
+    samples: dict[float, list[float]] = {}
+    for point in found:
+        samples.setdefault(float(point.x[x]), []).extend(point.metrics[metric])
+    return samples
+
+
+def table(found: Sequence[Point], baseline: Baseline) -> str:
+    """One line for each point, as CSV with a header; gains are differences of AUC."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = ("auc", "auc_sd", "gain", "log_loss", "log_loss_sd", "ne")
+    writer.writerow(["architecture", "size", "params", "flops", "rows", "seeds", *names])
+    for point in found:
+        auc = point.mean("auc")
+        values = (auc, point.spread("auc"), auc - baseline.mean, point.mean("log_loss"), point.spread("log_loss"), point.mean("ne"))
+        sizes = [int(point.x[x]) for x in ("params", "flops", "rows")]
+        writer.writerow([point.architecture, point.size, *sizes, len(point.metrics["auc"]), *(f"{value:.6f}" for value in values)])
+    return out.getvalue()
+
+
+def figure(found: Sequence[Point], baseline: Baseline, laws: Sequence[Fits], bound: float | None) -> str:
+    """Gain of AUC over the baseline against each law's x, as SVG text that can stand in a page.
+
+    Points are means with whiskers of a standard deviation over seeds, curves are laws with their bands, and the dashed line is the bound.
+
+    Args:
+        found: the points.
+        baseline: of the gains.
+        laws: one panel for each.
+        bound: the highest AUC that is possible, where it is known.
+    """
+
+    def draw(axes: Sequence[Axes]) -> None:
+        for axis, law in zip(axes, laws, strict=True):
+            _panel(axis, found, baseline, law)
+            if bound is not None:
+                axis.axhline(bound - baseline.mean, color=_INK, linewidth=1, linestyle="--", label="Bayes bound")
+        axes[0].set_ylabel(f"AUC over {baseline.name}")
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[-1].legend(handles, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+
+    return _svg(draw, columns=len(laws))
+
+
+def _panel(axis: Axes, found: Sequence[Point], baseline: Baseline, laws: Fits) -> None:
+    axis.set_xscale("log")
+    axis.set_xlabel(X[laws.x])
+    for number, architecture in enumerate(dict.fromkeys(point.architecture for point in found)):
+        colour = _COLOURS[number % len(_COLOURS)]
+        own = [point for point in found if point.architecture == architecture]
+        xs = np.array([point.x[laws.x] for point in own])
+        gains, spread = [p.mean("auc") - baseline.mean for p in own], [p.spread("auc") for p in own]
+        axis.errorbar(xs, gains, yerr=spread, fmt="o", color=colour, markersize=4, linewidth=1, label=architecture)
+        if architecture in laws.gain:
+            law, line = laws.gain[architecture], np.geomspace(xs.min(), xs.max(), 60)
+            axis.plot(line, law(line), color=colour, linewidth=1.5)
+            if len(law.draws):
+                axis.fill_between(line, *law.band(line), color=colour, alpha=0.14, linewidth=0)
+
+
+def _svg(draw: Callable[[Sequence[Axes]], None], columns: int) -> str:
+    with plt.rc_context(_STYLE):
+        made, axes = plt.subplots(1, columns, figsize=(4.2 * columns + 1.6, 3.4), squeeze=False, sharey=True, layout="constrained")
+        try:
+            draw(list(axes[0]))
+            buffer = io.StringIO()
+            made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        finally:
+            plt.close(made)
+    text = buffer.getvalue()
+    return re.sub(
+        r'width="[\d.]+pt" height="[\d.]+pt"', 'style="max-width:100%;height:auto" role="img"', text[text.index("<svg") :], count=1
+    )
+
+
+def section(found: Sequence[Point], baseline: Baseline, laws: Sequence[Fits], references: Mapping[str, float], svg: str) -> str:
+    """The picture, the exponents with their intervals, the points, and what could not be fitted, as HTML for the body of a page."""
+    bound = references.get("auc")
+    known = "" if bound is None else f" The best AUC that is possible is {bound:.4f}, {bound - baseline.mean:+.4f} over the baseline."
+    parts = [
+        f"<p>Gains are over <b>{html.escape(baseline.name)}</b>, whose AUC is {baseline.mean:.4f}.{known} Whiskers are a standard "
+        "deviation over seeds; bands and brackets are intervals from resampling seeds.</p>",
+        svg,
+    ]
+    for law in laws:
+        parts.append(f"<h3>Laws in {html.escape(X[law.x])}</h3>")
+        head = ("architecture", "AUC gain ∝ P^a: a", "log-loss = L∞ + c·P^a: a", "L∞")
+        rows = [
+            (name, _interval(law.gain.get(name)), _interval(law.loss.get(name)), _interval(law.loss.get(name), "floor"))
+            for name in dict.fromkeys(point.architecture for point in found)
+        ]
+        parts.append(_table(head, rows))
+        if law.refused:
+            parts.append(f"<ul>{''.join(f'<li>{html.escape(reason)}</li>' for reason in law.refused)}</ul>")
+    columns = ("architecture", "size", *X.values(), "seeds", "AUC", "gain", "log-loss")
+    rows_of_points = [
+        (
+            point.architecture,
+            point.size,
+            *(f"{int(point.x[x]):,}" for x in X),
+            str(len(point.metrics["auc"])),
+            f"{point.mean('auc'):.4f} ± {point.spread('auc'):.4f}",
+            f"{point.mean('auc') - baseline.mean:+.4f}",
+            f"{point.mean('log_loss'):.4f} ± {point.spread('log_loss'):.4f}",
+        )
+        for point in found
+    ]
+    parts += ["<h3>Points</h3>", _table(columns, rows_of_points)]
+    if references:
+        values = [(name, f"{value:.5f}") for name, value in references.items()]
+        parts += ["<h3>What is known of the data</h3>", _table(("value", ""), values)]
+    return "\n".join(parts)
+
+
+def _interval(law: Law | None, name: str = "exponent") -> str:
+    if law is None:
+        return "–"
+    interval: Interval = getattr(law, name)
+    shown = f"{interval.estimate:.4f}"
+    return shown if np.isnan(interval.low) else f"{shown} [{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training a ranker at many sizes: architecture × size × training rows × seed, one line of JSON for each cell as it is finished.
+
+A cell is known by the hash of what decides its result, so a sweep that was interrupted goes on where it was, and one that was extended
+trains only what is new. The commit is written beside the result and is no part of the hash.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from recsys.core import components
+from recsys.core.components import component_config
+from recsys.core.config import Config, parse
+from recsys.core.errors import ConfigError, DataError
+from recsys.core.files import sha256_json
+from recsys.data.batch import RankingBatch
+from recsys.data.spec import InputSpec
+from recsys.evaluation.metrics.auc import auc
+from recsys.evaluation.metrics.log_loss import log_loss
+from recsys.evaluation.metrics.normalized_entropy import normalized_entropy
+from recsys.ranking.model import Costs, Ranker
+from recsys.scaling.data import ScalingData
+from recsys.scaling.lines import Lines, Row
+from recsys.training.progress import TrainingProgress
+from recsys.training.trainer import Trainer
+
+Axis = Literal["params", "flops", "data"]
+
+DATA_GROUPS = "data"  # what a recipe says instead of a tokenizer's groups, to take those that the data know
+_FORMAT = 1  # of a cell; another one makes every cell new
+_EVALUATION_BATCH = 4096
+_OPERATIONAL = {"checkpoint", "log_every", "max_skipped"}  # of a trainer: what does not change its result
+_TOLERANCE = 1.5  # how far, as a factor, a solved size may lie from its target
+
+
+class Size(Config):
+    """One size of an architecture.
+
+    Attributes:
+        label: its name.
+        set: keys of the model's configuration and their values; dotted keys reach into sections.
+    """
+
+    label: str
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class Architecture(Config):
+    """A model and how it grows.
+
+    Attributes:
+        label: its name in tables and pictures.
+        model: a ranker's configuration. ``groups: data`` stands for the groups of fields that the data know.
+        sizes: by hand; where the axis has targets, the first one's keys are set and a width is solved for each target.
+        grow: the keys that a solved width decides, each with its value for the width 1; a list grows in every element.
+        multiple: a solved width is a multiple of this.
+    """
+
+    label: str
+    model: dict[str, Any]
+    sizes: tuple[Size, ...] = (Size(label="base"),)
+    grow: Mapping[str, int | tuple[int, ...]] = Field(default_factory=lambda: {"dim": 1})
+    multiple: int = Field(8, ge=1)
+
+    def at_width(self, width: int) -> dict[str, Any]:
+        """The keys of the first size, and those that grow at ``width``."""
+        grown = {key: unit * width if isinstance(unit, int) else [part * width for part in unit] for key, unit in self.grow.items()}
+        return {**self.sizes[0].set, **grown}
+
+
+class Training(Config):
+    """How every cell is trained: alike, so that only size, rows and architecture differ."""
+
+    batch_size: int = Field(ge=1)
+    trainer: Trainer.Config
+
+
+class Targets(Config):
+    """Sizes that a solver reaches by choosing a width; none for each architecture's own sizes.
+
+    Attributes:
+        targets: dense parameters, or operations of one sample's forward pass.
+    """
+
+    targets: tuple[int, ...] = ()
+
+
+class DataAxis(Config):
+    """Amounts of data.
+
+    Attributes:
+        rows: training rows.
+        size: the label of the size that every architecture has; its last one by default.
+    """
+
+    rows: tuple[int, ...]
+    size: str | None = None
+
+
+class Plan(Config):
+    """What is swept.
+
+    Attributes:
+        data: where impressions come from.
+        training: of every cell.
+        architectures: what is compared.
+        seeds: each decides initial weights, training rows and their order.
+        rows: training rows on the axes ``params`` and ``flops``.
+        params: sizes on the axis ``params``.
+        flops: sizes on the axis ``flops``.
+        amounts: amounts of data on the axis ``data``; null where there is none.
+    """
+
+    data: component_config("scaling_data")  # type: ignore[valid-type]
+    training: Training
+    architectures: tuple[Architecture, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    rows: int = Field(ge=1)
+    params: Targets = Targets()
+    flops: Targets = Targets()
+    amounts: DataAxis | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        architecture: its label.
+        size: its label.
+        config: the ranker's configuration.
+        costs: of the ranker with the data's own tables.
+        rows: training rows.
+        seed: of everything that is random.
+        key: the hash of what decides the result.
+    """
+
+    architecture: str
+    size: str
+    config: Ranker.Config
+    costs: Costs
+    rows: int
+    seed: int
+    key: str
+
+
+def cells(plan: Plan, data: ScalingData, axis: Axis) -> list[Cell]:
+    """All cells of an axis, small ones first, so that a picture of all architectures is there early.
+
+    Raises:
+        ConfigError: a configuration is not valid, a target cannot be reached, or the axis is not in the plan; names the architecture.
+    """
+    labels = [architecture.label for architecture in plan.architectures]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ConfigError(f"architectures: the label {twice[0]!r} is used twice")
+    amounts = [plan.rows]
+    if axis == "data":
+        if plan.amounts is None:
+            raise ConfigError("amounts: the axis 'data' needs amounts.rows, but the recipe has none")
+        amounts = sorted(set(plan.amounts.rows))
+    sizes = [found for architecture in plan.architectures for found in _sizes(plan, architecture, data, axis)]
+    sizes.sort(key=lambda found: found[3].flops)
+    fixed = {"format": _FORMAT, "data": dict(data.fingerprint), "spec": data.spec.model_dump(mode="json")} | _training(plan.training)
+    made = []
+    for rows, (label, size, config, costs), seed in product(amounts, sizes, plan.seeds):
+        key = sha256_json(fixed | {"model": config.model_dump(mode="json"), "rows": rows, "seed": seed})
+        made.append(Cell(label, size, config, costs, rows, seed, key))
+    return made
+
+
+def _training(training: Training) -> dict[str, Any]:
+    trainer = training.trainer.model_dump(mode="json", exclude=_OPERATIONAL)
+    return {"training": {"batch_size": training.batch_size, "trainer": trainer}}
+
+
+def _sizes(plan: Plan, architecture: Architecture, data: ScalingData, axis: Axis) -> Iterator[tuple[str, str, Ranker.Config, Costs]]:
+    """Label, size, configuration and costs of each size on the axis."""
+    label, sizes = architecture.label, architecture.sizes
+    if not sizes or len({size.label for size in sizes}) < len(sizes):
+        raise ConfigError(f"architectures: {label}: sizes: expected at least one, each with a label of its own")
+    targets = {"params": plan.params.targets, "flops": plan.flops.targets, "data": ()}[axis]
+    if targets:
+        for target in targets:
+            config = solve(architecture, data, "dense" if axis == "params" else "flops", target)
+            yield label, _short(target), config, _costs(architecture, config, data.spec)
+        return
+    if axis == "data":
+        wanted = (plan.amounts.size if plan.amounts else None) or sizes[-1].label
+        sizes = tuple(size for size in sizes if size.label == wanted)
+        if not sizes:
+            raise ConfigError(f"amounts.size: {label} has no size {wanted!r}, only {', '.join(s.label for s in architecture.sizes)}")
+    for size in sizes:
+        config = configure(architecture, size.set, data)
+        yield label, size.label, config, _costs(architecture, config, data.spec)
+
+
+def _short(count: int) -> str:
+    """45000 as ``45k``, 1300000 as ``1.3M``."""
+    power = min(3, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.4g}{('', 'k', 'M', 'G')[power]}"
+
+
+def configure(architecture: Architecture, overrides: Mapping[str, Any], data: ScalingData) -> Ranker.Config:
+    """The ranker's configuration with ``overrides`` by dotted key.
+
+    Raises:
+        ConfigError: names the architecture and the key.
+    """
+    model = _resolved(architecture.model, data)
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        node = model
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"architectures: {architecture.label}: {key}: {section!r} is a value, not a section")
+        node[last] = value
+    return parse(_Model, {"model": model}, source=f"architectures: {architecture.label}").model  # type: ignore[no-any-return]
+
+
+class _Model(Config):
+    model: component_config("ranker")  # type: ignore[valid-type]
+
+
+def _resolved(value: Any, data: ScalingData) -> Any:
+    """A copy in which ``groups: data`` became the data's groups."""
+    if not isinstance(value, dict):
+        return value
+    copy = {key: _resolved(part, data) for key, part in value.items()}
+    if copy.get("groups") == DATA_GROUPS:
+        if not data.groups:
+            raise ConfigError("groups: 'data' asks for the groups that the data know, but these data know none")
+        copy["groups"] = dict(data.groups)
+    return copy
+
+
+def solve(architecture: Architecture, data: ScalingData, what: Literal["dense", "flops"], target: int) -> Ranker.Config:
+    """The configuration whose costs come nearest to ``target``, by choosing a width among the multiples of ``architecture.multiple``.
+
+    Costs grow with the width: the smallest one that reaches the target is found by doubling and bisection, and compared with the one below.
+
+    Raises:
+        ConfigError: the nearest is more than a factor of 1.5 away, or the keys that grow do not make the model larger.
+    """
+    # The dense part does not depend on how many rows the tables have.
+    tables = tuple(table.model_copy(update={"rows": 2}) for table in data.spec.tables)
+    spec = data.spec.model_copy(update={"tables": tables})
+
+    @cache
+    def measure(steps: int) -> int:
+        config = configure(architecture, architecture.at_width(steps * architecture.multiple), data)
+        return int(getattr(_costs(architecture, config, spec), what))
+
+    high = 1
+    while measure(high) < target:
+        if measure(2 * high) <= measure(high):
+            raise ConfigError(f"architectures: {architecture.label}: grow: {', '.join(architecture.grow)} does not make the model larger")
+        high *= 2
+    low = high // 2  # below the target, or 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if measure(middle) < target else (low, middle)
+    nearest = min([steps for steps in (low, high) if steps], key=lambda steps: abs(math.log(measure(steps) / target)))
+    width, found = nearest * architecture.multiple, measure(nearest)
+    if max(found / target, target / found) > _TOLERANCE:
+        raise ConfigError(
+            f"architectures: {architecture.label}: no width that is a multiple of {architecture.multiple} comes near {target:,} ({what}): "
+            f"the nearest is {width} with {found:,}"
+        )
+    return configure(architecture, architecture.at_width(width), data)
+
+
+def costs(config: Ranker.Config, spec: InputSpec) -> Costs:
+    """What a ranker costs; it is built for the purpose."""
+    with torch.random.fork_rng(devices=[]):
+        return _build(config, spec).costs()
+
+
+def _costs(architecture: Architecture, config: Ranker.Config, spec: InputSpec) -> Costs:
+    try:
+        return costs(config, spec)
+    except ConfigError as error:
+        raise ConfigError(f"architectures: {architecture.label}: {error}") from None
+
+
+def _build(config: Ranker.Config, spec: InputSpec) -> Ranker:
+    ranker: Ranker = components.build("ranker", config, spec)
+    return ranker
+
+
+def run_cell(cell: Cell, plan: Plan, data: ScalingData, folder: Path, progress: TrainingProgress | None = None) -> Row:
+    """Train one cell and measure it on the test rows; returns its line.
+
+    Args:
+        cell: what to train.
+        plan: where its training stands.
+        data: what it trains on.
+        folder: for checkpoints; an interrupted training goes on from there.
+        progress: of the training.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(cell.seed)
+    ranker = _build(cell.config, data.spec)
+    loader = data.train(cell.rows, cell.seed, plan.training.batch_size)
+    trainer = Trainer(plan.training.trainer, folder, progress=progress, context={"cell": cell.key})
+    history = trainer.fit(ranker, loader, lambda model: _measure(model, data.valid(_EVALUATION_BATCH)))
+    metrics = _measure(ranker, data.test(_EVALUATION_BATCH))
+    return {
+        "key": cell.key,
+        "architecture": cell.architecture,
+        "size": cell.size,
+        "rows": cell.rows,
+        "seed": cell.seed,
+        "params": {"tables": cell.costs.tables, "dense": cell.costs.dense, "active": cell.costs.active},
+        "flops": cell.costs.flops,
+        "metrics": metrics,
+        "steps": history.steps,
+        "epochs": len(history.epochs),
+        "curve": history.rows(),
+        "seconds": round(time.perf_counter() - started, 3),
+        "model": cell.config.model_dump(mode="json"),
+    }
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, batches: Iterator[RankingBatch]) -> dict[str, float]:
+    """AUC, log-loss and normalised entropy of the first task, over the rows whose label is known."""
+    assert isinstance(model, Ranker)
+    model.eval()
+    device = next(model.parameters()).device
+    found = [(model.labels(batch)[:, 0].numpy(), model.predict(batch.to(device))[:, 0].float().cpu().numpy()) for batch in batches]
+    if not found:
+        raise DataError("held-out rows: expected at least one batch, got none")
+    labels, predicted = (np.concatenate(column).astype(np.float64) for column in zip(*found, strict=True))
+    known = ~np.isnan(labels)
+    labels, predicted = labels[known], predicted[known]
+    return {
+        "auc": auc(labels, predicted),
+        "log_loss": log_loss(labels, predicted),
+        "ne": normalized_entropy(labels, predicted),
+    }
+
+
+def sweep(
+    plan: Plan, data: ScalingData, wanted: Sequence[Cell], directory: Path, *, commit: str, progress: TrainingProgress | None = None
+) -> Iterator[tuple[Cell, Row, bool]]:
+    """Train every cell that has no line yet, in order; yields each cell with its line and whether it was trained now.
+
+    Args:
+        plan: how.
+        data: on what.
+        wanted: which, from `cells`.
+        directory: for ``cells.jsonl``, and for the checkpoints of the cell under way.
+        commit: of the code; written into the lines.
+        progress: of each training.
+    """
+    lines = Lines(directory / "cells.jsonl")
+    done = lines.read()
+    for cell in wanted:
+        if cell.key in done:
+            yield cell, done[cell.key], False
+            continue
+        folder = directory / "training" / cell.key[:16]
+        row = run_cell(cell, plan, data, folder, progress) | {"commit": commit}
+        lines.append(row)
+        done[cell.key] = row
+        shutil.rmtree(folder)
+        yield cell, row, True
