@@ -19,7 +19,7 @@ class Augmentation(Config):
         reverse: the probability with which a user's whole history is read backwards.
         jitter: events are reordered by their place plus normal noise of this standard deviation, in events. With 0 only events of one
             step change places.
-        hide: the probability with which an event is left out of a window's history; it stays a target.
+        hide: the probability with which an event is left out of an epoch.
     """
 
     reverse: float = Field(0.0, ge=0, le=1)
@@ -43,6 +43,15 @@ def retell(data: SequenceData, augmentation: Augmentation, seed: int, epoch: int
 
 
 def shown(events: int, augmentation: Augmentation, seed: int, epoch: int) -> np.ndarray:
-    """bool ``[events]``: the events of an epoch that stay in the histories."""
+    """bool ``[events]``: the events that an epoch has."""
     kept: np.ndarray = np.random.default_rng([seed, epoch, 1]).random(events) >= augmentation.hide
     return kept
+
+
+def offsets(data: SequenceData, stride: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 ``[users]``, from 0 to ``stride - 1``: how far into a stride each user's first window begins.
+
+    With windows that always begin at the same events, the events after a beginning would never be seen with more context.
+    """
+    drawn: np.ndarray = np.random.default_rng([seed, epoch, 2]).integers(0, stride, len(data.users))
+    return drawn

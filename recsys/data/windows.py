@@ -11,7 +11,7 @@ from pydantic import Field
 
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import DataError
-from recsys.data.augment import Augmentation, retell, shown
+from recsys.data.augment import Augmentation, offsets, retell, shown
 from recsys.data.batch import SequenceBatch
 from recsys.data.cursor import Resumable
 from recsys.data.jagged import Jagged, gather, ranges
@@ -29,24 +29,26 @@ class _Windows:
     position: np.ndarray  # [M] how many events of the window each target's state has seen
 
 
-def _cut(data: SequenceData, max_length: int, stride: int, first_target: int | None) -> _Windows:
-    """Cut every user's events into windows, as `SequenceLoader` documents."""
+def _cut(data: SequenceData, max_length: int, stride: int, first_target: int | None, offset: np.ndarray | None) -> _Windows:
+    """Cut every user's events into windows, as `SequenceLoader` documents.
+
+    With an offset for each user, every user has as many windows as the largest offset could need, whatever the offsets are, so that some
+    may be empty.
+    """
     targets = np.arange(len(data.items)) if first_target is None else np.flatnonzero(data.times >= first_target)
     seen, owner = data.seen[targets], data.owner[targets]
-    number = np.maximum(0, -(-(seen - max_length) // stride))  # ceil
-    new = np.ones(len(targets), bool)
-    new[1:] = (owner[1:] != owner[:-1]) | (number[1:] != number[:-1])
-    first = np.flatnonzero(new)
-    offsets = np.append(first, len(targets))
-    shift = number * stride
-    last = offsets[1:] - 1  # `seen` never falls within a user, so the last target of a window has the longest history
-    return _Windows(
-        start=(data.offsets[owner] + shift)[first],
-        length=(seen - shift)[last],
-        offsets=offsets,
-        targets=targets,
-        position=seen - shift,
-    )
+    longest = np.diff(data.offsets) - 1  # the most events that a target of the user has seen
+    late = np.where(longest > max_length, offset, 0) if offset is not None else np.zeros_like(longest)
+    number = np.maximum(0, -(-(seen + late[owner] - max_length) // stride))  # ceil
+    most = np.where(longest < 0, 0, 1 + np.maximum(0, -(-(longest - max_length + (stride - 1) * (longest > max_length)) // stride)))
+    window = (np.cumsum(most) - most)[owner] + number
+    shift = np.where(number > 0, number * stride - late[owner], 0)
+    start, length = np.zeros(most.sum(), np.int64), np.zeros(most.sum(), np.int64)
+    start[window] = data.offsets[owner] + shift
+    np.maximum.at(length, window, seen - shift)
+    counts = np.bincount(window, minlength=len(start))
+    kept = np.ones(len(start), bool) if offset is not None else counts > 0
+    return _Windows(start[kept], length[kept], np.concatenate([[0], np.cumsum(counts[kept])]), targets, seen - shift)
 
 
 class SequenceLoader(Resumable):
@@ -57,8 +59,12 @@ class SequenceLoader(Resumable):
     the empty history; a target of a later window is predicted from more than L - h events of context, never more than L; and a window
     is cut off after the last event that one of its targets needs. A window without targets is left out.
 
-    The order of windows, and with an `Augmentation` the order inside them, is a function of (seed, epoch), and the cursor counts
-    windows, so a loader with a restored cursor goes on exactly where the saved one stood, also in batches of another size. It is a
+    With an `Augmentation` windows begin elsewhere in every epoch: user u's first one is ``offset_u`` events shorter, from 0 to h - 1, and
+    the others begin that much earlier. Their number stays the same, so that some may hold nothing. An event that the epoch leaves out
+    is neither history nor target.
+
+    The order of windows, and with an augmentation all that it changes, is a function of (seed, epoch), and the cursor counts windows, so
+    a loader with a restored cursor goes on exactly where the saved one stood, also in batches of another size. It is a
     `recsys.data.loader.Loader`.
 
     Args:
@@ -130,15 +136,19 @@ class SequenceLoader(Resumable):
         augmentation = self._augmentation
         if self._told and (augmentation is None or self._told[0] == epoch):
             return self._told[1]
-        data = retell(self.data, augmentation, self.seed, epoch) if augmentation else self.data
-        kept = shown(len(data.items), augmentation, self.seed, epoch) if augmentation and augmentation.hide else None
-        self._told = epoch, _Told(data.items, _cut(data, self.max_length, self._stride, self._first_target), kept)
-        return self._told[1]
+        data, kept, late = self.data, None, None
+        if augmentation:
+            data = retell(data, augmentation, self.seed, epoch)
+            late = offsets(data, self._stride, self.seed, epoch)
+            kept = shown(len(data.items), augmentation, self.seed, epoch) if augmentation.hide else None
+        told = _Told(data.items, _cut(data, self.max_length, self._stride, self._first_target, late), kept)
+        self._told = epoch, told
+        return told
 
 
 @dataclass(frozen=True)
 class _Told:
-    """The windows of an epoch over its order of items; ``kept`` bool ``[E]`` are the events that histories show, None for all."""
+    """The windows of an epoch over its order of items; ``kept`` bool ``[E]`` are the events that the epoch has, None for all."""
 
     items: np.ndarray
     windows: _Windows
@@ -150,6 +160,9 @@ class _Told:
         counts = windows.offsets[chosen + 1] - windows.offsets[chosen]
         targets = ranges(windows.offsets[chosen], counts)
         row = np.repeat(np.arange(len(chosen)), counts)
+        if self.kept is not None:
+            there = self.kept[windows.targets[targets]]
+            targets, row = targets[there], row[there]
         history, position = self._history(chosen, row, windows.position[targets])
         return SequenceBatch(
             items=torch.from_numpy(history.values),
