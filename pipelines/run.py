@@ -164,7 +164,7 @@ def _measure(
         "parity": release.parity(offline, online, histories.test, seed),
         "latency": release.latency(online, histories.test, K, seed),
     }
-    bundle.metrics = _bundle_metrics(run.results)
+    bundle.metrics = _bundle_metrics(run.results, ours)
     return _compare(run, prepared, histories, places["final"], users)
 
 
@@ -186,9 +186,10 @@ def _compare(run: Run, prepared: Prepared, histories: Histories, ours: np.ndarra
     return _Measured({"list.ndcg@10": difference}, champion.to_version)
 
 
-def _bundle_metrics(results: dict[str, Any]) -> dict[str, Any]:
-    """What goes into the bundle, and what gates look at."""
+def _bundle_metrics(results: dict[str, Any], ranker: str) -> dict[str, Any]:
+    """What goes into the bundle, and what gates look at; the recipe's ranker stands under its name and as ``ranker``."""
     ranking = {name: segments["all"] for name, segments in results["ranking"]["models"].items()}
+    ranking["ranker"] = ranking[ranker]
     return {
         "ranking": ranking,
         "calibration": {name: values["calibration"] for name, values in ranking.items()},
@@ -242,7 +243,7 @@ def _finish(run: Run, prepared: Prepared, tracker: MLflowTracker) -> None:
     }
     results["cards"] = _cards(run)
     summary = {
-        **_bundle_metrics(results),
+        **_bundle_metrics(results, run.recipe.ranker.model.name),
         "champion": results["champion"],
         "served": results["served"],
         "seconds": seconds,

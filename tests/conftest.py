@@ -97,8 +97,7 @@ TINY = (
     "lists.validation_steps=100",
     "evaluation.resamples=100",
     "evaluation.explained_requests=5",
-    "gates=[{kind: bound, metric: ranking.tokenmixer_large.auc, at_least: 0.5},"
-    " {kind: against_champion, metric: list.ndcg@10, margin: 1.0}]",
+    "gates=[{kind: bound, metric: ranking.ranker.auc, at_least: 0.5}, {kind: against_champion, metric: list.ndcg@10, margin: 1.0}]",
 )
 
 

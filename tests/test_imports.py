@@ -30,7 +30,7 @@ LEVELS = (
     {"embedding"},
     {"ranking", "retrieval", "text"},
     {"training", "evaluation"},
-    {"bundle"},
+    {"bundle", "scaling"},
     {"inference"},
     {"registry"},
 )

@@ -13,6 +13,7 @@ from recsys.core.errors import RecsysError, unknown
 
 VERBS = {
     "run": "run a recipe: from raw events to a promoted bundle, with a report",
+    "scale": "train rankers at many sizes and fit scaling laws, with a picture",
     "ingest": "turn raw files into a data set, counting what was dropped",
     "serve": "answer requests over HTTP with the champion",
     "rollback": "make the previous champion the champion again",

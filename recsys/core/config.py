@@ -121,8 +121,43 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in resources.files("recsys.recipes").iterdir() if p.name.endswith(".yaml"))
 
 
+EXTENDS = "extends"
+
+
 def read_recipe(recipe: str) -> tuple[dict[str, Any], str]:
-    """The plain content of a shipped recipe or of a YAML file, and the name to use for it in errors."""
+    """The plain content of a shipped recipe or of a YAML file, and the name to use for it in errors.
+
+    A recipe that says ``extends: other`` begins with the other one's content; see `merge`.
+    """
+    data, source = _read_one(recipe)
+    seen = [recipe]
+    while (base := data.pop(EXTENDS, None)) is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{source}: {EXTENDS}: expected the name of a recipe or a path, got {base!r}")
+        if base in seen:
+            raise ConfigError(f"{source}: {EXTENDS}: {' → '.join([*seen, base])} goes round in a circle")
+        seen.append(base)
+        below, _ = _read_one(base)
+        data = merge(below, data)
+    return data, source
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``below`` with what ``above`` says instead, key by key.
+
+    Sections are merged, lists and values replaced. A section that names another component (a ``name`` or ``kind`` that differs) replaces
+    the old one whole, since the old one's keys are not the new one's.
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        alike = isinstance(old, dict) and isinstance(value, dict)
+        alike = alike and all(value.get(k, old.get(k)) == old.get(k) for k in ("name", "kind"))
+        merged[key] = merge(old, value) if alike else value
+    return merged
+
+
+def _read_one(recipe: str) -> tuple[dict[str, Any], str]:
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
         path = Path(recipe)
         if not path.is_file():

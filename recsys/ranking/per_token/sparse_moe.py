@@ -128,7 +128,8 @@ class SparseMoE(PerToken):
 
     def _read(self, x_tbd: Tensor) -> tuple[Tensor, Tensor]:
         """The router's logits ``[T, B, E - 1]`` and the shared expert's hidden layer before the activation, ``[T, B, 2 h]``."""
-        exact = x_tbd.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x_tbd.device.type)
+        cast = not x_tbd.is_meta and torch.is_autocast_enabled(x_tbd.device.type)
+        exact = x_tbd.dtype in (torch.float32, torch.float64) and not cast
         if not exact:
             return router_logits(x_tbd, self.router), per_token_linear(x_tbd, self.shared_gate_up, None)
         # One product, since a router's own has so few columns that it costs as much as one of many.

@@ -2,6 +2,7 @@
 """Gradients in deep stacks, on planted impressions."""
 
 import pytest
+
 from benchmarks.ranking_depth import build, first_over_last
 from recsys.scaling.data import PlantedData
 

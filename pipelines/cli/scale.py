@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`recsys scale RECIPE`: train rankers at many sizes, fit power laws, and write them with a picture."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from recsys.registry.location import home
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="recsys scale", description="Sweep sizes and fit scaling laws; an interrupted sweep goes on.")
+    parser.add_argument("recipe", help="a shipped recipe of a scaling study, such as scaling_planted, or a YAML file")
+    parser.add_argument("--axis", choices=("params", "flops", "data"), default="params", help="what grows (params)")
+    parser.add_argument("--quick", action="store_true", help="the recipe's quick settings: minutes, and nothing to conclude from")
+    parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="only these architectures")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key, as in rows=100000"
+    )
+    parser.add_argument("--home", type=Path, default=home(), help="the folder of runs (RECSYS_HOME)")
+    arguments = parser.parse_args(argv)
+    from pipelines.scale import QUICK, execute, load_scale_recipe, show
+
+    recipe = load_scale_recipe(arguments.recipe, arguments.overrides, quick=arguments.quick)
+    directory = arguments.home / "scale" / (recipe.name + (QUICK if arguments.quick else ""))
+    console = Console()
+    study = execute(recipe, arguments.axis, directory, console, arguments.only)
+    show(study, console)
+    console.print(f"report: {directory / 'report.html'}")
+    return 0

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scaling study: a recipe, the sweep along one axis, the laws, and one page that shows them."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from recsys.bundle.environment import code_commit
+from recsys.core import components
+from recsys.core.components import load_plugins
+from recsys.core.config import Config, apply_overrides, parse, read_recipe
+from recsys.core.errors import ConfigError, unknown
+from recsys.core.files import write_bytes, write_json
+from recsys.evaluation.bootstrap import Interval
+from recsys.scaling.data import ScalingData
+from recsys.scaling.plot import Baseline, Fits, Point, figure, fits, points, section, table
+from recsys.scaling.sweep import Axis, Plan, cells, sweep
+from recsys.training.progress import NoProgress, RichProgress
+
+QUICK = "-quick"  # after the name of a recipe's folder
+_X: dict[Axis, tuple[str, ...]] = {"params": ("params", "flops"), "flops": ("params", "flops"), "data": ("rows",)}
+
+
+class FitConfig(Config):
+    """How laws are fitted.
+
+    Attributes:
+        baseline: what the gain of AUC is measured against: a number, a value that the data know (such as ``only_main`` of planted data),
+            or an architecture's label, whose smallest point is the baseline.
+        resamples: draws of seeds for the intervals; 0 for none.
+        level: of the intervals.
+    """
+
+    baseline: float | str
+    resamples: int = Field(500, ge=0)
+    level: float = Field(0.95, gt=0, lt=1)
+
+
+class ScaleRecipe(Plan):
+    """A scaling study.
+
+    Attributes:
+        name: results stand below a folder of this name.
+        plugins: packages that register a user's own components.
+        fit: the laws.
+        quick: keys and values that ``--quick`` sets, by dotted key.
+    """
+
+    name: str
+    plugins: tuple[str, ...] = ()
+    fit: FitConfig
+    quick: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished study.
+
+    Attributes:
+        directory: where its files stand.
+        found: the points.
+        baseline: of the gains.
+        laws: one for each x of the axis.
+        references: what is known of the data.
+    """
+
+    directory: Path
+    found: list[Point]
+    baseline: Baseline
+    laws: list[Fits]
+    references: dict[str, float]
+
+
+def load_scale_recipe(recipe: str, overrides: Sequence[str] = (), *, quick: bool = False) -> ScaleRecipe:
+    """Read a recipe; ``quick`` applies its own quick settings before the overrides.
+
+    Raises:
+        ConfigError: names the key, its value and what was expected.
+    """
+    data, source = read_recipe(recipe)
+    own = data.get("quick") or {}
+    if quick and not (isinstance(own, dict) and own):
+        raise ConfigError(f"{source}: --quick: the recipe has no section 'quick'")
+    settings = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in own.items()] if quick else []
+    data = apply_overrides(data, [*settings, *overrides])
+    load_plugins(data.get("plugins", ()))
+    return parse(ScaleRecipe, data, source=source, overrides=[*settings, *overrides])
+
+
+def execute(recipe: ScaleRecipe, axis: Axis, directory: Path, console: Console, only: Sequence[str] = ()) -> Study:
+    """Sweep, fit and write ``cells.jsonl``, ``scaling.csv``, ``scaling.svg``, ``report.html`` and ``summary.json``.
+
+    Cells that ``directory`` holds already are not trained again.
+
+    Args:
+        recipe: what to study.
+        axis: what grows.
+        directory: of the results.
+        console: where progress is shown.
+        only: labels of architectures; all by default.
+    """
+    recipe = _chosen(recipe, only)
+    data: ScalingData = components.build("scaling_data", recipe.data)
+    references = dict(data.references())
+    rows = _sweep(recipe, data, axis, directory, console)
+    found = points(rows)
+    baseline = _baseline(recipe.fit.baseline, found, references, axis)
+    laws = [fits(found, baseline, x, resamples=recipe.fit.resamples, level=recipe.fit.level) for x in _X[axis]]
+    study = Study(directory, found, baseline, laws, references)
+    _write(study, recipe, axis)
+    return study
+
+
+def _chosen(recipe: ScaleRecipe, only: Sequence[str]) -> ScaleRecipe:
+    labels = [architecture.label for architecture in recipe.architectures]
+    for label in only:
+        if label not in labels:
+            raise ConfigError(f"--only: {unknown('architecture', label, labels)}")
+    kept = tuple(a for a in recipe.architectures if not only or a.label in only)
+    return recipe.model_copy(update={"architectures": kept})
+
+
+def _sweep(recipe: ScaleRecipe, data: ScalingData, axis: Axis, directory: Path, console: Console) -> list[dict[str, Any]]:
+    wanted = cells(recipe, data, axis)
+    console.print(f"[dim]{len(wanted)} cells: {len(recipe.architectures)} architectures, {len(recipe.seeds)} seeds[/]")
+    progress = NoProgress() if console.quiet else RichProgress(recipe.name)
+    rows = []
+    for done, (cell, row, trained) in enumerate(sweep(recipe, data, wanted, directory, commit=code_commit(), progress=progress), 1):
+        how = f"{row['seconds']:.0f} s" if trained else "there already"
+        name = f"{cell.architecture} {cell.size}, {cell.rows:,} rows, seed {cell.seed}"
+        console.print(f"[dim]{done}/{len(wanted)}[/]  {name}: AUC {row['metrics']['auc']:.4f}  [dim]{how}[/]", highlight=False)
+        # Labels and costs are the plan's own: the same training may stand in the file under an older label.
+        rows.append(row | {"architecture": cell.architecture, "size": cell.size})
+    return rows
+
+
+def _baseline(wanted: float | str, found: list[Point], references: dict[str, float], axis: Axis) -> Baseline:
+    if not isinstance(wanted, str):
+        return Baseline(f"{wanted:g}", [wanted])
+    if wanted in references:
+        return Baseline(wanted.replace("_", " "), [references[wanted]])
+    own = [point for point in found if point.architecture == wanted]
+    if not own:
+        known = [*references, *dict.fromkeys(point.architecture for point in found)]
+        raise ConfigError(f"fit.baseline: {unknown('reference or architecture', wanted, known)}")
+    point = min(own, key=lambda point: point.x[_X[axis][0]])
+    return Baseline(f"{wanted} {point.size}", point.metrics["auc"], point)
+
+
+def _write(study: Study, recipe: ScaleRecipe, axis: Axis) -> None:
+    bound = study.references.get("auc")
+    svg = figure(study.found, study.baseline, study.laws, bound)
+    write_bytes(study.directory / "scaling.csv", table(study.found, study.baseline).encode())
+    write_bytes(study.directory / "scaling.svg", svg.encode())
+    body = section(study.found, study.baseline, study.laws, study.references, svg)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    write_bytes(study.directory / "report.html", _page(f"{recipe.name}: scaling in {axis}", body, text).encode())
+    write_json(study.directory / "summary.json", summary(study, recipe, axis))
+
+
+def summary(study: Study, recipe: ScaleRecipe, axis: Axis) -> dict[str, Any]:
+    """The study as JSON: laws with intervals by x and architecture, points, the baseline, and what is known of the data."""
+    laws = {
+        law.x: {
+            "gain": {name: {"coefficient": _json(f.coefficient), "exponent": _json(f.exponent)} for name, f in law.gain.items()},
+            "loss": {
+                name: {"coefficient": _json(f.coefficient), "exponent": _json(f.exponent), "floor": _json(f.floor)}
+                for name, f in law.loss.items()
+            },
+            "refused": law.refused,
+        }
+        for law in study.laws
+    }
+    found = [
+        {"architecture": point.architecture, "size": point.size, **point.x, **{k: list(v) for k, v in point.metrics.items()}}
+        for point in study.found
+    ]
+    return {
+        "recipe": recipe.name,
+        "axis": axis,
+        "seeds": list(recipe.seeds),
+        "commit": code_commit(),
+        "baseline": {"name": study.baseline.name, "auc": study.baseline.mean},
+        "references": study.references,
+        "laws": laws,
+        "points": found,
+    }
+
+
+def _json(interval: Interval) -> dict[str, float | None]:
+    ends = {"low": interval.low, "high": interval.high}
+    return {"estimate": interval.estimate} | {name: None if value != value else value for name, value in ends.items()}
+
+
+def show(study: Study, console: Console) -> None:
+    """Print the exponents."""
+    for law in study.laws:
+        grid = Table("architecture", f"AUC gain ∝ {law.x}^a", f"log-loss − L∞ ∝ {law.x}^a", box=None, header_style="dim")
+        for name in dict.fromkeys(point.architecture for point in study.found):
+            shown = [str(fitted[name].exponent) if name in fitted else "–" for fitted in (law.gain, law.loss)]
+            grid.add_row(name, *shown)
+        console.print(grid)
+        for reason in law.refused:
+            console.print(f"[yellow]{reason}[/]", highlight=False)
+
+
+_CSS = """
+:root { --ink:#1f2933; --muted:#616e7c; --line:#e4e7eb; --soft:#f5f7fa; }
+body { font: 15px/1.55 system-ui, "Segoe UI", sans-serif; color: var(--ink); margin: 0 auto; max-width: 1080px; padding: 32px 24px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px } h3 { font-size: 15px; margin: 22px 0 6px } p { max-width: 76ch }
+table { border-collapse: collapse; margin: 8px 0 16px; font-variant-numeric: tabular-nums }
+th, td { padding: 5px 14px 5px 0; text-align: left; border-bottom: 1px solid var(--line) } th { color: var(--muted); font-size: 13px }
+pre { background: var(--soft); padding: 12px; font-size: 12px; overflow-x: auto }
+"""
+
+
+def _page(title: str, body: str, recipe: str) -> str:
+    details = f"<details><summary>Resolved recipe</summary><pre>{html.escape(recipe)}</pre></details>"
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n'
+        f"</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n{details}\n</body>\n</html>\n"
+    )
