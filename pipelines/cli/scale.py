@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`recsys scale RECIPE`: train rankers at many sizes, fit power laws, and write them with a picture."""
+"""`recsys scale RECIPE`: train rankers at many sizes, fit power laws, and write them with a picture; or lay a large one out on paper."""
 
 import argparse
 from pathlib import Path
@@ -13,6 +13,9 @@ def main(argv: list[str]) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="recsys scale", description="Sweep sizes and fit scaling laws; an interrupted sweep goes on.")
     parser.add_argument("recipe", help="a shipped recipe of a scaling study, such as scaling_planted, or a YAML file")
+    parser.add_argument(
+        "--paper", action="store_true", help="build the recipe's model (such as tokenmixer_large_7b) without memory, and say what it takes"
+    )
     parser.add_argument("--axis", choices=("params", "flops", "data"), default="params", help="what grows (params)")
     parser.add_argument("--quick", action="store_true", help="the recipe's quick settings: minutes, and nothing to conclude from")
     parser.add_argument("--only", action="append", default=[], metavar="LABEL", help="only these architectures")
@@ -21,6 +24,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--home", type=Path, default=home(), help="the folder of runs (RECSYS_HOME)")
     arguments = parser.parse_args(argv)
+    if arguments.paper:
+        return _paper(arguments.recipe, arguments.overrides)
     from pipelines.scale import QUICK, execute, load_scale_recipe, show
 
     recipe = load_scale_recipe(arguments.recipe, arguments.overrides, quick=arguments.quick)
@@ -29,4 +34,13 @@ def main(argv: list[str]) -> int:
     study = execute(recipe, arguments.axis, directory, console, arguments.only)
     show(study, console)
     console.print(f"report: {directory / 'report.html'}")
+    return 0
+
+
+def _paper(name: str, overrides: list[str]) -> int:
+    from recsys.core.config import load_recipe
+    from recsys.scaling.paper import PaperRecipe, on_paper, page
+
+    recipe = load_recipe(PaperRecipe, name, overrides)
+    print(page({recipe.name: (recipe, on_paper(recipe))}), end="")
     return 0

@@ -7,7 +7,7 @@ from typing import Self
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from recsys.core.config import Config, apply_overrides, load_recipe, parse, read_recipe, recipe_names
+from recsys.core.config import Config, apply_overrides, load_recipe, merge, parse, read_recipe, recipe_names
 from recsys.core.errors import ConfigError, nearest, unknown
 
 
@@ -200,6 +200,38 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         read_recipe("quikstart")
     with pytest.raises(ConfigError, match=r"recipe 'no/such\.yaml': no such file"):
         read_recipe("no/such.yaml")
+
+
+def write(folder: Path, **files: str) -> str:
+    """Recipes that may extend each other by path, and the path of the last."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text.replace("BELOW", str(folder)))
+    return str(folder / f"{name}.yaml")
+
+
+def test_a_recipe_extends_another_key_by_key(tmp_path: Path) -> None:
+    base = "a: {x: 1, y: {z: 2}}\nl: [1, 2]\nm: {name: one, k: 1}\n"
+    middle = "extends: BELOW/base.yaml\na: {y: {w: 3}}\nl: [3]\n"
+    top = "extends: BELOW/middle.yaml\na: {x: 5}\nm: {k: 2}\n"
+    data, source = read_recipe(write(tmp_path, base=base, middle=middle, top=top))
+    assert data == {"a": {"x": 5, "y": {"z": 2, "w": 3}}, "l": [3], "m": {"name": "one", "k": 2}}
+    assert source.endswith("top.yaml")
+
+
+def test_another_component_replaces_the_old_ones_keys() -> None:
+    assert merge({"m": {"name": "one", "k": 1, "j": {"q": 1}}}, {"m": {"name": "two", "i": 1}}) == {"m": {"name": "two", "i": 1}}
+    assert merge({"m": {"k": 1}}, {"m": {"name": "two"}}) == {"m": {"name": "two"}}
+    assert merge({"m": {"kind": "a", "k": 1}}, {"m": {"kind": "a", "j": 2}}) == {"m": {"kind": "a", "k": 1, "j": 2}}
+
+
+def test_recipes_that_extend_in_a_circle_or_nothing(tmp_path: Path) -> None:
+    circle = write(tmp_path, one="extends: BELOW/two.yaml\n", two="extends: BELOW/one.yaml\n")
+    with pytest.raises(ConfigError, match="goes round in a circle"):
+        read_recipe(circle)
+    with pytest.raises(ConfigError, match=r"extends: expected the name of a recipe or a path, got \[1\]"):
+        read_recipe(write(tmp_path, three="extends: [1]\n"))
+    with pytest.raises(ConfigError, match="unknown recipe 'quickstrt'; did you mean 'quickstart'"):
+        read_recipe(write(tmp_path, four="extends: quickstrt\n"))
 
 
 def test_every_shipped_recipe_is_a_mapping() -> None:
