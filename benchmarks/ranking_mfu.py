@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of a training step of TokenMixer-Large is matrix products?
 
-B = 2048 rows, T = 16 tokens of width D = 256, two blocks, 26 tables of 100,000 rows. The denominator of each share is the step's own
-list of matrix products run alone, with operands of the same shapes, strides and dtype, in turns with the step itself; so a share of 1
-would mean that nothing but matrix products takes time. ``torch.compile`` on and off are both shown; the checks take the better one.
+B = 2048 rows, T = 16 tokens of width D = 256, two blocks (one with ``--quick``), 26 tables of 100,000 rows. The denominator of each
+share is the step's own list of matrix products run alone, with operands of the same shapes, strides and dtype, in turns with the step
+itself; so a share of 1 would mean that nothing but matrix products takes time. ``torch.compile`` on and off are both shown; the checks
+take the better one.
 """
 
 import statistics
@@ -71,12 +72,12 @@ def batch(rows: int = ROWS, seed: int = 0) -> RankingBatch:
 
 def run(*, quick: bool) -> Result:
     """Run the benchmark."""
-    pairs = 5 if quick else 9
+    pairs, blocks = (5, 1) if quick else (9, BLOCKS)
     shares: dict[tuple[str, bool], dict[str, Ratio]] = {}
     for dtype in track(list(DTYPES), "shares"):
         for compiled in (False, True):
-            shares[dtype, compiled] = _shares(dtype, compiled, pairs)
-    parts = {dtype: _parts(dtype) for dtype in DTYPES}
+            shares[dtype, compiled] = _shares(dtype, compiled, pairs, blocks)
+    parts = {dtype: _parts(dtype, blocks) for dtype in DTYPES}
     loader, step = _loader_cpu(), _step_cpu()
     rows = [
         _row(dtype, "on" if compiled else "off", f"products ÷ {name}", str(share))
@@ -97,15 +98,14 @@ def run(*, quick: bool) -> Result:
     return Result("ranking_mfu", rows, checks, details)
 
 
-def _shares(dtype: str, compiled: bool, pairs: int) -> dict[str, Ratio]:
+def _shares(dtype: str, compiled: bool, pairs: int, blocks: int) -> dict[str, Ratio]:
     """Products ÷ step, and products ÷ blocks, in turns."""
-    plain, model, data = build(), build(compiled=compiled), batch()
+    plain, model, data = build(blocks), build(blocks, compiled), batch()
     found = {}
     for name, work_of in (("step", _step), ("blocks", _blocks)):
         products, work = Products(work_of(plain, data, dtype)), work_of(model, data, dtype)
-        for _ in range(2):
-            work()
-            products.run()
+        work()  # compiles
+        products.run()
         alone, whole = [], []
         for _ in range(pairs):
             whole.append(seconds(work))
@@ -147,9 +147,9 @@ def _blocks(model: TokenMixerLarge, data: RankingBatch, dtype: str) -> Callable[
     return blocks
 
 
-def _parts(dtype: str) -> dict[str, float]:
-    """Seconds of each part of an eager step, run by itself: medians of 5."""
-    model, data = build(), batch()
+def _parts(dtype: str, blocks: int) -> dict[str, float]:
+    """Seconds of each part of an eager step, run by itself: medians of 3."""
+    model, data = build(blocks), batch()
     fields = {k: v.detach().requires_grad_() for k, v in model.fields(model.embed(data), data).items()}
     tokens = torch.randn(TOKENS, ROWS, DIM, dtype=DTYPES[dtype]).transpose(0, 1).requires_grad_()
     mixer, per_token = model.stack.blocks[0].mixer, [(b.mixed, b.token) for b in model.stack.blocks]
@@ -167,7 +167,7 @@ def _parts(dtype: str) -> dict[str, float]:
         sum(v.sum() for v in model.embed(data).pooled.values()).backward()
 
     def mixing() -> None:
-        for _ in range(BLOCKS):
+        for _ in range(blocks):
             both(lambda x: mixer.revert(mixer(x)), tokens)()
 
     def networks() -> None:
@@ -186,7 +186,7 @@ def _parts(dtype: str) -> dict[str, float]:
     }
     for part in work.values():
         part()
-    return {name: statistics.median(seconds(part) for _ in range(5)) for name, part in work.items()}
+    return {name: statistics.median(seconds(part) for _ in range(3)) for name, part in work.items()}
 
 
 def _memory() -> dict[int, int]:

@@ -48,7 +48,7 @@ def run(*, quick: bool) -> Result:
     torch.set_num_threads(THREADS)
     try:
         seconds = _seconds(5 if quick else 15)
-        return _result(seconds, _quality(rows=60_000 if quick else 300_000, seeds=3 if quick else 5))
+        return _result(seconds, _quality(rows=40_000 if quick else 300_000, seeds=3 if quick else 5))
     finally:
         torch.set_num_threads(before)
 

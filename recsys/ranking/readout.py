@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from recsys.core import components
 from recsys.core.config import Config as BaseConfig
 from recsys.ranking.heads import Head
-from recsys.ranking.part import NORM_EPS, Part
+from recsys.ranking.part import Part, TokenNorm
 
 
 class Readout(Part):
@@ -25,7 +25,7 @@ class Readout(Part):
 
     def __init__(self, dim: int, width: int, tasks: int, head: BaseConfig, norm: bool) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(dim, eps=NORM_EPS) if norm else nn.Identity()
+        self.norm = TokenNorm(dim) if norm else nn.Identity()
         self.head: Head = components.build("head", head, width, tasks)
 
     @property
