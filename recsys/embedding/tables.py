@@ -162,8 +162,9 @@ class EmbeddingTables(nn.Module):
         if self.config.managed:
             batch, evicted = self.ids(batch)
             self._renew(evicted)
-        # By key: a sharded collection orders its values by shard.
-        pooled = self.pooled(batch.sparse) if self.pooled is not None else {}
+        # By key: a sharded collection orders its values by shard. All keys at once: each look-up by key would be a slice, whose gradient
+        # is as wide as all of them together.
+        pooled = self.pooled(batch.sparse).to_dict() if self.pooled is not None else {}
         unpooled = self.unpooled(batch.sequences) if self.unpooled is not None else {}
         return Embedded({key: pooled[key] for key in self.spec.bag_keys}, {key: unpooled[key] for key in self.spec.sequence_keys})
 
