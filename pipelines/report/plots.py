@@ -1,36 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report's pictures, as SVG text that stands inside the page."""
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+from recsys.evaluation.figure import GRID, INK, MUTED, svg
+
 OURS, BASELINE, ACCENT = "#2563eb", "#9aa5b1", "#d97706"
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlesize": 10,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "recsys",
-}
 
 
 def bars(models: Mapping[str, Mapping[str, float]], metrics: Sequence[str], ours: Sequence[str], labels: Mapping[str, str]) -> str:
@@ -50,7 +28,7 @@ def bars(models: Mapping[str, Mapping[str, float]], metrics: Sequence[str], ours
             for place, value in enumerate(values):
                 axis.text(value, place, f" {value:.3f}", va="center", color=INK, fontsize=8)
 
-    return _svg(draw, columns=len(metrics), size=(2.6 * len(metrics) + 1, 0.42 * len(models) + 0.8))
+    return svg(draw, columns=len(metrics), size=(2.6 * len(metrics) + 1, 0.42 * len(models) + 0.8))
 
 
 def curves(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]]) -> str:
@@ -67,7 +45,7 @@ def curves(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]
             if len(lines) > 1:
                 axis.legend(frameon=False, fontsize=8)
 
-    return _svg(draw, columns=len(panels), size=(3.1 * len(panels), 2.5))
+    return svg(draw, columns=len(panels), size=(3.1 * len(panels), 2.5))
 
 
 def calibration(models: Mapping[str, Sequence[Mapping[str, float]]], labels: Mapping[str, str], ours: Sequence[str]) -> str:
@@ -83,7 +61,7 @@ def calibration(models: Mapping[str, Sequence[Mapping[str, float]]], labels: Map
         axis.set(xlabel="predicted probability", ylabel="observed rate", xlim=(0, 1), ylim=(0, 1), title="Calibration")
         axis.legend(frameon=False, fontsize=8)
 
-    return _svg(draw, columns=1, size=(3.6, 3.2))
+    return svg(draw, columns=1, size=(3.6, 3.2))
 
 
 def intervals(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -101,7 +79,7 @@ def intervals(rows: Sequence[Mapping[str, Any]]) -> str:
         axis.grid(axis="y", visible=False)
         axis.set_title("Difference, with its 95% interval over users")
 
-    return _svg(draw, columns=1, size=(7.2, 0.3 * len(rows) + 0.8))
+    return svg(draw, columns=1, size=(7.2, 0.3 * len(rows) + 0.8))
 
 
 def deletion(effects: Mapping[str, Mapping[str, float]]) -> str:
@@ -119,19 +97,4 @@ def deletion(effects: Mapping[str, Mapping[str, float]]) -> str:
         axis.grid(axis="y", visible=False)
         axis.set_title("Fall of the score when one event is removed")
 
-    return _svg(draw, columns=1, size=(4.6, 1.9))
-
-
-def _svg(draw: Callable[[Sequence[Axes]], None], *, columns: int, size: tuple[float, float]) -> str:
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
-        try:
-            draw(list(axes[0]))
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        finally:
-            plt.close(figure)
-    text = buffer.getvalue()
-    return re.sub(
-        r'width="[\d.]+pt" height="[\d.]+pt"', 'style="max-width:100%;height:auto" role="img"', text[text.index("<svg") :], count=1
-    )
+    return svg(draw, columns=1, size=(4.6, 1.9))

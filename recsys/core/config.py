@@ -151,9 +151,10 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        alike = isinstance(old, dict) and isinstance(value, dict)
-        alike = alike and all(value.get(k, old.get(k)) == old.get(k) for k in ("name", "kind"))
-        merged[key] = merge(old, value) if alike else value
+        if isinstance(old, dict) and isinstance(value, dict) and all(value.get(k, old.get(k)) == old.get(k) for k in ("name", "kind")):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
     return merged
 
 

@@ -4,42 +4,20 @@
 import csv
 import html
 import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from recsys.core.errors import DataError
 from recsys.evaluation.bootstrap import Interval
+from recsys.evaluation.figure import INK, svg
 from recsys.scaling.fit import Law, fit_gain, fit_loss
 
 X = {"params": "dense parameters", "flops": "FLOPs per sample, forward", "rows": "training rows"}
 _COLOURS = ("#2563eb", "#d97706", "#15803d", "#b91c1c", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _MUTED,
-    "axes.titlesize": 10,
-    "axes.titlecolor": _INK,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "recsys",
-}
 
 
 @dataclass(frozen=True)
@@ -169,12 +147,12 @@ def figure(found: Sequence[Point], baseline: Baseline, laws: Sequence[Fits], bou
         for axis, law in zip(axes, laws, strict=True):
             _panel(axis, found, baseline, law)
             if bound is not None:
-                axis.axhline(bound - baseline.mean, color=_INK, linewidth=1, linestyle="--", label="Bayes bound")
+                axis.axhline(bound - baseline.mean, color=INK, linewidth=1, linestyle="--", label="Bayes bound")
         axes[0].set_ylabel(f"AUC over {baseline.name}")
         handles, labels = axes[0].get_legend_handles_labels()
         axes[-1].legend(handles, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
-    return _svg(draw, columns=len(laws))
+    return svg(draw, columns=len(laws), size=(4.2 * len(laws) + 1.6, 3.4), sharey=True)
 
 
 def _panel(axis: Axes, found: Sequence[Point], baseline: Baseline, laws: Fits) -> None:
@@ -191,21 +169,6 @@ def _panel(axis: Axes, found: Sequence[Point], baseline: Baseline, laws: Fits) -
             axis.plot(line, law(line), color=colour, linewidth=1.5)
             if len(law.draws):
                 axis.fill_between(line, *law.band(line), color=colour, alpha=0.14, linewidth=0)
-
-
-def _svg(draw: Callable[[Sequence[Axes]], None], columns: int) -> str:
-    with plt.rc_context(_STYLE):
-        made, axes = plt.subplots(1, columns, figsize=(4.2 * columns + 1.6, 3.4), squeeze=False, sharey=True, layout="constrained")
-        try:
-            draw(list(axes[0]))
-            buffer = io.StringIO()
-            made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        finally:
-            plt.close(made)
-    text = buffer.getvalue()
-    return re.sub(
-        r'width="[\d.]+pt" height="[\d.]+pt"', 'style="max-width:100%;height:auto" role="img"', text[text.index("<svg") :], count=1
-    )
 
 
 def section(found: Sequence[Point], baseline: Baseline, laws: Sequence[Fits], references: Mapping[str, float], svg: str) -> str:

@@ -290,8 +290,11 @@ def test_a_backward_pass_may_follow_the_next_forward_pass() -> None:
     tables = make()
     first = tables(batch([11, 12]))
     second = tables(batch([13, 13, 13, 14, 14, 15, 15]))
+    before = weight(tables).clone()
     for embedded in (first, second):
         embedded.pooled["user"].sum().backward()
+        assert not torch.equal(weight(tables), before)
+        before = weight(tables).clone()
 
 
 def test_quantised_tables_keep_the_map() -> None:
