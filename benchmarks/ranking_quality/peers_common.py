@@ -46,8 +46,7 @@ def main(build: Callable[[dict[str, Any]], Peer]) -> None:
     started = time.perf_counter()
     valid = train(peer, request, arrays)
     answer = {"valid": valid, "seconds": time.perf_counter() - started, **sizes(peer.model)}
-    if request["test"]:
-        np.save(folder / "test.npy", predict(peer, request, arrays, "test"))
+    np.save(folder / "test.npy", predict(peer, request, arrays, "test"))
     (folder / "answer.json").write_text(json.dumps(answer))
 
 

@@ -50,14 +50,14 @@ class Outcome:
         valid: ``auc`` and ``logloss`` on validation after each epoch.
         dense_parameters: those outside the tables.
         table_parameters: those of the tables.
-        test: probabilities float32 of the test rows by the weights of the best epoch, or None where they were not asked for.
+        test: probabilities float32 of the test rows by the weights of the best epoch.
         seconds: of training, validation included.
     """
 
     valid: Sequence[dict[str, float]]
     dense_parameters: int
     table_parameters: int
-    test: np.ndarray | None
+    test: np.ndarray
     seconds: float
 
     @property
@@ -66,7 +66,7 @@ class Outcome:
         return int(np.argmax([epoch["auc"] for epoch in self.valid]))
 
 
-def train_ours(config: Config, optimizer: DenseOptimizer, data: Encoded, budget: Budget, seed: int, *, test: bool) -> Outcome:
+def train_ours(config: Config, optimizer: DenseOptimizer, data: Encoded, budget: Budget, seed: int) -> Outcome:
     """Train a registered ranker with the framework's trainer."""
     torch.manual_seed(seed)
     model = components.build("ranker", config, data.spec)
@@ -80,13 +80,13 @@ def train_ours(config: Config, optimizer: DenseOptimizer, data: Encoded, budget:
         return {"auc": auc(labels, predicted), "logloss": log_loss(labels, predicted)}
 
     monitor = Monitor(metric="auc", patience=budget.patience)
-    training = Trainer.Config(epochs=budget.epochs, optimizer=optimizer, clip_norm=_CLIP, precision="fp32", monitor=monitor)
+    training = Trainer.Config(epochs=budget.epochs, optimizer=optimizer, clip_norm=_CLIP, precision="fp32", compile=True, monitor=monitor)
     with tempfile.TemporaryDirectory(prefix="ranking_quality_") as folder:
         started = time.perf_counter()
         history = Trainer(training, Path(folder) / "run", progress=NoProgress()).fit(model, loader, validate)
         seconds = time.perf_counter() - started
     valid = [dict(record.validation) for record in history.epochs]
-    return Outcome(valid, costs.dense, costs.tables, predict(model, data, "test") if test else None, seconds)
+    return Outcome(valid, costs.dense, costs.tables, predict(model, data, "test"), seconds)
 
 
 def predict(model: Any, data: Encoded, part: str) -> np.ndarray:
@@ -98,7 +98,7 @@ def predict(model: Any, data: Encoded, part: str) -> np.ndarray:
 
 
 def train_peer(
-    peer: str, request: dict[str, Any], data: Encoded, budget: Budget, seed: int, *, test: bool, threads: int, log: Callable[[str], None]
+    peer: str, request: dict[str, Any], data: Encoded, budget: Budget, seed: int, *, threads: int, log: Callable[[str], None]
 ) -> Outcome:
     """Train a peer's DCNv2 in its environment on the same encoded rows: arrays in a file, predictions out.
 
@@ -109,7 +109,7 @@ def train_peer(
         place = Path(folder)
         arrays, fields = peer_inputs(data)
         np.savez(place / "data.npz", **arrays)
-        content = {**request, "fields": fields, "seed": seed, "threads": threads, "test": test, **vars(budget)}
+        content = {**request, "fields": fields, "seed": seed, "threads": threads, **vars(budget)}
         (place / "request.json").write_text(json.dumps(content))
         script = Path(__file__).with_name(f"peers_{peer}.py")
         variables = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -118,7 +118,7 @@ def train_peer(
             log(done.stderr[-2000:])
             raise RuntimeError(f"{peer} ended with status {done.returncode}; its error stands above")
         answer = json.loads((place / "answer.json").read_text())
-        predictions = np.load(place / "test.npy") if test else None
+        predictions = np.load(place / "test.npy")
     return Outcome(answer["valid"], answer["dense_parameters"], answer["table_parameters"], predictions, answer["seconds"])
 
 

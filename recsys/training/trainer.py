@@ -355,6 +355,7 @@ class _Run:
 def _compile(model: nn.Module) -> None:
     if not hasattr(model, "compile_dense"):
         raise ConfigError(f"compile: {type(model).__name__} has no method compile_dense")
+    torch.compiler.reset()  # it keeps at most eight variants of a forward pass, those of other models among them, and then gives up
     cast(Any, model).compile_dense()
 
 

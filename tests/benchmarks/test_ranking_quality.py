@@ -126,7 +126,7 @@ def test_dense_columns_are_refused() -> None:
 def test_every_preset_builds_and_the_headline_is_of_one_size(cache: Path, name: str) -> None:
     loaded, dense = load(name, cache), {}
     for model in (m for m in SIZES if m in components.names("ranker")):
-        config = model_config(model, loaded, POINTS["frappe"][1], anneal_steps=10)
+        config = model_config(model, loaded, POINTS["frappe"][0], anneal_steps=10)
         assert '"dropout":0.2' in config.model_dump_json() or model == "dlrm"
         dense[model] = components.build("ranker", config, loaded.spec).costs().dense
     middle = float(np.median([dense[model] for model in HEADLINE if model in dense]))
@@ -146,35 +146,35 @@ def test_the_plan_is_the_issues() -> None:
 def test_training_ours_learns_what_is_planted(cache: Path) -> None:
     loaded = load("frappe", cache)
     config = model_config("dcnv2", loaded, POINTS["frappe"][-1], anneal_steps=10)
-    outcome = train_ours(config, DenseOptimizer(name="adam", learning_rate=0.01), loaded, Budget(20, 20, 64), 0, test=True)
-    assert outcome.test is not None and outcome.test.dtype == np.float32
+    outcome = train_ours(config, DenseOptimizer(name="adam", learning_rate=0.01), loaded, Budget(20, 20, 64), 0)
+    assert outcome.test.dtype == np.float32
     assert roc_auc_score(loaded.parts["test"].labels, outcome.test) > 0.9
     assert outcome.best == int(np.argmax([v["auc"] for v in outcome.valid])) and outcome.dense_parameters > 0
 
 
-def fake_outcome(data: Encoded, auc: float, seed: int, *, test: bool) -> Outcome:
-    scores = np.random.default_rng(seed).random(len(data.parts["test"])).astype(np.float32) if test else None
+def fake_outcome(data: Encoded, auc: float, seed: int) -> Outcome:
+    scores = np.random.default_rng(seed).random(len(data.parts["test"])).astype(np.float32)
     return Outcome([{"auc": auc - 0.1, "logloss": 1.0}, {"auc": auc, "logloss": 0.5}], 10, 20, scores, 1.0)
 
 
 def test_the_runner_tunes_on_validation_and_goes_on_where_it_was(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[tuple[float, int, bool]] = []
+    trained: list[tuple[float, int]] = []
 
-    def fake(config: Any, optimizer: DenseOptimizer, data: Encoded, budget: Budget, seed: int, *, test: bool) -> Outcome:
+    def fake(config: Any, optimizer: DenseOptimizer, data: Encoded, budget: Budget, seed: int) -> Outcome:
         if len(trained) == 3:
-            trained.append((-1, -1, test))
+            trained.append((-1, -1))
             raise RuntimeError("killed")
-        trained.append((optimizer.learning_rate, seed, test))
-        return fake_outcome(data, 0.9 if optimizer.learning_rate == 0.003 else 0.8, seed, test=test)
+        trained.append((optimizer.learning_rate, seed))
+        return fake_outcome(data, 0.9 if optimizer.learning_rate == 0.003 else 0.8, seed)
 
     monkeypatch.setattr(quality_grid, "train_ours", fake)
-    points = (POINTS["frappe"][0], POINTS["frappe"][3])
+    points = (POINTS["frappe"][0], POINTS["frappe"][2])
     raw = cache / "raw.jsonl"
     Grid(raw, points, TINY, cache=cache).fill([Job("frappe", "dcnv2", 3)])
-    assert len(Grid(raw, cache=cache).records()) == 3  # two points, one seed of the better one; then it was killed
+    assert len(Grid(raw, cache=cache).records()) == 4  # two points, two seeds of the better one; then it was killed
     grid = Grid(raw, points, TINY, cache=cache)
     grid.fill([Job("frappe", "dcnv2", 3)])
-    rates = [(0.001, 0, False), (0.003, 0, False), (0.003, 0, True), (-1, -1, True), (0.003, 1, True), (0.003, 2, True)]
+    rates = [(0.001, 0), (0.003, 0), (0.003, 1), (-1, -1), (0.003, 2)]  # seed 0 of the better point is its tuning cell
     assert trained == rates
     records = grid.records()
     assert [r["stage"] for r in records] == ["tune"] * 2 + ["final"] * 3 and all("test" not in r for r in records[:2])
