@@ -150,7 +150,7 @@ def _blocks(model: TokenMixerLarge, data: RankingBatch, dtype: str) -> Callable[
 def _parts(dtype: str, blocks: int) -> dict[str, float]:
     """Seconds of each part of an eager step, run by itself: medians of 3."""
     model, data = build(blocks), batch()
-    fields = {k: v.detach().requires_grad_() for k, v in model.fields(model.embed(data), data).items()}
+    fields = model.fields(model.embed(data), data).detach().requires_grad_()
     tokens = torch.randn(TOKENS, ROWS, DIM, dtype=DTYPES[dtype]).transpose(0, 1).requires_grad_()
     mixer, per_token = model.stack.blocks[0].mixer, [(b.mixed, b.token) for b in model.stack.blocks]
     optimizer = DenseOptimizer(learning_rate=1e-4).build({str(i): p for i, p in enumerate(dense_parameters(model))})
@@ -164,7 +164,7 @@ def _parts(dtype: str, blocks: int) -> dict[str, float]:
         return work
 
     def embed() -> None:
-        sum(v.sum() for v in model.embed(data).pooled.values()).backward()
+        model.embed(data).pooled.values().sum().backward()
 
     def mixing() -> None:
         for _ in range(blocks):

@@ -19,7 +19,7 @@ from recsys.core.errors import DataError, RecsysError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, TableSpec
 from recsys.embedding.ids import ManagedIds
-from recsys.embedding.tables import Embedded, EmbeddingTables
+from recsys.embedding.tables import Embedded, EmbeddingTables, keyed
 
 _HEADER = 4  # a row opens with its scale and its offset, fp16 each
 
@@ -93,7 +93,8 @@ class QuantisedTables(nn.Module):
                 sequences |= lookup.unpooled(batch.sequences)
             else:
                 pooled |= lookup.pooled(batch.sparse)
-        return Embedded({key: pooled[key] for key in self.spec.bag_keys}, {key: sequences[key] for key in self.spec.sequence_keys})
+        bags = keyed({key: pooled[key] for key in self.spec.bag_keys}, len(batch))
+        return Embedded(bags, {key: sequences[key] for key in self.spec.sequence_keys})
 
     def dequantised(self) -> dict[str, Tensor]:
         """The float32 weights ``[rows, width]`` that the look-ups see, by table."""

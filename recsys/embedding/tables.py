@@ -15,7 +15,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.optim.keyed import KeyedOptimizer
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import CheckpointError, ConfigError, RecsysError, unknown
@@ -38,12 +38,19 @@ class Embedded:
     """What the tables say about a batch of B rows.
 
     Attributes:
-        pooled: for each key of ``spec.bag_keys``, in that order, float ``[B, width]``; 0 for an empty bag.
+        pooled: for each key of ``spec.bag_keys``, in that order, float ``[B, width]``; 0 for an empty bag. ``pooled.values()`` is all of
+            them, one after another.
         sequences: for each key of ``spec.sequence_keys``, in that order, the vectors ``[N, width]`` of all elements, and their lengths.
     """
 
-    pooled: dict[str, Tensor]
+    pooled: KeyedTensor
     sequences: dict[str, JaggedTensor]
+
+
+def keyed(parts: Mapping[str, Tensor], rows: int) -> KeyedTensor:
+    """``[B, width]`` for each key, one after another; B is ``rows``."""
+    values = torch.cat(list(parts.values()), dim=1) if parts else torch.empty(rows, 0)
+    return KeyedTensor(list(parts), [part.shape[1] for part in parts.values()], values)
 
 
 class EmbeddingTables(nn.Module):
@@ -162,11 +169,12 @@ class EmbeddingTables(nn.Module):
         if self.config.managed:
             batch, evicted = self.ids(batch)
             self._renew(evicted)
-        # By key: a sharded collection orders its values by shard. All keys at once: each look-up by key would be a slice, whose gradient
-        # is as wide as all of them together.
-        pooled = self.pooled(batch.sparse).to_dict() if self.pooled is not None else {}
+        pooled = self.pooled(batch.sparse) if self.pooled is not None else keyed({}, len(batch))
+        if tuple(pooled.keys()) != self.spec.bag_keys:  # a sharded collection orders its values by shard
+            parts = pooled.to_dict()
+            pooled = keyed({key: parts[key] for key in self.spec.bag_keys}, len(batch))
         unpooled = self.unpooled(batch.sequences) if self.unpooled is not None else {}
-        return Embedded({key: pooled[key] for key in self.spec.bag_keys}, {key: unpooled[key] for key in self.spec.sequence_keys})
+        return Embedded(pooled, {key: unpooled[key] for key in self.spec.sequence_keys})
 
     @torch.no_grad()
     def _renew(self, evicted: Mapping[str, Tensor]) -> None:

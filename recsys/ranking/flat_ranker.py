@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all rankers over the flat vector of fields share: concatenation, a body, a head."""
+"""What all rankers over the flat vector of fields share: a body, a head."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from recsys.core import components
@@ -16,7 +14,7 @@ from recsys.ranking.part import Part
 
 
 class Body(Part):
-    """``[B, W] → [B, width]``: what a model makes of the fields' vectors, laid one after another in the order of `Ranker.widths`.
+    """``[B, W] → [B, width]``: what a model makes of the fields' vectors, one after another in the order of `Ranker.widths`.
 
     Attributes:
         width: of the result, set by the subclass.
@@ -27,11 +25,6 @@ class Body(Part):
     @abstractmethod
     def forward(self, x_bw: Tensor) -> Tensor:
         """The features that the head reads."""
-
-
-def split_fields(x_bw: Tensor, widths: Mapping[str, int]) -> dict[str, Tensor]:
-    """The vector ``[B, width]`` of each field, out of the flat vector."""
-    return dict(zip(widths, x_bw.split(tuple(widths.values()), dim=1), strict=True))
 
 
 class FlatRanker(Ranker):
@@ -63,8 +56,7 @@ class FlatRanker(Ranker):
         """Those of body and head."""
         return self.body.flops + self.head.flops
 
-    def interact(self, fields: Mapping[str, Tensor]) -> Tensor:
+    def interact(self, x_bw: Tensor) -> Tensor:
         """Logits ``[B, tasks]``."""
-        x_bw = torch.cat([fields[name] for name in self.widths], dim=1)
         logits: Tensor = self.head(self.body(x_bw))
         return logits

@@ -2,7 +2,6 @@
 """What every ranker offers to training, to evaluation and to serving."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -154,11 +153,14 @@ class Ranker(nn.Module, ABC):
         return bce, {"bce": bce.detach()}
 
     @abstractmethod
-    def interact(self, fields: Mapping[str, Tensor]) -> Tensor:
-        """Logits ``[B, tasks]`` from the fields' vectors."""
+    def interact(self, x_bw: Tensor) -> Tensor:
+        """Logits ``[B, tasks]`` from the fields' vectors, one after another."""
 
-    def fields(self, embedded: Embedded, batch: RankingBatch) -> dict[str, Tensor]:
-        """The vector ``[B, width]`` of each field, in the order of `widths`.
+    def fields(self, embedded: Embedded, batch: RankingBatch) -> Tensor:
+        """The vectors of the fields, one after another in the order of `widths`: ``[B, W]``.
+
+        One tensor and not one for each field: copying hundreds of narrow columns back and forth costs more than the products of a small
+        model. `recsys.ranking.part.split_fields` takes it apart.
 
         Raises:
             DataError: the dense columns are not what the spec says.
@@ -166,11 +168,14 @@ class Ranker(nn.Module, ABC):
         dense = batch.dense
         if dense.dtype != torch.float32 or dense.shape[1:] != (len(self.spec.dense),):
             raise DataError(f"dense: expected float32 [B, {len(self.spec.dense)}], got {dense.dtype} {list(dense.shape)}")
-        fields = {key: embedded.pooled[key] for key in self.spec.bag_keys}
+        parts, targets = [embedded.pooled.values()], set[str]()
         for history in self._encoders():
-            fields[history.sequence.target] = embedded.sequences[history.sequence.target].values()
-            fields |= dict(zip(history.fields, history(embedded.sequences).unbind(1), strict=True))
-        return fields | {name: dense[:, i : i + 1] for i, name in enumerate(self.spec.dense)}
+            if (target := history.sequence.target) not in targets:  # two histories may share a candidate
+                parts.append(embedded.sequences[target].values())
+                targets.add(target)
+            parts.append(history(embedded.sequences).flatten(1))
+        parts = [part for part in (*parts, dense) if part.shape[1]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _encoders(self) -> list[HistoryEncoder]:
         return cast(list[HistoryEncoder], list(self.histories))

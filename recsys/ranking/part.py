@@ -2,7 +2,7 @@
 """What the parts of a ranker have in common: their sizes, what they cost, and the penalties that they add to the training loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -67,6 +67,11 @@ class TokenLayerNorm(nn.LayerNorm):
     def forward(self, x_btd: Tensor) -> Tensor:
         """``[B, T, D] → [B, T, D]``."""
         return super().forward(x_btd.transpose(0, 1)).transpose(0, 1)
+
+
+def split_fields(x_bw: Tensor, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """The vector ``[B, width]`` of each field, out of all of them one after another."""
+    return dict(zip(widths, x_bw.split(tuple(widths.values()), dim=1), strict=True))
 
 
 def outermost_parts(module: nn.Module) -> Iterator[Part]:

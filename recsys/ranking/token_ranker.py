@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all rankers over tokens share: tokenizer, stack of blocks, readout, auxiliary losses."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -89,14 +88,14 @@ class TokenRanker(Ranker):
         """Those of tokenizer, blocks and readout; the auxiliary readouts take no part."""
         return self.tokenizer.flops + sum(part.flops for part in outermost_parts(self.stack)) + self.readout.flops
 
-    def states(self, fields: Mapping[str, Tensor], penalties: Penalties = None) -> list[Tensor]:
+    def states(self, x_bw: Tensor, penalties: Penalties = None) -> list[Tensor]:
         """The output of every block, ``[B, T, D]`` each."""
-        states: list[Tensor] = self.stack(self.dropout(self.tokenizer(fields)), penalties)
+        states: list[Tensor] = self.stack(self.dropout(self.tokenizer(x_bw)), penalties)
         return states
 
-    def interact(self, fields: Mapping[str, Tensor]) -> Tensor:
+    def interact(self, x_bw: Tensor) -> Tensor:
         """Logits ``[B, tasks]``; the auxiliary towers take no part."""
-        logits: Tensor = self.readout(self.states(fields)[-1])
+        logits: Tensor = self.readout(self.states(x_bw)[-1])
         return logits
 
     def loss(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:

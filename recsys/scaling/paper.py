@@ -130,7 +130,7 @@ def kept_per_row(model: Ranker) -> float:
     """Numbers that autograd keeps of the interaction for one row: counted on the meta device, as the difference of two batches."""
 
     def kept(rows: int) -> int:
-        fields = {name: torch.empty(rows, width, device="meta", requires_grad=True) for name, width in model.widths.items()}
+        fields = torch.empty(rows, sum(model.widths.values()), device="meta", requires_grad=True)
         own = {id(p) for p in model.parameters()}
         saved: dict[int, torch.Tensor] = {}
 

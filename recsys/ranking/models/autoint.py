@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AutoInt and AutoInt+ (arXiv 1810.11921)."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -107,8 +106,8 @@ class AutoInt(Ranker):
         deep = 0 if self.deep is None else linear_flops(self.deep)
         return self.tokenizer.flops + layers + 2 * self.out.in_features * self.out.out_features + deep
 
-    def interact(self, fields: Mapping[str, Tensor]) -> Tensor:
+    def interact(self, x_bw: Tensor) -> Tensor:
         """Logits ``[B, tasks]``."""
-        tokens_btd = self.dropout(self.tokenizer(fields))
+        tokens_btd = self.dropout(self.tokenizer(x_bw))
         logits: Tensor = self.out(self.layers(tokens_btd).flatten(1))
         return logits if self.deep is None else logits + self.deep(tokens_btd.flatten(1))

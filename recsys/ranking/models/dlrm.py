@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsys.core.components import register
 from recsys.core.errors import ConfigError
-from recsys.ranking.flat_ranker import Body, FlatRanker, split_fields
+from recsys.ranking.flat_ranker import Body, FlatRanker
 from recsys.ranking.interactions import CrossNet, DotInteraction, HiddenLayers, Widths
 from recsys.ranking.tokenizers import FieldTokenizer
 
@@ -69,6 +69,7 @@ class BottomAndTop(Body):
     def __init__(self, config: DLRM.Config, widths: Mapping[str, int], dense: Sequence[str]) -> None:
         super().__init__()
         cross, dim = config.structure == "dcn", config.embedding.dim
+        self.dim = dim
         vectors = {field: width for field, width in widths.items() if field not in dense}
         if len(vectors) < (least := 1 if dense or cross else 2):
             raise ConfigError(f"structure: {config.structure!r} expects {least} fields or more beside dense columns, got {len(vectors)}")
@@ -88,13 +89,15 @@ class BottomAndTop(Body):
 
     def forward(self, x_bw: Tensor) -> Tensor:
         """The features."""
-        vectors = self.tokenizer.widths
-        e_bfd = self.tokenizer(split_fields(x_bw[:, : sum(vectors.values())], vectors))
-        bottom = [] if self.bottom is None else [self.bottom(x_bw[:, sum(vectors.values()) :])]
-        e_bfd = torch.cat([*(vector[:, None] for vector in bottom), e_bfd], dim=1)
+        width = sum(self.tokenizer.widths.values())
+        vectors_bw, dense_bw = x_bw.split((width, x_bw.shape[1] - width), dim=1)
+        e_bw = vectors_bw if self.tokenizer.flat else self.tokenizer(vectors_bw).flatten(1)
+        bottom = [] if self.bottom is None else [self.bottom(dense_bw)]
+        if bottom:
+            e_bw = torch.cat([*bottom, e_bw], dim=1)
         if isinstance(self.interaction, CrossNet):
-            met_bw = self.interaction(e_bfd.flatten(1))
+            met_bw = self.interaction(e_bw)
         else:
-            met_bw = torch.cat([*bottom, self.interaction(e_bfd)], dim=1)
+            met_bw = torch.cat([*bottom, self.interaction(e_bw.unflatten(1, (-1, self.dim)))], dim=1)
         features: Tensor = self.top(met_bw)
         return features

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.core.components import register
-from recsys.ranking.flat_ranker import Body, FlatRanker, split_fields
+from recsys.ranking.flat_ranker import Body, FlatRanker
 from recsys.ranking.interactions import FieldNorm, HiddenLayers, MaskBlock, Widths
 from recsys.ranking.part import Part
 from recsys.ranking.tokenizers import FieldTokenizer
@@ -86,7 +86,7 @@ class MaskBlocks(Body):
 
     def forward(self, x_bw: Tensor) -> Tensor:
         """The features."""
-        e_bfd = self.tokenizer(split_fields(x_bw, self.tokenizer.widths))
+        e_bfd = self.tokenizer(x_bw)
         v_bc, h_bd = e_bfd.flatten(1), self.norm(e_bfd).flatten(1)
         if self.serial:
             for block in self.blocks:

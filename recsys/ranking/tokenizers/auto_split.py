@@ -67,8 +67,8 @@ class AutoSplitTokenizer(Tokenizer):
         """The weights that only ever meet filling."""
         return self.padding * self.dim
 
-    def forward(self, fields: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x_bw: Tensor) -> Tensor:
         """See `Tokenizer.forward`."""
-        x_bf = functional.pad(torch.cat([fields[name] for name in self.widths], dim=1), (0, self.padding))
-        chunks_tbi = x_bf.unflatten(1, (self.tokens, self.chunk)).transpose(0, 1)
+        filled_bw = functional.pad(x_bw, (0, self.padding)) if self.padding else x_bw
+        chunks_tbi = filled_bw.unflatten(1, (self.tokens, self.chunk)).transpose(0, 1)
         return torch.baddbmm(self.bias, chunks_tbi, self.weight).transpose(0, 1)

@@ -27,11 +27,11 @@ class Tokenizer(Part):
         self.widths, self.dim = dict(widths), dim
 
     @abstractmethod
-    def forward(self, fields: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x_bw: Tensor) -> Tensor:
         """The tokens.
 
         Args:
-            fields: ``[B, width]`` for each field.
+            x_bw: ``[B, W]``, the fields' vectors one after another, in the order of ``widths``.
 
         Returns:
             ``[B, T, D]``, tokens-outermost in memory.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
-from recsys.ranking.part import linear_flops
+from recsys.ranking.part import linear_flops, split_fields
 from recsys.ranking.tokenizers.base import Tokenizer
 
 
@@ -36,7 +36,14 @@ class FieldTokenizer(Tokenizer):
         """Those of the affine maps."""
         return linear_flops(self)
 
-    def forward(self, fields: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def flat(self) -> bool:
+        """Whether the tokens are the fields' vectors themselves, so that ``[B, W]`` is ``[B, T, D]`` as it stands."""
+        return all(width == self.dim for width in self.widths.values())
+
+    def forward(self, x_bw: Tensor) -> Tensor:
         """See `Tokenizer.forward`."""
-        tokens = [projection(fields[name]) for name, projection in zip(self.widths, self.projections, strict=True)]
-        return torch.stack(tokens).transpose(0, 1)
+        if self.flat:
+            return x_bw.view(-1, self.tokens, self.dim).transpose(0, 1).contiguous().transpose(0, 1)
+        fields = split_fields(x_bw, self.widths).values()
+        return torch.stack([projection(field) for projection, field in zip(self.projections, fields, strict=True)]).transpose(0, 1)

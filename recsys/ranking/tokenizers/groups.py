@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens from groups of fields that belong together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -55,17 +55,41 @@ class GroupTokenizer(Tokenizer):
         inputs = (sum(group_widths), *group_widths) if config.global_token else tuple(group_widths)
         self.projections = nn.ModuleList(mlp((width, *between, dim)) for width in inputs)
         self.tokens = len(self.projections)
+        self._run_widths, self._runs_of = _runs(self.groups, widths)
+        self._in_order = [i for own in self._runs_of for i in own] == list(range(len(self._run_widths)))
 
     @property
     def flops(self) -> int:
         """Those of the linear layers."""
         return linear_flops(self)
 
-    def forward(self, fields: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x_bw: Tensor) -> Tensor:
         """See `Tokenizer.forward`."""
-        groups = [torch.cat([fields[field] for field in group], dim=1) for group in self.groups]
-        inputs = [torch.cat(groups, dim=1), *groups] if self.global_token else groups
+        runs = x_bw.split(self._run_widths, dim=1)
+        groups = [runs[own[0]] if len(own) == 1 else torch.cat([runs[i] for i in own], dim=1) for own in self._runs_of]
+        everything = [x_bw if self._in_order else torch.cat(groups, dim=1)] if self.global_token else []
+        inputs = everything + groups
         return torch.stack([projection(x) for projection, x in zip(self.projections, inputs, strict=True)]).transpose(0, 1)
+
+
+def _runs(groups: Sequence[Sequence[str]], widths: Mapping[str, int]) -> tuple[list[int], list[list[int]]]:
+    """The fewest pieces of all fields, one after another, of which every group is a concatenation.
+
+    Returns:
+        The width of each piece, and for each group its pieces.
+    """
+    place = {field: (group, i) for group, fields in enumerate(groups) for i, field in enumerate(fields)}
+    run_widths: list[int] = []
+    run_of: dict[str, int] = {}
+    before: tuple[int, int] | None = None
+    for field, width in widths.items():
+        group, i = place[field]
+        if before == (group, i - 1):
+            run_widths[-1] += width
+        else:
+            run_widths.append(width)
+        run_of[field], before = len(run_widths) - 1, (group, i)
+    return run_widths, [list(dict.fromkeys(run_of[field] for field in fields)) for fields in groups]
 
 
 def check_groups(groups: Groups, known: Mapping[str, int]) -> None:

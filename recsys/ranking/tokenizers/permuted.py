@@ -64,9 +64,9 @@ class PermutedTokenizer(Tokenizer):
         """Those of the projections."""
         return self.inner.flops
 
-    def forward(self, fields: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x_bw: Tensor) -> Tensor:
         """See `Tokenizer.forward`."""
-        tokens_btd: Tensor = self.inner(fields)
+        tokens_btd: Tensor = self.inner(x_bw)
         return tokens_btd
 
 

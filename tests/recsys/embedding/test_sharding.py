@@ -54,7 +54,7 @@ class Model(nn.Module):
 
     def forward(self, batch: RankingBatch) -> Tensor:
         embedded = self.tables(batch)
-        total = torch.stack([self.dense[key](vectors) for key, vectors in embedded.pooled.items()]).sum(0)[:, 0]
+        total = torch.stack([self.dense[key](vectors) for key, vectors in embedded.pooled.to_dict().items()]).sum(0)[:, 0]
         for key, jagged in embedded.sequences.items():
             row = torch.repeat_interleave(jagged.lengths().long())
             total = total.index_add(0, row, self.dense[key](jagged.values())[:, 0])

@@ -67,7 +67,7 @@ def reference(weight: dict[str, Tensor], batch: RankingBatch, pooling: str = "su
 
 def looked_up(tables: EmbeddingTables, batch: RankingBatch) -> dict[str, Tensor]:
     embedded = tables(batch)
-    return embedded.pooled | {key: jagged.values() for key, jagged in embedded.sequences.items()}
+    return embedded.pooled.to_dict() | {key: jagged.values() for key, jagged in embedded.sequences.items()}
 
 
 def loss_of(vectors: dict[str, Tensor], coefficients: dict[str, Tensor]) -> Tensor:
@@ -84,7 +84,7 @@ def test_lookups_equal_torch(pooling: str) -> None:
     tables = make(pooling=pooling)
     batch = random_batch(torch.Generator().manual_seed(1))
     embedded = tables(batch)
-    assert tuple(embedded.pooled) == SPEC.bag_keys and tuple(embedded.sequences) == SPEC.sequence_keys
+    assert tuple(embedded.pooled.keys()) == SPEC.bag_keys and tuple(embedded.sequences) == SPEC.sequence_keys
     for key, expected in reference(weights(tables), batch, pooling).items():
         torch.testing.assert_close(looked_up(tables, batch)[key], expected)
     for key, jagged in embedded.sequences.items():
@@ -271,7 +271,7 @@ def test_empty_bags_and_histories(rows: int) -> None:
     tables = make()
     batch = random_batch(torch.Generator().manual_seed(1), rows=rows, longest=0)
     embedded = tables(batch)
-    assert all(torch.equal(v, torch.zeros(rows, DIM)) for v in embedded.pooled.values())
+    assert all(torch.equal(v, torch.zeros(rows, DIM)) for v in embedded.pooled.to_dict().values())
     assert all(j.values().shape == (0, DIM) and j.lengths().tolist() == [0] * rows for j in embedded.sequences.values())
     before = weights(tables)
     sum(v.sum() for v in looked_up(tables, batch).values()).backward()

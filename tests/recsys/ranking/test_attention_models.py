@@ -23,6 +23,7 @@ from recsys.ranking.mixers import Ensemble, FactorizationMachine, HeteroAttentio
 from recsys.ranking.model import Ranker
 from recsys.ranking.models import DHEN, AutoInt, GroupTransformer, HiFormerRanker, Wukong
 from recsys.ranking.models.autoint import InteractingLayer
+from recsys.ranking.part import split_fields
 from recsys.ranking.per_token import FFN
 from recsys.ranking.readout import FlattenReadout
 
@@ -65,8 +66,8 @@ def batch(make_rows: Any, make_batch: Any) -> RankingBatch:
     return make_batch(make_rows(LENGTHS))
 
 
-def fields_of(model: Ranker, batch: RankingBatch) -> dict[str, Tensor]:
-    return {name: vector.detach() for name, vector in model.fields(model.embed(batch), batch).items()}
+def fields_of(model: Ranker, batch: RankingBatch) -> Tensor:
+    return model.fields(model.embed(batch), batch).detach()
 
 
 def outside(model: Ranker) -> int:
@@ -241,9 +242,8 @@ def test_autoint_plus_adds_the_logit_of_an_mlp_on_the_fields(build: Build, batch
     assert plain.deep is None
     assert not plus.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
     fields = fields_of(plus, batch)
-    flat = torch.stack([projection(fields[name]) for name, projection in zip(fields, plus.tokenizer.projections, strict=True)], 1).flatten(
-        1
-    )
+    vectors = split_fields(fields, plus.widths).values()
+    flat = torch.stack([projection(v) for v, projection in zip(vectors, plus.tokenizer.projections, strict=True)], 1).flatten(1)
     first, second, last = (layer for layer in plus.deep if isinstance(layer, nn.Linear))
     torch.testing.assert_close(plus.interact(fields), plain.interact(fields) + last(second(first(flat).relu()).relu()))
 

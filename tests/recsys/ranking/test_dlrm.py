@@ -73,4 +73,4 @@ def test_dlrm_with_nothing_to_pair_is_an_error(spec: InputSpec) -> None:
     one, small = InputSpec(tables=spec.tables[:1], tasks=spec.tasks), {"embedding": {"dim": DIM}}
     with pytest.raises(ConfigError, match="structure: 'dot' expects 2 fields or more beside dense columns, got 1"):
         cls(parse(cls.Config, small, source="test"), one)
-    assert cls(parse(cls.Config, {"structure": "dcn"} | small, source="test"), one).interact({"user": torch.ones(3, DIM)}).shape == (3, 2)
+    assert cls(parse(cls.Config, {"structure": "dcn"} | small, source="test"), one).interact(torch.ones(3, DIM)).shape == (3, 2)

@@ -64,9 +64,8 @@ def batch(make_rows: Any, make_batch: Any) -> RankingBatch:
     return found
 
 
-def fields_of(model: Ranker, rows: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return {name: torch.randn(rows, width, generator=generator).to(dtype) for name, width in model.widths.items()}
+def fields_of(model: Ranker, rows: int) -> Tensor:
+    return torch.randn(rows, sum(model.widths.values()), generator=torch.Generator().manual_seed(5))
 
 
 class Interaction(nn.Module):
@@ -76,7 +75,7 @@ class Interaction(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, fields: dict[str, Tensor]) -> Tensor:
+    def forward(self, fields: Tensor) -> Tensor:
         return self.model.interact(fields)
 
 

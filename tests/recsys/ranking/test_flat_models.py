@@ -28,6 +28,7 @@ from recsys.ranking.flops import (
     masknet_size,
 )
 from recsys.ranking.models import DIN, FinalMLP
+from recsys.ranking.part import split_fields
 
 Build = Callable[..., FlatRanker]
 LENGTHS = [3, 0, 6, 1, 2]
@@ -87,6 +88,10 @@ def build(spec: InputSpec) -> Build:
     return make
 
 
+def flat(fields: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(fields.values()), 1)
+
+
 @pytest.fixture
 def batch(make_rows: Any, make_batch: Any) -> RankingBatch:
     return make_batch(make_rows(LENGTHS))
@@ -134,9 +139,9 @@ def test_rows_do_not_see_their_batch_mates(build: Build, make_rows: Any, make_ba
 def test_every_input_matters(build: Build, name: str, changes: dict[str, Any]) -> None:
     model = build(name, **changes).eval()
     fields = fields_of(8)
-    before = model.interact(fields)
+    before = model.interact(flat(fields))
     for field, value in fields.items():
-        assert not torch.allclose(model.interact(fields | {field: value + 1}), before), field
+        assert not torch.allclose(model.interact(flat(fields | {field: value + 1})), before), field
 
 
 @pytest.mark.parametrize(("name", "changes", "size"), VARIANTS, ids=[f"{v[0]}{i}" for i, v in enumerate(VARIANTS)])
@@ -146,17 +151,17 @@ def test_costs_equal_the_closed_forms_and_torchs_count(build: Build, name: str, 
     assert costs.dense == costs.active == size.parameters + activation_unit_parameters(DIM, (6,), extras=1)
     for rows in (1, 3):
         with FlopCounterMode(display=False) as counter:
-            model.interact(fields_of(rows))
+            model.interact(flat(fields_of(rows)))
         assert counter.get_total_flops() == rows * costs.flops == rows * size.flops
 
 
 @EACH
 def test_it_runs_in_bfloat16_near_float32(build: Build, name: str, changes: dict[str, Any]) -> None:
     model = build(name, **changes).eval()
-    expected = model.interact(fields_of(8))
+    expected = model.interact(flat(fields_of(8)))
     model.body.bfloat16()
     model.head.bfloat16()
-    logits = model.interact(fields_of(8, torch.bfloat16))
+    logits = model.interact(flat(fields_of(8, torch.bfloat16)))
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
@@ -169,19 +174,19 @@ class Interact(nn.Module):
         self.parts = nn.ModuleList([model.body, model.head])
         self.interact = model.interact
 
-    def forward(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, fields: torch.Tensor) -> torch.Tensor:
         return self.interact(fields)
 
 
 @pytest.mark.parametrize(("name", "changes"), [VARIANTS[i][:2] for i in CAPTURED], ids=[f"{VARIANTS[i][0]}{i}" for i in CAPTURED])
 def test_it_is_captured_whole_by_compile_and_export(build: Build, name: str, changes: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    model, fields = build(name, **changes).eval(), fields_of(4)
+    model, fields = build(name, **changes).eval(), flat(fields_of(4))
     compiled = torch.compile(model.interact, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(fields), model.interact(fields))
-    dynamic = {field: {0: torch.export.Dim("rows", min=2)} for field in fields}
+    dynamic = {0: torch.export.Dim("rows", min=2)}
     exported = torch.export.export(Interact(model), (fields,), dynamic_shapes=(dynamic,)).module()
-    torch.testing.assert_close(exported(fields_of(7)), model.interact(fields_of(7)))
+    torch.testing.assert_close(exported(flat(fields_of(7))), model.interact(flat(fields_of(7))))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,14 +194,14 @@ def test_a_dense_column_may_be_missing(build: Build, spec: InputSpec, name: str)
     cls = components.get("ranker", name)
     model = cls(parse(cls.Config, SMALL, source="test"), spec.model_copy(update={"dense": ()}))
     fields = {field: value for field, value in fields_of(3).items() if value.shape[1] == DIM}
-    assert model.interact(fields).shape == (3, TASKS)
+    assert model.interact(flat(fields)).shape == (3, TASKS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_may_have_different_widths(build: Build, batch: RankingBatch, name: str) -> None:
     model = build(name, embedding={"dim": DIM, "dims": {"genre": 4, "item": 12}})
     fields = model.fields(model.embed(batch), batch)
-    assert [value.shape[1] for value in fields.values()] == list(model.widths.values()) == [DIM, 4, 12, 12, 1, 1]
+    assert list(model.widths.values()) == [DIM, 4, 12, 12, 1, 1] and fields.shape[1] == sum(model.widths.values())
     with FlopCounterMode(display=False) as counter:
         logits = model.interact(fields)
     assert logits.shape == (len(LENGTHS), TASKS)
@@ -243,16 +248,17 @@ def test_masknet_blocks_are_chained_or_stand_side_by_side(build: Build) -> None:
     fields = fields_of(4)
     for structure in ("serial", "parallel"):
         body = build("masknet", structure=structure, blocks=2, width=7, hidden=()).body
-        tokens = body.tokenizer(fields)
+        tokens = body.tokenizer(flat(fields))
         v, h = tokens.flatten(1), body.norm(tokens).flatten(1)
         first, second = body.blocks
         expected = second(v, first(v, h)) if structure == "serial" else torch.cat([first(v, h), second(v, h)], 1)
-        torch.testing.assert_close(body(torch.cat([fields[name] for name in body.tokenizer.widths], 1)), expected)
+        torch.testing.assert_close(body(flat(fields)), expected)
 
 
 def test_masknet_still_sees_how_large_a_dense_column_is(build: Build) -> None:
     body = build("masknet").body
-    normed = body.norm(body.tokenizer(fields_of(2) | {"age": torch.tensor([[1.0], [2.0]])}))[:, list(body.tokenizer.widths).index("age")]
+    age = list(body.tokenizer.widths).index("age")
+    normed = body.norm(body.tokenizer(flat(fields_of(2) | {"age": torch.tensor([[1.0], [2.0]])})))[:, age]
     assert not torch.allclose(normed[0], normed[1])
 
 
@@ -278,7 +284,7 @@ def test_finalmlp_without_gates_and_bilinear_term_is_a_linear_map_of_two_mlps(bu
     nn.init.zeros_(model.head.weight)
     x = torch.cat([fields[name] for name in model.widths], 1)
     both = torch.cat([model.body.first.deep(x), model.body.second.deep(x)], 1)
-    torch.testing.assert_close(model.interact(fields), model.head.linear(both))
+    torch.testing.assert_close(model.interact(flat(fields)), model.head.linear(both))
 
 
 def test_din_reads_a_history_as_a_set_and_its_sum(build: Build, make_rows: Any, make_batch: Any) -> None:
@@ -289,7 +295,10 @@ def test_din_reads_a_history_as_a_set_and_its_sum(build: Build, make_rows: Any, 
     torch.testing.assert_close(model(make_batch(backwards)), before)
     longest = make_rows([50], seed=9)  # jagged rows hold no padding: a long neighbour changes nothing
     torch.testing.assert_close(model(make_batch(rows + longest))[:5], before)
-    once, twice = (model.fields(model.embed(b), b)["history"] for b in (make_batch(rows), make_batch([doubled(row) for row in rows])))
+    histories = []
+    for made in (make_batch(rows), make_batch([doubled(row) for row in rows])):
+        histories.append(split_fields(model.fields(model.embed(made), made), model.widths)["history"])
+    once, twice = histories
     torch.testing.assert_close(twice, 2 * once)
 
 

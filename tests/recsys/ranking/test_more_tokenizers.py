@@ -30,6 +30,10 @@ def build(config: Any, widths: dict[str, int] = WIDTHS) -> Tokenizer:
     return components.build("tokenizer", config, widths, DIM)
 
 
+def flat(fields: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(fields.values()), 1)
+
+
 def fields(rows: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     return {name: torch.randn(rows, width, dtype=dtype) for name, width in WIDTHS.items()}
 
@@ -37,12 +41,12 @@ def fields(rows: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, torch
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_holds_of_every_tokenizer(config: Any) -> None:
     tokenizer, x = build(config), fields()
-    tokens = tokenizer(x)
+    tokens = tokenizer(flat(x))
     assert tokens.shape == (5, tokenizer.tokens, DIM) and tokenizer.tokens == config.tokens
     assert tokens.transpose(0, 1).is_contiguous()
-    torch.testing.assert_close(tokenizer({name: v[2:4] for name, v in x.items()}), tokens[2:4])
-    torch.testing.assert_close(torch.compile(tokenizer, backend="aot_eager", fullgraph=True)(x), tokens)
-    half = copy.deepcopy(tokenizer).bfloat16()({name: v.bfloat16() for name, v in x.items()})
+    torch.testing.assert_close(tokenizer(flat(x)[2:4]), tokens[2:4])
+    torch.testing.assert_close(torch.compile(tokenizer, backend="aot_eager", fullgraph=True)(flat(x)), tokens)
+    half = copy.deepcopy(tokenizer).bfloat16()(flat(x).bfloat16())
     torch.testing.assert_close(half.float(), tokens, rtol=0.05, atol=0.05)
     tokens.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in tokenizer.parameters())
@@ -52,7 +56,7 @@ def test_what_holds_of_every_tokenizer(config: Any) -> None:
 def test_flops_are_those_that_torch_counts(config: Any) -> None:
     tokenizer = build(config)
     with FlopCounterMode(display=False) as counter:
-        tokenizer(fields(7))
+        tokenizer(flat(fields(7)))
     assert counter.get_total_flops() == 7 * tokenizer.flops
 
 
@@ -66,12 +70,12 @@ def test_auto_split_equals_a_loop_over_the_numbers_of_all_fields(tokens: int) ->
             expected = tokenizer.bias[t, 0].clone()
             for i in range(width):
                 expected = expected + numbers[t * width + i] * tokenizer.weight[t, i]
-            torch.testing.assert_close(tokenizer(x)[b, t], expected)
+            torch.testing.assert_close(tokenizer(flat(x))[b, t], expected)
 
 
 def test_idle_weights_are_those_that_change_nothing() -> None:
     tokenizer, x = build(AutoSplitTokenizer.Config(tokens=3)), fields()  # 3 chunks of 4 for 11 numbers
-    tokenizer(x).square().sum().backward()
+    tokenizer(flat(x)).square().sum().backward()
     assert tokenizer.idle == int((tokenizer.weight.grad == 0).sum()) == DIM
     assert build(AutoSplitTokenizer.Config(tokens=11)).idle == 0
 
@@ -98,7 +102,7 @@ def test_permuted_tokens_are_affine_maps_of_contiguous_groups_of_the_shuffled_fi
     groups = [order[:2], order[2:4], order[4:]]
     for t, group in enumerate(groups):
         (layer,) = tokenizer.inner.projections[t]
-        torch.testing.assert_close(tokenizer(x)[:, t], torch.cat([x[f] for f in group], 1) @ layer.weight.T + layer.bias)
+        torch.testing.assert_close(tokenizer(flat(x))[:, t], torch.cat([x[f] for f in group], 1) @ layer.weight.T + layer.bias)
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 4, 5, 6])
@@ -106,7 +110,7 @@ def test_every_field_is_in_one_group_and_the_global_token_reads_all(tokens: int)
     tokenizer, x = build(PermutedTokenizer.Config(tokens=tokens, seed=3)), fields()
     read_by = torch.zeros(tokens)
     for name in WIDTHS:
-        changed = (tokenizer(x | {name: x[name] + 1}) != tokenizer(x)).any(dim=2).all(dim=0)
+        changed = (tokenizer(flat(x | {name: x[name] + 1})) != tokenizer(flat(x))).any(dim=2).all(dim=0)
         assert changed[0] and changed[1:].sum() == 1
         read_by += changed
     assert read_by[1:].min() >= 1 and read_by[1:].max() - read_by[1:].min() <= 1
@@ -122,7 +126,8 @@ def test_the_permutation_depends_on_the_seed_and_on_nothing_else() -> None:
     assert with_new == shuffled(names, 1)
     x = fields()
     other = dict(reversed(WIDTHS.items()))
-    torch.testing.assert_close(build(PermutedTokenizer.Config(tokens=3), other)(x), build(PermutedTokenizer.Config(tokens=3))(x))
+    turned = flat({name: x[name] for name in other})
+    torch.testing.assert_close(build(PermutedTokenizer.Config(tokens=3), other)(turned), build(PermutedTokenizer.Config(tokens=3))(flat(x)))
 
 
 def test_every_order_of_three_fields_is_drawn_about_equally_often() -> None:

@@ -14,6 +14,10 @@ def fields(rows: int = 5) -> dict[str, torch.Tensor]:
     return {name: torch.randn(rows, width) for name, width in WIDTHS.items()}
 
 
+def flat(fields: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(fields.values()), 1)
+
+
 def build(groups: dict[str, tuple[str, ...]] = GROUPS, hidden: int | None = None) -> GroupTokenizer:
     return GroupTokenizer(GroupTokenizer.Config(groups=groups, hidden=hidden), WIDTHS, dim=4)
 
@@ -28,23 +32,23 @@ def test_tokens_are_affine_maps_of_their_groups_behind_a_global_token_of_the_raw
     inputs = [torch.cat([past, who, what], 1), past, who, what]
     expected = torch.stack([affine(v, p[0]) for v, p in zip(inputs, tokenizer.projections, strict=True)], 1)
     assert tokenizer.tokens == 4
-    torch.testing.assert_close(tokenizer(x), expected)
+    torch.testing.assert_close(tokenizer(flat(x)), expected)
 
 
 def test_a_hidden_layer_has_silu() -> None:
     tokenizer, x = build(hidden=6), fields()
     first, _, last = tokenizer.projections[3]
     hidden = affine(x["item"], first)
-    torch.testing.assert_close(tokenizer(x)[:, 3], affine(hidden * torch.sigmoid(hidden), last))
+    torch.testing.assert_close(tokenizer(flat(x))[:, 3], affine(hidden * torch.sigmoid(hidden), last))
 
 
 def test_the_global_token_reads_raw_fields_not_projected_tokens() -> None:
     tokenizer, x = build(), fields()
-    before = tokenizer(x)
+    before = tokenizer(flat(x))
     with torch.no_grad():
         for projection in tokenizer.projections[1:]:
             projection[0].weight.add_(1.0)
-    after = tokenizer(x)
+    after = tokenizer(flat(x))
     assert torch.equal(before[:, 0], after[:, 0])
     assert not torch.isclose(before[:, 1:], after[:, 1:]).all(dim=2).any()
 
@@ -52,7 +56,7 @@ def test_the_global_token_reads_raw_fields_not_projected_tokens() -> None:
 def test_a_token_depends_on_its_own_fields_and_the_global_token_on_all() -> None:
     tokenizer, x = build(), fields()
     for name in WIDTHS:
-        changed = (tokenizer(x | {name: x[name] + 1}) != tokenizer(x)).any(dim=2).all(dim=0)
+        changed = (tokenizer(flat(x | {name: x[name] + 1})) != tokenizer(flat(x))).any(dim=2).all(dim=0)
         assert changed.tolist() == [True, name == "history", name in ("age", "user"), name == "item"]
 
 
@@ -63,7 +67,7 @@ def test_parameters_equal_the_formula() -> None:
 
 
 def test_tokens_lie_outermost_in_memory() -> None:
-    assert build()(fields()).transpose(0, 1).is_contiguous()
+    assert build()(flat(fields())).transpose(0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize(

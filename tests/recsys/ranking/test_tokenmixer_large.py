@@ -18,6 +18,7 @@ from recsys.embedding.tables import Embedded, dense_parameters
 from recsys.ranking.flops import mix_revert_parameters
 from recsys.ranking.losses import masked_bce
 from recsys.ranking.models import TokenMixerLarge
+from recsys.ranking.part import split_fields
 from recsys.ranking.stacks import Residual
 from recsys.ranking.tokenizers import GroupTokenizer
 
@@ -101,7 +102,7 @@ def test_every_input_matters(build: Build, make_rows: Any, make_batch: Any) -> N
 def test_fields_are_those_of_the_spec(build: Build, spec: InputSpec, batch: RankingBatch) -> None:
     model = build()
     embedded = model.embed(batch)
-    fields = model.fields(embedded, batch)
+    fields = split_fields(model.fields(embedded, batch), model.widths)
     assert fields.keys() == set(spec.fields) == model.widths.keys()
     assert {name: value.shape[1] for name, value in fields.items()} == model.widths
     assert torch.equal(torch.cat([fields["age"], fields["popularity"]], 1), batch.dense)
@@ -262,7 +263,13 @@ def test_two_histories_may_share_a_candidate(spec: InputSpec, groups: Any, batch
     both = (*spec.sequences, SequenceSpec(name="recent", keys=("seen",), target="item"))
     two = spec.model_copy(update={"sequences": both})
     config = TokenMixerLarge.Config(tokenizer=GroupTokenizer.Config(groups=groups | {"now": ("recent",)}), dim=20, blocks=1)
-    assert TokenMixerLarge(config, two)(batch).shape == (5, 2)
+    model = TokenMixerLarge(config, two)
+    assert model(batch).shape == (5, 2)
+    embedded = model.embed(batch)
+    fields = split_fields(model.fields(embedded, batch), model.widths)
+    assert torch.equal(fields["item"], embedded.sequences["item"].values())
+    assert torch.equal(fields["recent"], model.histories[1](embedded.sequences)[:, 0])
+    assert torch.equal(fields["age"], batch.dense[:, :1])
 
 
 def test_a_ranker_needs_neither_histories_nor_dense_columns(spec: InputSpec) -> None:
