@@ -56,8 +56,11 @@ class Contestant:
         return {"samples_per_second": steps * BATCH / (time.perf_counter() - started)}
 
     def _batches(self, count: int) -> list[Any]:
-        """Batches that were not used before. A batch that is trained on again and again is soon known by heart, and its gradients are then
-        denormal numbers, with which products take many times as long."""
+        """Batches that were not used before.
+
+        A batch that is trained on again and again is soon known by heart; its gradients are then denormal numbers, with which a product
+        takes many times as long.
+        """
         rows = [self._data.rows(_TIMED + (self._drawn + i) * BATCH, BATCH) for i in range(count)]
         self._drawn += count
         return [self._prepare(drawn) for drawn in rows]

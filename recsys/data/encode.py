@@ -7,7 +7,7 @@ The training loader and the server both call `Encoder.transform`, so what a mode
 import operator
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +25,14 @@ from recsys.data.encoding.config import (
     Categorical,
     Dense,
     EncoderConfig,
+    Identifiers,
     Sequence,
     SequenceExtra,
     Task,
     item_table,
     pooled_table,
 )
+from recsys.data.encoding.hashing import HashCoder, RawCoder
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq}
@@ -58,6 +60,12 @@ class Encoder:
         self._fitted = fitted
         self._coders: dict[str, Coder] = {table: StringCoder(values) for table, values in fitted.vocabularies.items()}
         self._coders |= {feature: BucketCoder(edges) for feature, edges in fitted.edges.items()}
+        self._raw = set[str]()
+        for feature in config.features:
+            if isinstance(feature, Identifiers) and feature.rows is not None:
+                table = item_table(feature) if isinstance(feature, Sequence) else pooled_table(feature)
+                self._coders[table] = HashCoder(feature.rows) if feature.ids == "hashed" else RawCoder(feature.rows)
+                self._raw |= {table} if feature.ids == "raw" else set()
         for extra in (extra for f in config.features if isinstance(f, Sequence) for extra in f.extra):
             if extra.edges is not None:
                 self._coders[extra.feature] = BucketCoder(np.array(extra.edges, dtype=np.float64))
@@ -118,8 +126,12 @@ class Encoder:
                     keys = sequences.setdefault(item_table(feature), [])
                     keys += [key for key in (feature.items, feature.target) if key not in keys]
                     sequences |= {extra.feature: [extra.feature] for extra in feature.extra}
-        pooled = [TableSpec(name=table, rows=self._coders[table].rows, bags=tuple(keys)) for table, keys in bags.items()]
-        return pooled + [TableSpec(name=table, rows=self._coders[table].rows, sequences=tuple(keys)) for table, keys in sequences.items()]
+        pooled = [self._table_spec(table, bags=tuple(keys)) for table, keys in bags.items()]
+        return pooled + [self._table_spec(table, sequences=tuple(keys)) for table, keys in sequences.items()]
+
+    def _table_spec(self, table: str, bags: tuple[str, ...] = (), sequences: tuple[str, ...] = ()) -> TableSpec:
+        ids: Literal["rows", "raw"] = "raw" if table in self._raw else "rows"
+        return TableSpec(name=table, rows=self._coders[table].rows, bags=bags, sequences=sequences, ids=ids)
 
     @property
     def feature_columns(self) -> tuple[str, ...]:

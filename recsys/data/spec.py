@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an `Encoder` produces and a ranker consumes: tables, aligned sequences, dense columns and tasks. Holds no torch."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -16,6 +16,7 @@ class TableSpec(Config):
         rows: row 0 stands for "no value" (NULL, MISSING, EXPIRED, ERROR), row 1 for a value unknown to the vocabulary.
         bags: the keys of `RankingBatch.sparse` that are pooled from this table.
         sequences: the keys of `RankingBatch.sequences` that are looked up, unpooled, in this table.
+        ids: what the keys hold: rows, or raw 64-bit ids that the table itself gives rows to (`recsys.embedding.ids.ManagedIds`).
 
     A table is read either pooled or unpooled, never both: TorchRec cannot share weights between the two kinds of collection.
     """
@@ -24,6 +25,7 @@ class TableSpec(Config):
     rows: int
     bags: tuple[str, ...] = ()
     sequences: tuple[str, ...] = ()
+    ids: Literal["rows", "raw"] = "rows"
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

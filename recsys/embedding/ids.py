@@ -22,8 +22,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, unknown
 from recsys.data.batch import RankingBatch
+from recsys.data.encoding.coders import FIRST as FIRST_ROW
 from recsys.data.spec import InputSpec, TableSpec
-from recsys.embedding.hashing import FIRST_ROW
 
 NO_ID = 0
 UNKNOWN_ROW = 1
@@ -141,7 +141,7 @@ class ManagedIds(nn.Module):
     """Replaces the raw ids of chosen tables in a batch by rows. Part of `EmbeddingTables`; see its ``Config.managed``.
 
     In the keys of a managed table, 0 is "no value" (row 0) and any other id is between 1 and 2⁶³ − 2, as
-    `recsys.embedding.hashing.raw_ids` makes them. Row 1 is that of every id without a row of its own. Only training mode counts ids and
+    `recsys.data.encoding.hashing.raw_ids` makes them. Row 1 is that of every id without a row of its own. Only training mode counts ids and
     moves rows.
 
     Args:
@@ -150,7 +150,7 @@ class ManagedIds(nn.Module):
         device: where the maps live.
 
     Raises:
-        ConfigError: an unknown table, one too small, or a policy that the device does not have.
+        ConfigError: an unknown table, one too small, one whose keys hold no raw ids, or a policy that the device does not have.
     """
 
     def __init__(self, spec: InputSpec, configs: Mapping[str, ManagedTableConfig], device: torch.device) -> None:
@@ -158,6 +158,11 @@ class ManagedIds(nn.Module):
         tables = {table.name: table for table in spec.tables}
         if absent := [name for name in configs if name not in tables]:
             raise ConfigError(f"embedding.managed: {unknown('table', absent[0], tables)}")
+        if ready := [name for name in configs if tables[name].ids != "raw"]:
+            raise ConfigError(
+                f"embedding.managed: table {ready[0]!r} is given rows, by a vocabulary or by hashing; expected raw ids: "
+                "say `ids: raw` and `rows` of its feature in the encoder"
+            )
         self._keys = {name: (*tables[name].bags, *tables[name].sequences) for name in configs}
         self._pooled = {name: bool(tables[name].bags) for name in configs}
         self.tables = nn.ModuleDict({name: _ManagedTable(tables[name], config, device) for name, config in configs.items()})

@@ -69,7 +69,7 @@ class EmbeddingTables(nn.Module):
         device: where the tables live, the CPU by default.
 
     Raises:
-        ConfigError: ``dims`` names a table that the spec does not have.
+        ConfigError: ``dims`` names a table that the spec does not have, or ``managed`` does not name one of raw ids.
 
     Row-wise Adagrad (FBGEMM's EXACT_ROWWISE_ADAGRAD, `torchrec.optim.RowWiseAdagrad`) keeps one accumulator m per row, for the gradient
     g of the whole row: m ← m + mean(g²), w ← w − lr · g / (√m + eps). Rows that a batch does not look up do not change. There is no
@@ -107,6 +107,8 @@ class EmbeddingTables(nn.Module):
         self.spec, self.config = spec, config
         if absent := [table for table in config.dims if table not in {t.name for t in spec.tables}]:
             raise ConfigError(f"embedding.dims: {unknown('table', absent[0], (t.name for t in spec.tables))}")
+        if unmanaged := [t.name for t in spec.tables if t.ids == "raw" and t.name not in config.managed]:
+            raise ConfigError(f"embedding.managed: expected table {unmanaged[0]!r}, whose ids are raw, got {list(config.managed)}")
         self._device = device or torch.device("cpu")
         self.pooled = self._build_pooled()
         self.unpooled = self._build_unpooled()

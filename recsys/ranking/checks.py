@@ -75,6 +75,8 @@ def _keys(batch: RankingBatch, spec: InputSpec) -> Iterator[str]:
 
 def _rows_of_tables(batch: RankingBatch, spec: InputSpec) -> Iterator[str]:
     for table in spec.tables:
+        if table.ids == "raw":
+            continue
         jagged = batch.sparse if table.bags else batch.sequences
         for key in (*table.bags, *table.sequences):
             yield from _overflow(jagged, key, table.name, table.rows)

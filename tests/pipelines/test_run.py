@@ -11,7 +11,8 @@ from rich.console import Console
 from pipelines.cli import main
 from pipelines.recipe import Recipe
 from pipelines.run import execute, promoted
-from recsys.core.config import load_recipe
+from recsys.core.config import load_recipe, parse
+from recsys.data.encode import Encoder
 from recsys.registry import Location, PromotionLog
 
 SECOND = (
@@ -25,6 +26,15 @@ SECOND = (
     "evaluation.resamples=100",
     "evaluation.explained_requests=3",
 )
+
+
+def with_open_ids(recipe: Recipe) -> Recipe:
+    """The ranker's occupations are hashed, and its items come and go."""
+    content = recipe.encoder.model_dump(mode="json")
+    for feature in content["features"]:
+        feature |= {"user_occupation": {"ids": "hashed", "rows": 16}}.get(feature.get("feature"), {})
+        feature |= {"ids": "raw", "rows": 40} if feature["kind"] == "sequence" else {}
+    return recipe.model_copy(update={"encoder": parse(Encoder.Config, content, source="test")})
 
 
 @pytest.fixture
@@ -64,7 +74,8 @@ def test_the_report_is_one_self_contained_file(tiny_run) -> None:
 
 def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accept = "gates=[{kind: against_champion, metric: list.ndcg@10, margin: 1.0}]"
-    run = execute(load_recipe(Recipe, "quickstart", (*SECOND, accept)), home, Console(quiet=True))
+    managed = "ranker.model.embedding.managed={item_id: {interval: 5}}"
+    run = execute(with_open_ids(load_recipe(Recipe, "quickstart", (*SECOND, accept, managed))), home, Console(quiet=True))
     (gate,) = run.results["champion"]["gates"]
     assert promoted(run)
     assert gate["gate"] == "champion:list.ndcg@10"

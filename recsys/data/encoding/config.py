@@ -9,28 +9,52 @@ from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, Serialize
 from recsys.core.config import Config, Problem, by_kind
 
 
-class Categorical(Config):
-    """A string: one row of a vocabulary fitted on train, pooled as a bag of one.
+class Identifiers(Config):
+    """Strings that name rows of a table.
 
     Attributes:
-        feature: the column, and the key of the batch.
-        table: the table to look up in, ``feature`` by default. Categorical and bag features that name one table share its vocabulary.
+        table: the table to look up in; features that name one table share its rows.
+        ids: how strings become rows. ``vocabulary``: by a vocabulary fitted on train, for a closed set. ``hashed``: by their hash, for an
+            open set, without any state; two strings of one row share its vector. ``raw``: not here, but by the table itself, as its 63-bit
+            ids come and go (``embedding.managed`` of the ranker).
+        rows: of the table, where ``ids`` is ``hashed`` or ``raw``; rows 0 and 1 are "no value" and "unknown".
         min_count: a value looked up less often in train is left out of the vocabulary.
     """
 
-    kind: Literal["categorical"] = "categorical"
-    feature: str
     table: str | None = None
+    ids: Literal["vocabulary", "hashed", "raw"] = "vocabulary"
+    rows: Annotated[int, Field(ge=4)] | None = None
     min_count: PositiveInt = 1
 
+    @model_validator(mode="after")
+    def _one_origin_of_rows(self) -> Self:
+        if self.ids == "vocabulary" and self.rows is not None:
+            raise Problem(("rows",), f"a vocabulary decides the rows of its table; expected `ids: hashed` or `ids: raw` beside {self.rows}")
+        if self.ids != "vocabulary" and self.rows is None:
+            raise Problem(("rows",), f"`ids: {self.ids}` needs the number of rows of the table")
+        if self.ids != "vocabulary" and self.min_count > 1:
+            raise Problem(("min_count",), f"`ids: {self.ids}` leaves no value out; expected 1, got {self.min_count}")
+        return self
 
-class Bag(Config):
-    """A list of strings without order, such as genres: pooled rows of a vocabulary fitted on train. See `Categorical`."""
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As before there was anything but vocabularies, so that older encoders keep their fingerprints."""
+        content: dict[str, Any] = serialize(self)
+        return content if self.ids != "vocabulary" else {k: v for k, v in content.items() if k not in ("ids", "rows")}
+
+
+class Categorical(Identifiers):
+    """A string: one row of a table, pooled as a bag of one. ``feature`` is the column, the key of the batch and by default the table."""
+
+    kind: Literal["categorical"] = "categorical"
+    feature: str
+
+
+class Bag(Identifiers):
+    """A list of strings without order, such as genres: pooled rows of a table. See `Categorical`."""
 
     kind: Literal["bag"] = "bag"
     feature: str
-    table: str | None = None
-    min_count: PositiveInt = 1
 
 
 class Bucket(Config):
@@ -94,7 +118,7 @@ class SequenceExtra(Config):
         return self
 
 
-class Sequence(Config):
+class Sequence(Identifiers):
     """A history of items, oldest first, and the candidate that is compared with it, looked up unpooled in one table.
 
     Attributes:
@@ -103,8 +127,8 @@ class Sequence(Config):
         target: a column of one item id, and a key of the batch.
         max_length: how many elements are kept: the last ones.
         extra: lists aligned with ``items``.
-        table: the table of items and target, ``target`` by default. Sequences that name one table share its vocabulary.
-        min_count: as in `Categorical`; look-ups of items (those kept) and of targets both count.
+
+    The table of items and target is ``target`` by default. For a vocabulary, look-ups of items (those kept) and of targets both count.
     """
 
     kind: Literal["sequence"] = "sequence"
@@ -113,8 +137,6 @@ class Sequence(Config):
     target: str
     max_length: PositiveInt
     extra: tuple[SequenceExtra, ...] = ()
-    table: str | None = None
-    min_count: PositiveInt = 1
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -203,30 +225,31 @@ def _distinct(key: str, what: str, names: list[str]) -> None:
 
 
 def _check_tables(config: EncoderConfig) -> None:
-    """A table is either pooled, of items, of an extra or of a bucket; what shares a table agrees on its ``min_count``."""
-    uses: dict[str, tuple[str, int]] = {}
+    """A table is either pooled, of items, of an extra or of a bucket; what shares a table agrees on how its rows are given."""
+    uses: dict[str, tuple[str, str]] = {}
     target_table: dict[str, str] = {}
     for position, feature in enumerate(config.features):
-        for table, use, min_count in _uses(feature):
-            shared = uses.setdefault(table, (use, min_count))
-            if shared != (use, min_count):
-                raise Problem(
-                    ("features", position),
-                    f"table {table!r} is used for {shared[0]} (min_count {shared[1]}) and for {use} (min_count {min_count})",
-                )
+        for table, use, rows in _uses(feature):
+            shared = uses.setdefault(table, (use, rows))
+            if shared != (use, rows):
+                raise Problem(("features", position), f"table {table!r} is used for {shared[0]} ({shared[1]}) and for {use} ({rows})")
         if isinstance(feature, Sequence) and target_table.setdefault(feature.target, item_table(feature)) != item_table(feature):
             raise Problem(("features", position), f"target {feature.target!r} is looked up in two tables")
 
 
-def _uses(feature: Feature) -> list[tuple[str, str, int]]:
-    """For each table of a feature: its name, a phrase for its use (equal phrases may share), the least count."""
+def _uses(feature: Feature) -> list[tuple[str, str, str]]:
+    """For each table of a feature: its name, and phrases for its use and for how it gets rows (equal phrases may share)."""
     match feature:
         case Categorical() | Bag():
-            return [(pooled_table(feature), "pooled values", feature.min_count)]
+            return [(pooled_table(feature), "pooled values", _origin(feature))]
         case Bucket():
-            return [(feature.feature, f"the buckets of {feature.feature!r}", 1)]
+            return [(feature.feature, f"the buckets of {feature.feature!r}", "buckets")]
         case Dense():
             return []
         case Sequence():
-            extras = [(extra.feature, f"the elements of {extra.feature!r}", extra.min_count) for extra in feature.extra]
-            return [(item_table(feature), "items of sequences", feature.min_count), *extras]
+            extras = [(extra.feature, f"the elements of {extra.feature!r}", f"min_count {extra.min_count}") for extra in feature.extra]
+            return [(item_table(feature), "items of sequences", _origin(feature)), *extras]
+
+
+def _origin(feature: Identifiers) -> str:
+    return f"min_count {feature.min_count}" if feature.ids == "vocabulary" else f"ids {feature.ids}, {feature.rows} rows"

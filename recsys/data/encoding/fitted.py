@@ -135,16 +135,17 @@ def _fit_vocabularies(config: EncoderConfig, columns: Columns) -> dict[str, pa.A
 
     for feature in config.features:
         match feature:
-            case Categorical():
+            case Categorical() if feature.ids == "vocabulary":
                 add(pooled_table(feature), feature.min_count, _present_strings(columns.strings(feature.feature)))
-            case Bag():
+            case Bag() if feature.ids == "vocabulary":
                 add(pooled_table(feature), feature.min_count, columns.string_lists(feature.feature).flatten())
             case Sequence():
                 items = columns.string_lists(feature.items)
-                add(item_table(feature), feature.min_count, items.last(feature.max_length).flatten())
-                if feature.target not in counted_targets:
-                    counted_targets.add(feature.target)
-                    add(item_table(feature), feature.min_count, _present_strings(columns.strings(feature.target)))
+                if feature.ids == "vocabulary":
+                    add(item_table(feature), feature.min_count, items.last(feature.max_length).flatten())
+                    if feature.target not in counted_targets:
+                        counted_targets.add(feature.target)
+                        add(item_table(feature), feature.min_count, _present_strings(columns.strings(feature.target)))
                 for extra in feature.extra:
                     if extra.edges is None and extra.values is None:
                         values = columns.string_lists(extra.feature).where(items.present).last(feature.max_length)

@@ -7,6 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from recsys.core.config import parse
+from recsys.core.errors import DataError
 from recsys.data.encode import Encoder
 from recsys.data.onehot import one_hot
 
@@ -57,3 +58,20 @@ def test_logistic_regression_learns_from_it() -> None:
     encoder = Encoder.fit(parse(Encoder.Config, {"features": FEATURES}, source="test"), table)
     model = LogisticRegression().fit(one_hot(encoder.transform(table), encoder.spec), city == "a")
     assert model.score(one_hot(encoder.transform(table), encoder.spec), city == "a") == 1.0
+
+
+def test_raw_ids_are_spread_over_the_rows_of_their_table() -> None:
+    raw = [{"kind": "categorical", "feature": "city", "ids": "raw", "rows": 7}]
+    encoder = Encoder.fit(parse(Encoder.Config, {"features": raw}, source="test"), TABLE)
+    batch = encoder.transform(TABLE)
+    matrix = one_hot(batch, encoder.spec).toarray()
+    ids = batch.sparse["city"].values().tolist()
+    assert matrix.shape == (4, 7) and matrix.argmax(1).tolist() == [2 + i % 5 if i else 0 for i in ids]
+    assert matrix[2, 0] == 1 and (matrix[0] == matrix[3]).all()
+
+
+def test_a_row_beyond_its_table_is_an_error_that_names_the_field() -> None:
+    encoder = Encoder.fit(parse(Encoder.Config, {"features": FEATURES[:1]}, source="test"), TABLE)
+    small = encoder.spec.model_copy(update={"tables": (encoder.spec.tables[0].model_copy(update={"rows": 3}),)})
+    with pytest.raises(DataError, match="field 'city': expected rows of table 'city', 0 to 2, got 0 to 3"):
+        one_hot(encoder.transform(TABLE), small)

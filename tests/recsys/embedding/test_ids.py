@@ -1,126 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashed ids and managed ids: what is stable, what collides, what is evicted, and what is restored."""
+"""Managed ids: what gets a row, what is evicted, and what is restored."""
 
 import copy
-import subprocess
-import sys
-from collections import Counter
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
-from scipy.stats import chisquare
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.config import parse
-from recsys.core.errors import ConfigError, SchemaError
+from recsys.core.errors import ConfigError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
-from recsys.embedding.hashing import hash64, hashed_rows, raw_ids, sharing
 from recsys.embedding.ids import ManagedTableConfig
 from recsys.embedding.quantize import quantise
 from recsys.embedding.tables import EmbeddingTables
 
 POLICIES = ["lfu", "lru", "distance_lfu"]
-WORDS = ["", "a", "b", "ab", "ba", "aa", "user/1", "user/11", "ä€𝄞", "x" * 1000, "1", "2"]
-
-
-# Hashing
-
-
-@pytest.mark.parametrize("seed", [0, 7])
-def test_a_hash_does_not_depend_on_the_layout(seed: int) -> None:
-    expected = hash64(pa.array(WORDS), seed)
-    assert expected.dtype == np.uint64 and len(set(expected.tolist())) == len(WORDS)
-    layouts = [pa.array(WORDS, type=t) for t in (pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())]
-    layouts += [
-        pa.array(WORDS).dictionary_encode(),
-        pa.chunked_array([WORDS[:3], WORDS[3:3], WORDS[3:]]),
-        pa.array(["?", *WORDS, "?"])[1:-1],
-    ]
-    for layout in layouts:
-        assert np.array_equal(hash64(layout, seed), expected), layout.type
-    for i, word in enumerate(WORDS):
-        assert hash64(pa.array([word]), seed)[0] == expected[i]
-
-
-def test_a_hash_of_strings_is_that_of_its_definition() -> None:
-    mask = 2**64 - 1
-
-    def mix(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return x ^ (x >> 31)
-
-    def slow(data: bytes, seed: int) -> int:
-        total = sum(mix(i << 8 | byte) for i, byte in enumerate(data)) + len(data) * 0x94D049BB133111EB
-        return mix((total & mask) ^ mix(seed & mask))
-
-    for seed in (0, 3, -1):
-        assert hash64(pa.array(WORDS), seed).tolist() == [slow(word.encode(), seed) for word in WORDS]
-        assert hash64(pa.array([5, -5]), seed).tolist() == [mix((x & mask) ^ mix(seed & mask)) for x in (5, -5)]
-    assert mix(0) == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
-
-
-def test_a_hash_is_the_same_in_another_process() -> None:
-    code = "import pyarrow as pa; from recsys.embedding.hashing import hash64; print(hash64(pa.array(['a', 'user/1'])).tolist())"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "5"})
-    assert printed.stdout.strip() == str(hash64(pa.array(["a", "user/1"])).tolist())
-
-
-def test_numbers_hash_alike_in_every_integer_type() -> None:
-    numbers = [0, 1, 2, 100, 127]
-    expected = hash64(pa.array(numbers, type=pa.int64()))
-    for t in (pa.int8(), pa.uint8(), pa.int32(), pa.uint64()):
-        assert np.array_equal(hash64(pa.array(numbers, type=t)), expected)
-    assert hash64(pa.array([2**64 - 1], type=pa.uint64())).shape == (1,)
-    assert hash64(pa.array(["1"]))[0] != hash64(pa.array([1]))[0]
-    many = np.arange(-50_000, 50_000)
-    assert len(np.unique(hash64(pa.array(many)))) == len(many) == len(np.unique(hash64(pa.array(many.astype(str)))))
-    for bad in (pa.array([1.0]), pa.array([True]), pa.array([["a"]])):
-        with pytest.raises(SchemaError, match="expected strings, binary or integers"):
-            hash64(bad)
-
-
-def test_nulls_have_the_row_of_no_value() -> None:
-    words = ["a", None, "b"]
-    layouts = pa.array(words), pa.array([1, None, 2]), pa.chunked_array([words[:2], words[2:]]), pa.array(words).dictionary_encode()
-    for values in layouts:
-        rows, ids = hashed_rows(values, 50), raw_ids(values)
-        assert rows[1] == 0 == ids[1] and rows.dtype == ids.dtype == np.int64
-        assert rows[[0, 2]].min() >= 2 and rows.max() < 50 and ids[[0, 2]].min() >= 1 and ids.max() <= 2**63 - 2
-    assert hashed_rows(pa.array([], type=pa.string()), 5).shape == raw_ids(pa.array([], type=pa.int64())).shape == (0,)
-    assert hashed_rows(pa.nulls(2, pa.string()), 5).tolist() == [0, 0]
-    with pytest.raises(ConfigError, match="at least 3"):
-        hashed_rows(pa.array(["a"]), 2)
-
-
-@pytest.mark.parametrize("kind", ["numbers", "strings"])
-def test_rows_are_uniform_and_the_sharing_is_the_expected_one(kind: str) -> None:
-    ids, rows = 20_000, 10_002
-    values = np.arange(ids) * 64
-    hashed = hashed_rows(pa.array(values if kind == "numbers" else [f"item/{v:08d}" for v in values]), rows)
-    assert chisquare(np.bincount(hashed - 2, minlength=rows - 2)).pvalue > 1e-4
-    used = Counter(hashed.tolist())
-    shared = sum(n for n in used.values() if n > 1) / ids
-    assert shared == pytest.approx(sharing(ids, rows), abs=0.02) and 0.8 < shared < 0.9
-    assert sharing(10**6, 10**6 + 2) == pytest.approx(1 - np.exp(-1), abs=1e-3) and sharing(10**4, 10**6) < 0.01
-    assert sharing(1, 100) == 0.0 and sharing(5, 3) == 1.0
-    other = hashed_rows(pa.array(values), rows, seed=1)
-    assert np.mean(other == hashed) < 0.001
-
-
-# Managed ids
 
 SPEC = InputSpec(
     tables=(
-        TableSpec(name="user", rows=6, bags=("user",)),
-        TableSpec(name="item", rows=5, sequences=("history", "target")),
+        TableSpec(name="user", rows=6, bags=("user",), ids="raw"),
+        TableSpec(name="item", rows=5, sequences=("history", "target"), ids="raw"),
         TableSpec(name="city", rows=4, bags=("city",)),
     ),
     sequences=(SequenceSpec(name="h", keys=("history",), target="target"),),
@@ -215,9 +118,9 @@ def test_policies_differ_in_whom_they_evict() -> None:
 
 
 def test_new_ids_are_drawn_with_the_initial_deviation() -> None:
-    spec = InputSpec(tables=(TableSpec(name="user", rows=4002, bags=("user",)), *SPEC.tables[1:]), tasks=())
+    spec = InputSpec(tables=(TableSpec(name="user", rows=4002, bags=("user",), ids="raw"), *SPEC.tables[1:]), tasks=())
     torch.manual_seed(0)
-    config = EmbeddingTables.Config(dim=8, init_std=0.2, managed={"user": ManagedTableConfig(interval=1)})
+    config = EmbeddingTables.Config(dim=8, init_std=0.2, managed={t: ManagedTableConfig(interval=1) for t in ("user", "item")})
     tables = EmbeddingTables(spec, config)
     weight(tables).fill_(50.0)
     tables(batch(list(range(10, 3010))))
@@ -311,10 +214,14 @@ def test_quantised_tables_keep_the_map() -> None:
 
 def test_bad_configs_name_what_was_expected() -> None:
     with pytest.raises(ConfigError, match=r"embedding.managed: unknown table 'users'; did you mean 'user'\?"):
-        EmbeddingTables(SPEC, EmbeddingTables.Config(managed={"users": ManagedTableConfig()}))
+        EmbeddingTables(SPEC, EmbeddingTables.Config(managed={n: ManagedTableConfig() for n in ("user", "item", "users")}))
+    with pytest.raises(ConfigError, match=r"embedding.managed: expected table 'item', whose ids are raw, got \['user'\]"):
+        EmbeddingTables(SPEC, EmbeddingTables.Config(managed={"user": ManagedTableConfig()}))
+    with pytest.raises(ConfigError, match=r"embedding.managed: table 'city' is given rows, .* expected raw ids"):
+        EmbeddingTables(SPEC, EmbeddingTables.Config(managed={n: ManagedTableConfig() for n in ("user", "item", "city")}))
     with pytest.raises(ConfigError, match=r"embedding.managed.user.policy: 'hash_zch' trains on a GPU alone, and this table is on cpu"):
         make("hash_zch")
-    small = InputSpec(tables=(TableSpec(name="user", rows=3, bags=("user",)),), tasks=())
+    small = InputSpec(tables=(TableSpec(name="user", rows=3, bags=("user",), ids="raw"),), tasks=())
     with pytest.raises(ConfigError, match=r"embedding.managed.user: expected a table of at least 4 rows, got 3"):
         EmbeddingTables(small, EmbeddingTables.Config(managed={"user": ManagedTableConfig()}))
     with pytest.raises(ConfigError, match=r"managed.user.policy"):

@@ -207,7 +207,9 @@ def test_bad_constraints_are_config_errors() -> None:
         plan(model, 2, {"genre": "data_parallel"})
     with pytest.raises(ConfigError, match="got both"):
         shard(model, plan=plan(model, 2), constraints={"genre": "row_wise"})
-    managed = EmbeddingTables(SPEC, EmbeddingTables.Config(dim=8, managed={"item": ManagedTableConfig()}))
+    tables = tuple(table.model_copy(update={"ids": "raw" if table.name == "item" else "rows"}) for table in SPEC.tables)
+    spec = SPEC.model_copy(update={"tables": tables})
+    managed = EmbeddingTables(spec, EmbeddingTables.Config(dim=8, managed={"item": ManagedTableConfig()}))
     with pytest.raises(ConfigError, match=r"embedding.managed.item: a table with managed ids cannot be sharded"):
         shard(managed)
 

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.core.errors import ConfigError, SchemaError
-from recsys.data.encoding.coders import NO_VALUE
+from recsys.data.encoding.coders import FIRST, NO_VALUE
 
-FIRST_ROW = 2  # rows 0 and 1 are "no value" and "unknown": see `recsys.data.spec.TableSpec`
 _MAX = np.int64(2**63 - 2)  # 2⁶³ − 1 marks an empty slot in TorchRec's maps
 _GOLDEN, _MUL1, _MUL2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
@@ -83,10 +82,40 @@ def hashed_rows(values: Values, rows: int, seed: int = 0) -> np.ndarray:
     Raises:
         ConfigError: fewer than 3 rows.
     """
-    if rows <= FIRST_ROW:
-        raise ConfigError(f"rows: expected at least {FIRST_ROW + 1} for hashed ids, got {rows}")
-    hashed = (hash64(values, seed) % np.uint64(rows - FIRST_ROW)).astype(np.int64) + FIRST_ROW
+    if rows <= FIRST:
+        raise ConfigError(f"rows: expected at least {FIRST + 1} for hashed ids, got {rows}")
+    hashed = (hash64(values, seed) % np.uint64(rows - FIRST)).astype(np.int64) + FIRST
     return np.where(_present(values), hashed, NO_VALUE)
+
+
+class HashCoder:
+    """Rows of a table without a vocabulary; see `hashed_rows`.
+
+    Args:
+        rows: of the table.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def encode(self, values: pa.Array) -> np.ndarray:
+        """int64 ``[N]``: the row of each of the N strings (large_string)."""
+        return hashed_rows(values, self.rows)
+
+
+class RawCoder:
+    """No rows, but the ids from which a table with managed ids makes its rows; see `raw_ids`.
+
+    Args:
+        rows: of the table.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def encode(self, values: pa.Array) -> np.ndarray:
+        """int64 ``[N]``: the id of each of the N strings (large_string)."""
+        return raw_ids(values)
 
 
 def sharing(ids: int, rows: int) -> float:
@@ -94,7 +123,7 @@ def sharing(ids: int, rows: int) -> float:
 
     At as many ids as rows it is 63%; for 1% a table needs 100 rows for each id. A vocabulary costs one row for each id and shares none.
     """
-    return -math.expm1((ids - 1) * math.log1p(-1 / (rows - FIRST_ROW))) if ids > 1 and rows > FIRST_ROW + 1 else float(ids > 1)
+    return -math.expm1((ids - 1) * math.log1p(-1 / (rows - FIRST))) if ids > 1 and rows > FIRST + 1 else float(ids > 1)
 
 
 def _present(values: Values) -> np.ndarray:
