@@ -145,7 +145,7 @@ def model_config(model: str, data: Encoded, point: Point, anneal_steps: int) -> 
     """
     cls = components.get("ranker", model)
     content: dict[str, Any] = {"name": model, **size(model, data.name)}
-    content["embedding"] = {"dim": DIM, "pooling": "mean", "learning_rate": point.table_rate}
+    content["embedding"] = {"dim": DIM, "pooling": "mean", "learning_rate": point.table_rate, "l2": point.table_l2}
     if content.get("tokenizer") == "groups":
         content["tokenizer"] = {"name": "groups", "groups": {name: list(fields) for name, fields in data.groups.items()}}
     if model.startswith("uni"):

@@ -90,6 +90,8 @@ class EmbeddingTables(nn.Module):
             max_gradient: clips every component of the gradient of the looked-up (or pooled) vectors to ± this, before duplicates are
                 summed.
             init_std: the initial weights are normal with mean 0, drawn from torch's generator.
+            l2: λ, the weight of the looked-up vectors' squares in the loss of rankers, see `EmbeddingTables.penalty`. Against tables
+                that know the training rows by heart after an epoch.
         """
 
         dim: Width = 32
@@ -101,6 +103,7 @@ class EmbeddingTables(nn.Module):
         eps: PositiveFloat = 1e-8
         max_gradient: PositiveFloat | None = None
         init_std: NonNegativeFloat = 0.01
+        l2: NonNegativeFloat = 0.0
 
     def __init__(self, spec: InputSpec, config: Config, device: torch.device | None = None) -> None:
         super().__init__()
@@ -177,6 +180,18 @@ class EmbeddingTables(nn.Module):
             pooled = keyed({key: parts[key] for key in self.spec.bag_keys}, len(batch))
         unpooled = self.unpooled(batch.sequences) if self.unpooled is not None else {}
         return Embedded(pooled, {key: unpooled[key] for key in self.spec.sequence_keys})
+
+    def penalty(self, embedded: Embedded) -> Tensor | None:
+        """``λ / 2`` times the sum of the squares of all vectors that a batch of B rows looked up, divided by B; None where λ is 0.
+
+        It shrinks the rows that a batch looks up (a bag as one vector), each as often as it is looked up. A decay of all rows at every step
+        would undo what fused updates are for: that rows without a gradient are not touched.
+        """
+        if not self.config.l2:
+            return None
+        vectors = [embedded.pooled.values(), *(jagged.values() for jagged in embedded.sequences.values())]
+        squares = torch.stack([v.float().square().sum() for v in vectors]).sum()
+        return 0.5 * self.config.l2 * squares / max(1, len(vectors[0]))
 
     @torch.no_grad()
     def _renew(self, evicted: Mapping[str, Tensor]) -> None:

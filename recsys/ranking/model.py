@@ -75,9 +75,9 @@ class Ranker(nn.Module, ABC):
             raise ConfigError(f"inputs: the name {twice[0]!r} is used twice among {', '.join(spec.fields)}")
         self.tables = EmbeddingTables(spec=spec, config=config.embedding, device=torch.get_default_device())
         widths = self.tables.widths
-        self.histories = nn.ModuleList(components.build("history", config.history, s, widths[s.keys[0]]) for s in spec.sequences)
-        for history in self._encoders():
-            history.set_extra_widths([widths[key] for key in history.sequence.keys[1:]])
+        self.histories = nn.ModuleList(
+            components.build("history", config.history, s, widths[s.keys[0]], [widths[key] for key in s.keys[1:]]) for s in spec.sequences
+        )
 
     @property
     def widths(self) -> dict[str, int]:
@@ -149,8 +149,14 @@ class Ranker(nn.Module, ABC):
         Raises:
             DataError: see `labels`, `embed` and `fields`.
         """
-        bce = masked_bce(self(batch), self.labels(batch), batch.weights)
-        return bce, {"bce": bce.detach()}
+        labels, embedded = self.labels(batch), self.embed(batch)
+        bce = masked_bce(self.score(embedded, batch), labels, batch.weights)
+        return self.with_l2(bce, {"bce": bce.detach()}, embedded)
+
+    def with_l2(self, loss: Tensor, parts: dict[str, Tensor], embedded: Embedded) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts with the tables' penalty, where they have one: see `EmbeddingTables.penalty`."""
+        penalty = self.tables.penalty(embedded)
+        return (loss, parts) if penalty is None else (loss + penalty, parts | {"l2": penalty.detach()})
 
     @abstractmethod
     def interact(self, x_bw: Tensor) -> Tensor:

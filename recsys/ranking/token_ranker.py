@@ -100,8 +100,8 @@ class TokenRanker(Ranker):
 
     def loss(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Ranker.loss`. ``auxiliary`` is the sum of the auxiliary losses before λ, ``penalty`` that of the parts' penalties."""
-        labels, penalties = self.labels(batch), list[Tensor]()
-        *lower, top = self.states(self.fields(self.embed(batch), batch), penalties)
+        labels, embedded, penalties = self.labels(batch), self.embed(batch), list[Tensor]()
+        *lower, top = self.states(self.fields(embedded, batch), penalties)
         logits = self.readout(top)
         total = bce = masked_bce(logits, labels, batch.weights)
         parts = {"bce": bce}
@@ -114,4 +114,4 @@ class TokenRanker(Ranker):
         if penalties:
             parts["penalty"] = torch.stack(penalties).sum()
             total = total + parts["penalty"]
-        return total, {name: part.detach() for name, part in parts.items()}
+        return self.with_l2(total, {name: part.detach() for name, part in parts.items()}, embedded)

@@ -91,8 +91,8 @@ class TargetAttention(HistoryEncoder):
         hidden: tuple[int, ...] = (80, 40)
         heads: int = Field(1, ge=1)
 
-    def __init__(self, config: Config, sequence: SequenceSpec, dim: int) -> None:
-        super().__init__(sequence, dim)
+    def __init__(self, config: Config, sequence: SequenceSpec, dim: int, extra_widths: Sequence[int] | None = None) -> None:
+        super().__init__(sequence, dim, extra_widths)
         self.unit = ActivationUnit(dim, config.hidden) if config.unit == "mlp" else DotAttention(dim, config.heads)
         self.empty = nn.Parameter(torch.zeros(dim))
 

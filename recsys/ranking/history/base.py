@@ -4,7 +4,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +31,17 @@ class Events:
 
 
 class HistoryEncoder(nn.Module, ABC):
-    """One history as ``vectors`` field vectors. Built as ``cls(config, sequence, dim)``, registered with ``@register("history", name)``.
+    """One history as ``vectors`` field vectors.
+
+    Built as ``cls(config, sequence, dim, extra_widths)`` and registered with ``@register("history", name)``.
 
     An event's vector is its item's embedding plus a learned projection of each aligned extra, so that it stays in the space of the
     candidate's embedding, with which it shares a table.
 
     Args:
         sequence: which keys hold the events and the candidate.
-        dim: d, the width of the items' embeddings, of the candidate's, and of each vector of the result. Aligned extras have the same
-            unless `set_extra_widths` says otherwise.
+        dim: d, the width of the items' embeddings, of the candidate's, and of each vector of the result.
+        extra_widths: those of the aligned extras' embeddings, one for each of ``sequence.keys[1:]``; d by default.
 
     Attributes:
         vectors: n, how many vectors a history becomes.
@@ -48,16 +49,12 @@ class HistoryEncoder(nn.Module, ABC):
 
     vectors: int = 1
 
-    def __init__(self, sequence: SequenceSpec, dim: int) -> None:
+    def __init__(self, sequence: SequenceSpec, dim: int, extra_widths: Sequence[int] | None = None) -> None:
         super().__init__()
         self.sequence, self.dim = sequence, dim
-        self.extras = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in sequence.keys[1:])
-
-    def set_extra_widths(self, widths: Sequence[int]) -> None:
-        """Take aligned extras of these widths, one for each of ``sequence.keys[1:]``; an extra of another width gets a new projection."""
-        for i, (width, project) in enumerate(zip(widths, self.extras, strict=True)):
-            if cast(nn.Linear, project).in_features != width:
-                self.extras[i] = nn.Linear(width, self.dim, bias=False)
+        extras = sequence.keys[1:]
+        widths = [dim] * len(extras) if extra_widths is None else extra_widths
+        self.extras = nn.ModuleList(nn.Linear(width, dim, bias=False) for _, width in zip(extras, widths, strict=True))
 
     @property
     def fields(self) -> tuple[str, ...]:

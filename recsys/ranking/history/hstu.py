@@ -2,6 +2,7 @@
 """HSTU: a history encoded by itself, so that it becomes several vectors."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -104,8 +105,8 @@ class HSTU(HistoryEncoder):
         attention: TargetAttention.Config | None = None
         dropout: float = Field(0.0, ge=0, lt=1)
 
-    def __init__(self, config: Config, sequence: SequenceSpec, dim: int) -> None:
-        super().__init__(sequence, dim)
+    def __init__(self, config: Config, sequence: SequenceSpec, dim: int, extra_widths: Sequence[int] | None = None) -> None:
+        super().__init__(sequence, dim, extra_widths)
         if dim % config.heads:
             raise ConfigError(f"{sequence.name}: expected heads that divide the embedding's dim, got dim={dim} and heads={config.heads}")
         if not config.vectors and config.attention is None:

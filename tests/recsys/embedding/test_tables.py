@@ -376,3 +376,16 @@ def test_moves_casts_and_assignments_are_refused() -> None:
 def test_a_dimension_that_fbgemm_cannot_take_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="dim: Input should be a multiple of 4"):
         parse(EmbeddingTables.Config, {"dim": 6}, source="test")
+
+
+def test_the_penalty_shrinks_what_was_looked_up_and_nothing_else() -> None:
+    tables, batch = make(optimizer="sgd", learning_rate=0.1, l2=0.5), random_batch(torch.Generator().manual_seed(2))
+    before = {name: w.requires_grad_() for name, w in weights(tables).items()}
+    penalty = tables.penalty(tables(batch))
+    expected = 0.25 * sum(v.square().sum() for v in reference(before, batch).values()) / len(batch)
+    torch.testing.assert_close(penalty, expected)
+    penalty.backward()
+    expected.backward()
+    for name, weight in weights(tables).items():
+        torch.testing.assert_close(weight, before[name].detach() - 0.1 * before[name].grad)
+    assert make().penalty(make()(batch)) is None

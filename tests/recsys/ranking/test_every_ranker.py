@@ -48,11 +48,11 @@ Build = Callable[..., Ranker]
 
 @pytest.fixture
 def build(spec: InputSpec) -> Build:
-    def make(variant: str, seed: int = 0) -> Ranker:
+    def make(variant: str, seed: int = 0, **options: Any) -> Ranker:
         name, changes = VARIANTS[variant]
         cls = components.get("ranker", name)
         torch.manual_seed(seed)
-        model: Ranker = cls(parse(cls.Config, {"embedding": {"dim": 8}} | changes, source="test"), spec)
+        model: Ranker = cls(parse(cls.Config, {"embedding": {"dim": 8}} | changes | options, source="test"), spec)
         return model
 
     return make
@@ -100,6 +100,15 @@ def test_every_dense_parameter_learns(build: Build, batch: RankingBatch, variant
     names = {id(p): name for name, p in model.named_parameters()}
     still = [names[id(p)] for p in dense_parameters(model) if p.grad is None or not p.grad.abs().max() > 0]
     assert still == []
+
+
+@EVERY
+def test_the_tables_penalty_joins_the_loss(build: Build, batch: RankingBatch, variant: str) -> None:
+    plain, shrunk = build(variant).eval(), build(variant, embedding={"dim": 8, "l2": 0.3}).eval()
+    (before, parts), (loss, more) = plain.loss(batch), shrunk.loss(batch)
+    torch.testing.assert_close(more["l2"], shrunk.tables.penalty(shrunk.embed(batch)))
+    torch.testing.assert_close(loss, before + more["l2"])
+    assert more.keys() == parts.keys() | {"l2"} and more["l2"] > 0
 
 
 @EVERY
