@@ -23,7 +23,7 @@ from recsys.data.splits import PARTS
 
 CACHE = Path(__file__).parents[2] / ".cache" / "ranking_quality"
 SOURCES = {"frappe": FRAPPE, "movielens_1m": MOVIELENS_1M, "movielens_100k": MOVIELENS_100K}
-VERSION = 1  # of how rows are built; a change of it leaves the cached tables behind
+VERSIONS = {"frappe": 1, "movielens_1m": 2, "movielens_100k": 2}  # of how rows are built; another one leaves the cached tables behind
 _LABEL, _USER = "__label", "__user"
 
 
@@ -97,7 +97,7 @@ def load(name: str, cache: Path = CACHE) -> Encoded:
     if base not in SOURCES or variant not in ("", "flat"):
         raise ValueError(f"data: expected one of {', '.join(SOURCES)}, alone or with /flat, got {name!r}")
     source = SOURCES[base].fingerprint()
-    folder = cache / f"{base}-{sha256_json([VERSION, source])[:16]}"
+    folder = cache / f"{base}-{sha256_json([VERSIONS[base], source])[:16]}"
     if not (folder / "meta.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         _write(SOURCES[base].load(), folder)

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.frame import Check, Result
 from benchmarks.ranking_quality.data import CACHE, load
-from benchmarks.ranking_quality.grid import PEERS, RAW, Grid
+from benchmarks.ranking_quality.grid import PEERS, RAW, VERSION, Grid
 from recsys.core.files import sha256_json
 from recsys.evaluation.bootstrap import Interval, paired_metric_difference
 from recsys.evaluation.metrics.auc import WeightedAUC
@@ -58,7 +58,7 @@ class Comparison:
     """What the finished cells say.
 
     Args:
-        records: of a raw file. Of a model on a data set, those of its newest setting count, whatever else was trained before.
+        records: of a raw file. Of a model on a data set, those of this version and of its newest setting count, whatever was trained before.
         cache: where test predictions and encoded data stand.
     """
 
@@ -66,7 +66,7 @@ class Comparison:
         # A seed that was trained again stands at the end.
         final: dict[tuple[str, str, int], Record] = {}
         for r in records:
-            if r["stage"] == "final":
+            if r["stage"] == "final" and r["version"] == VERSION:
                 final.pop((r["data"], r["model"], r["seed"]), None)
                 final[r["data"], r["model"], r["seed"]] = r
         newest = {(r["data"], r["model"]): _setting(r) for r in final.values()}

@@ -93,7 +93,7 @@ def test_users_are_the_same_in_every_part(cache: Path) -> None:
 
 def test_another_version_of_the_rows_is_encoded_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load("frappe", cache).fingerprint
-    monkeypatch.setattr(quality_data, "VERSION", quality_data.VERSION + 1)
+    monkeypatch.setitem(quality_data.VERSIONS, "frappe", quality_data.VERSIONS["frappe"] + 1)
     assert load("frappe", cache).fingerprint != before
 
 
@@ -241,7 +241,15 @@ def planted_records(grid: Grid, cache: Path, scores: dict[str, list[np.ndarray]]
             np.save(grid.predictions(cell), values.astype(np.float32))
             labels = load("frappe", cache).parts["test"].labels
             test = {"auc": roc_auc_score(labels, values), "logloss": 0.5, "gauc": 0.5}
-            common = {"version": 1, "fingerprint": "f", "point": {}, "budget": {}, "config": {}, "dense_parameters": 1000, "seconds": 2.0}
+            common = {
+                "version": quality_grid.VERSION,
+                "fingerprint": "f",
+                "point": {},
+                "budget": {},
+                "config": {},
+                "dense_parameters": 1000,
+                "seconds": 2.0,
+            }
             records.append({"cell": cell, "data": "frappe", "model": model, "stage": "final", "seed": seed, "test": test, **common})
     return records
 
@@ -273,4 +281,5 @@ def test_the_summary_leaves_out_seeds_of_an_older_setting(cache: Path) -> None:
     labels = load("frappe", cache).parts["test"].labels
     records = planted_records(Grid(cache / "r", cache=cache), cache, {"dcnv2": [labels, labels, labels]})
     again = json.loads(json.dumps(records[0])) | {"point": {"learning_rate": 1.0}}
+    assert not Comparison([record | {"version": quality_grid.VERSION - 1} for record in records], cache).scored
     assert [len(Comparison(r, cache).scored["frappe", "dcnv2"].records) for r in (records, [*records, again])] == [3, 1]
