@@ -58,7 +58,7 @@ class Comparison:
     """What the finished cells say.
 
     Args:
-        records: of a raw file. Of a model on a data set, those of this version and of its newest setting count, whatever was trained before.
+        records: of a raw file. Of a model on a data set, those of this version and its newest setting count, whatever was trained before.
         cache: where test predictions and encoded data stand.
     """
 

@@ -69,7 +69,8 @@ class EmbeddingTables(nn.Module):
         device: where the tables live, the CPU by default.
 
     Raises:
-        ConfigError: ``dims`` names a table that the spec does not have, or ``managed`` does not name one of raw ids.
+        ConfigError: a table has a name that a module cannot have; ``dims`` names a table that the spec does not have; ``managed`` does not
+            name one of raw ids.
 
     Row-wise Adagrad (FBGEMM's EXACT_ROWWISE_ADAGRAD, `torchrec.optim.RowWiseAdagrad`) keeps one accumulator m per row, for the gradient
     g of the whole row: m ← m + mean(g²), w ← w − lr · g / (√m + eps). Rows that a batch does not look up do not change. There is no
@@ -110,6 +111,11 @@ class EmbeddingTables(nn.Module):
         self.spec, self.config = spec, config
         if absent := [table for table in config.dims if table not in {t.name for t in spec.tables}]:
             raise ConfigError(f"embedding.dims: {unknown('table', absent[0], (t.name for t in spec.tables))}")
+        if taken := [t.name for t in spec.tables if "." in t.name or hasattr(nn.ModuleDict, t.name)]:
+            raise ConfigError(
+                f"table {taken[0]!r}: expected a name without dots that torch.nn.ModuleDict does not use itself, such as {taken[0]}_id; "
+                "a feature's `table` names it"
+            )
         if unmanaged := [t.name for t in spec.tables if t.ids == "raw" and t.name not in config.managed]:
             raise ConfigError(f"embedding.managed: expected table {unmanaged[0]!r}, whose ids are raw, got {list(config.managed)}")
         self._device = device or torch.device("cpu")

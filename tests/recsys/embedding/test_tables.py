@@ -389,3 +389,10 @@ def test_the_penalty_shrinks_what_was_looked_up_and_nothing_else() -> None:
     for name, weight in weights(tables).items():
         torch.testing.assert_close(weight, before[name].detach() - 0.1 * before[name].grad)
     assert make().penalty(make()(batch)) is None
+
+
+@pytest.mark.parametrize("name", ["items", "keys", "a.b"])
+def test_a_table_that_no_module_can_hold_is_named(name: str) -> None:
+    spec = InputSpec(tables=(TableSpec(name=name, rows=5, bags=("x",)),), tasks=("click",))
+    with pytest.raises(ConfigError, match=f"table '{name}': expected a name without dots that torch.nn.ModuleDict does not use"):
+        make(spec=spec)
