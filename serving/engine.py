@@ -16,6 +16,7 @@ from recsys.core.config import parse
 from recsys.core.errors import RecsysError
 from recsys.inference.recommender import Recommender
 from recsys.inference.request import Request, Response
+from recsys.ranking.mixers import fold_mixing
 from recsys.registry import Location, Registry
 
 log = logging.getLogger("serving")
@@ -35,12 +36,15 @@ class Loaded:
 def load(uri: str, location: Location) -> Loaded:
     """Load the bundle at ``uri`` with the online store of its features, and answer one request to warm it up.
 
+    Mixing matrices that depend on parameters alone are computed here, once.
+
     Raises:
         RecsysError: the registry has no such bundle, refuses it, or its features were not materialised.
     """
     registry = Registry(location)
     name, version, _ = registry.resolve(uri)
     bundle, version = registry.load(uri)
+    fold_mixing(bundle.ranker)
     repo = parse(FeatureRepo, bundle.features, source="features.json")
     store = SQLiteStore.open(location.online_store(bundle.manifest.feature_versions))
     recommender = Recommender(bundle, OnlineReader(repo, store))

@@ -74,14 +74,15 @@ def test_the_report_is_one_self_contained_file(tiny_run) -> None:
 
 def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accept = "gates=[{kind: against_champion, metric: list.ndcg@10, margin: 1.0}]"
-    managed = "ranker.model.embedding.managed={item_id: {interval: 5}}"
-    run = execute(with_open_ids(load_recipe(Recipe, "quickstart", (*SECOND, accept, managed))), home, Console(quiet=True))
+    other = ("ranker.model.name=unimixer", "ranker.model.embedding.managed={item_id: {interval: 5}}")
+    run = execute(with_open_ids(load_recipe(Recipe, "quickstart", (*SECOND, accept, *other))), home, Console(quiet=True))
     (gate,) = run.results["champion"]["gates"]
     assert promoted(run)
     assert gate["gate"] == "champion:list.ndcg@10"
     assert "difference" in gate["note"]
     assert [e.to_version for e in PromotionLog(Location.under(home).log).events("recsys")] == [1, 2]
     assert run.results["served"]["known_user"]["model"]["version"] == 2
+    assert run.results["parity"] < 1e-4
     assert main(["rollback", "--home", str(home), "--reason", "a test"]) == 0
     assert main(["history", "--home", str(home), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
