@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch: matrix products forward and backward, bf16, CUDA, threads."""
+"""torch: matrix products forward and backward, bf16, CUDA, threads, huge pages."""
 
+import os
 from pathlib import Path
 
 import torch
 
 from pipelines.doctor.probes import Trial, expect
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def probe() -> Trial:
@@ -15,6 +18,7 @@ def probe() -> Trial:
     trial.attempt("bf16 matmul", _bf16)
     trial.attempt("CUDA", _cuda)
     trial.attempt("threads", lambda: str(torch.get_num_threads()))
+    trial.attempt("huge pages", lambda: huge_pages(_HUGE_PAGES))
     return trial
 
 
@@ -32,6 +36,17 @@ def _bf16() -> str:
     words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     units = [unit for unit in ("amx_bf16", "avx512_bf16", "bf16") if unit in words]  # the last is ARM's
     return f"in hardware ({', '.join(units)})" if units else "emulated: this CPU has no bf16 units"
+
+
+def huge_pages(setting: Path) -> str:
+    """Whether the system gives them, as its ``setting`` says, and PyTorch asks for them, as it does once `recsys` is imported."""
+    if not setting.is_file():
+        return "unknown to this system"
+    given = setting.read_text().split("[")[1].split("]")[0]
+    asked = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    if given == "never":
+        return "not given by this system: large tensors cost page faults"
+    return f"{given}; {'asked for' if asked or given == 'always' else 'not asked for: THP_MEM_ALLOC_ENABLE is not 1'}"
 
 
 def _cuda() -> str:
