@@ -60,12 +60,10 @@ class Encoder:
         self._fitted = fitted
         self._coders: dict[str, Coder] = {table: StringCoder(values) for table, values in fitted.vocabularies.items()}
         self._coders |= {feature: BucketCoder(edges) for feature, edges in fitted.edges.items()}
-        self._raw = set[str]()
         for feature in config.features:
             if isinstance(feature, Identifiers) and feature.rows is not None:
                 table = item_table(feature) if isinstance(feature, Sequence) else pooled_table(feature)
                 self._coders[table] = HashCoder(feature.rows) if feature.ids == "hashed" else RawCoder(feature.rows)
-                self._raw |= {table} if feature.ids == "raw" else set()
         for extra in (extra for f in config.features if isinstance(f, Sequence) for extra in f.extra):
             if extra.edges is not None:
                 self._coders[extra.feature] = BucketCoder(np.array(extra.edges, dtype=np.float64))
@@ -130,8 +128,9 @@ class Encoder:
         return pooled + [self._table_spec(table, sequences=tuple(keys)) for table, keys in sequences.items()]
 
     def _table_spec(self, table: str, bags: tuple[str, ...] = (), sequences: tuple[str, ...] = ()) -> TableSpec:
-        ids: Literal["rows", "raw"] = "raw" if table in self._raw else "rows"
-        return TableSpec(name=table, rows=self._coders[table].rows, bags=bags, sequences=sequences, ids=ids)
+        coder = self._coders[table]
+        ids: Literal["rows", "raw"] = "raw" if isinstance(coder, RawCoder) else "rows"
+        return TableSpec(name=table, rows=coder.rows, bags=bags, sequences=sequences, ids=ids)
 
     @property
     def feature_columns(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from recsys.core.errors import DataError
 from recsys.data.batch import RankingBatch
-from recsys.data.encoding.coders import FIRST, NO_VALUE
+from recsys.data.encoding.coders import NO_VALUE
+from recsys.data.encoding.hashing import spread
 from recsys.data.spec import InputSpec, TableSpec
 
 
@@ -46,7 +47,7 @@ def _counts(key: str, jagged: JaggedTensor, table: TableSpec) -> sparse.csr_matr
     """``[B, rows of the table]``: how often each value occurs in each row."""
     values, lengths = jagged.values().numpy(), jagged.lengths().numpy()
     if table.ids == "raw":
-        values = np.where(values == NO_VALUE, NO_VALUE, FIRST + values % (table.rows - FIRST))
+        values = np.where(values == NO_VALUE, NO_VALUE, spread(values, table.rows))
     if len(values) and not 0 <= values.min() <= values.max() < table.rows:
         raise DataError(
             f"field {key!r}: expected rows of table {table.name!r}, 0 to {table.rows - 1}, got {values.min()} to {values.max()}"

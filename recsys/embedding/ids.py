@@ -22,11 +22,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, unknown
 from recsys.data.batch import RankingBatch
-from recsys.data.encoding.coders import FIRST as FIRST_ROW
+from recsys.data.encoding.coders import FIRST, NO_VALUE, UNKNOWN
 from recsys.data.spec import InputSpec, TableSpec
-
-NO_ID = 0
-UNKNOWN_ROW = 1
 
 
 class ManagedTableConfig(BaseConfig):
@@ -56,21 +53,21 @@ class _ManagedTable(nn.Module):
     def __init__(self, table: TableSpec, config: ManagedTableConfig, device: torch.device) -> None:
         super().__init__()
         self.name, self.config = table.name, config
-        self._shared = table.rows - FIRST_ROW  # TorchRec's last slot is that of all ids without one
+        self._shared = table.rows - FIRST  # TorchRec's last slot is that of all ids without one
         self.map = _collision_module(table, config, device)
 
     def forward(self, values_n: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows of raw ids, int64 ``[N]``, and the rows that have changed hands, in training mode alone."""
-        present = values_n != NO_ID
+        present = values_n != NO_VALUE
         ids = values_n[present]
         if self.training and isinstance(self.map, MCHManagedCollisionModule):
             _make_room(self.map, ids.numel())
         lengths = torch.tensor([ids.numel()], device=ids.device)
         slots = self.map({self.name: JaggedTensor(values=ids, lengths=lengths)})[self.name].values()
         rows_n = torch.zeros_like(values_n)
-        rows_n[present] = torch.where(slots == self._shared, UNKNOWN_ROW, slots + FIRST_ROW)
+        rows_n[present] = torch.where(slots == self._shared, UNKNOWN, slots + FIRST)
         evicted = self.map.evict() if self.training else None
-        return rows_n, None if evicted is None else evicted[evicted != self._shared] + FIRST_ROW
+        return rows_n, None if evicted is None else evicted[evicted != self._shared] + FIRST
 
     def get_extra_state(self) -> Tensor:
         """Counters, then the ids since the last round with what the policy remembers of each: int64 ``[3 + seen · (1 + memories)]``."""
@@ -118,22 +115,22 @@ def _remembered(collisions: MCHManagedCollisionModule) -> list[str]:
 
 
 def _collision_module(table: TableSpec, config: ManagedTableConfig, device: torch.device) -> ManagedCollisionModule:
-    if table.rows < FIRST_ROW + 2:
-        raise ConfigError(f"embedding.managed.{table.name}: expected a table of at least {FIRST_ROW + 2} rows, got {table.rows}")
+    if table.rows < FIRST + 2:
+        raise ConfigError(f"embedding.managed.{table.name}: expected a table of at least {FIRST + 2} rows, got {table.rows}")
     if config.policy == "hash_zch":
         if device.type != "cuda":
             raise ConfigError(
                 f"embedding.managed.{table.name}.policy: 'hash_zch' trains on a GPU alone, and this table is on {device}; "
                 "expected lfu, lru or distance_lfu"
             )
-        return HashZchManagedCollisionModule(zch_size=table.rows - FIRST_ROW, device=device, total_num_buckets=1)
+        return HashZchManagedCollisionModule(zch_size=table.rows - FIRST, device=device, total_num_buckets=1)
     policies: dict[str, MCHEvictionPolicy] = {
         "lfu": LFU_EvictionPolicy(),
         "lru": LRU_EvictionPolicy(),
         "distance_lfu": DistanceLFU_EvictionPolicy(decay_exponent=config.decay),
     }
     return MCHManagedCollisionModule(
-        zch_size=table.rows - FIRST_ROW + 1, device=device, eviction_policy=policies[config.policy], eviction_interval=config.interval
+        zch_size=table.rows - FIRST + 1, device=device, eviction_policy=policies[config.policy], eviction_interval=config.interval
     )
 
 

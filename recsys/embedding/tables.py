@@ -47,9 +47,9 @@ class Embedded:
     sequences: dict[str, JaggedTensor]
 
 
-def keyed(parts: Mapping[str, Tensor], rows: int) -> KeyedTensor:
-    """``[B, width]`` for each key, one after another; B is ``rows``."""
-    values = torch.cat(list(parts.values()), dim=1) if parts else torch.empty(rows, 0)
+def keyed(parts: Mapping[str, Tensor], rows: int, device: torch.device | None = None) -> KeyedTensor:
+    """``[B, width]`` for each key, one after another; B is ``rows``, and ``device`` that of the result where there is no key."""
+    values = torch.cat(list(parts.values()), dim=1) if parts else torch.empty(rows, 0, device=device)
     return KeyedTensor(list(parts), [part.shape[1] for part in parts.values()], values)
 
 
@@ -180,7 +180,7 @@ class EmbeddingTables(nn.Module):
         if self.config.managed:
             batch, evicted = self.ids(batch)
             self._renew(evicted)
-        pooled = self.pooled(batch.sparse) if self.pooled is not None else keyed({}, len(batch))
+        pooled = self.pooled(batch.sparse) if self.pooled is not None else keyed({}, len(batch), self._device)
         if tuple(pooled.keys()) != self.spec.bag_keys:  # a sharded collection orders its values by shard
             parts = pooled.to_dict()
             pooled = keyed({key: parts[key] for key in self.spec.bag_keys}, len(batch))

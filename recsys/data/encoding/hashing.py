@@ -84,8 +84,12 @@ def hashed_rows(values: Values, rows: int, seed: int = 0) -> np.ndarray:
     """
     if rows <= FIRST:
         raise ConfigError(f"rows: expected at least {FIRST + 1} for hashed ids, got {rows}")
-    hashed = (hash64(values, seed) % np.uint64(rows - FIRST)).astype(np.int64) + FIRST
-    return np.where(_present(values), hashed, NO_VALUE)
+    return np.where(_present(values), spread(hash64(values, seed), rows), NO_VALUE)
+
+
+def spread(hashes: np.ndarray, rows: int) -> np.ndarray:
+    """Rows of a table for hashes of at least 0: int64 ``[N]`` from 2 to ``rows − 1``."""
+    return np.asarray((hashes % hashes.dtype.type(rows - FIRST)).astype(np.int64) + FIRST)
 
 
 class HashCoder:

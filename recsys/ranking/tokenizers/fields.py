@@ -19,6 +19,9 @@ class FieldTokenizer(Tokenizer):
 
     A field whose vector is D wide is taken as it is; any other goes through an affine map of its own. So a dense column x becomes
     ``x · v + b``, which is AutoInt's embedding of numerical fields (arXiv 1810.11921, §4.2) with a bias.
+
+    Attributes:
+        flat: whether the tokens are the fields' vectors themselves, so that ``[B, W]`` is ``[B, T, D]`` as it stands.
     """
 
     class Config(BaseConfig):
@@ -30,16 +33,12 @@ class FieldTokenizer(Tokenizer):
         super().__init__(widths, dim)
         self.projections = nn.ModuleList(nn.Identity() if width == dim else nn.Linear(width, dim) for width in widths.values())
         self.tokens = len(self.projections)
+        self.flat = all(width == dim for width in widths.values())
 
     @property
     def flops(self) -> int:
         """Those of the affine maps."""
         return linear_flops(self)
-
-    @property
-    def flat(self) -> bool:
-        """Whether the tokens are the fields' vectors themselves, so that ``[B, W]`` is ``[B, T, D]`` as it stands."""
-        return all(width == self.dim for width in self.widths.values())
 
     def forward(self, x_bw: Tensor) -> Tensor:
         """See `Tokenizer.forward`."""
