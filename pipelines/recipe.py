@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe of a whole run, from raw events to a promoted bundle."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from feature_store.definitions import FeatureRepo
 from recsys.core.components import component_config
 from recsys.core.config import Config
 from recsys.data.encoding.config import EncoderConfig
 from recsys.data.windows import SequenceLoader
-from recsys.ranking.calibration import NoCalibration
+from recsys.ranking.calibration import NoCalibration, Undersampling
 from recsys.registry.gates import Gate
 from recsys.training.trainer import Trainer
 
@@ -33,13 +35,24 @@ class RankerRecipe(Config):
     Attributes:
         model: the ranker.
         training: how it is trained.
-        calibration: from its probabilities to those that are served and measured, fitted on the validation period: ``platt``, ``isotonic``
-            or ``none``.
+        negatives: the share of the training events with a label of 0 that is trained on, drawn by seed. Validation and test keep all of
+            theirs, so that what is measured needs no weights.
+        calibration: from its probabilities to those that are served and measured, fitted on the validation period: ``platt``,
+            ``isotonic``, ``undersampling`` or ``none``.
     """
 
     model: component_config("ranker")  # type: ignore[valid-type]
     training: Training
+    negatives: float = Field(1.0, gt=0, le=1)
     calibration: component_config("calibration") = NoCalibration.Config()  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _undoes_sampling(self) -> Self:
+        if self.negatives < 1 and self.calibration.name == "none":
+            raise ValueError(f"calibration: none, but negatives is {self.negatives:g}; expected undersampling, platt or isotonic")
+        if isinstance(self.calibration, Undersampling.Config) and self.calibration.rate != self.negatives:
+            raise ValueError(f"calibration.rate: expected the value of negatives, {self.negatives:g}, got {self.calibration.rate:g}")
+        return self
 
 
 class RetrieverRecipe(Config):

@@ -23,7 +23,7 @@ from recsys.data.splits import PARTS
 from recsys.evaluation.metrics.auc import auc
 from recsys.evaluation.metrics.log_loss import log_loss
 from recsys.inference.frame import ranking_frame
-from recsys.ranking.calibration import Calibrator
+from recsys.ranking.calibration import Calibrator, undersampling_correction
 from recsys.ranking.model import Ranker
 from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
@@ -68,10 +68,14 @@ def build_frames(prepared: Prepared, folder: Path) -> Frames:
     for part in PARTS:
         tables[part] = ranking_frame(prepared.reader, prepared.impressions(part))
         paths[part] = folder / f"{part}.parquet"
-        temporary = paths[part].with_suffix(".tmp")
-        pq.write_table(tables[part], temporary, row_group_size=_ROW_GROUP)
-        temporary.rename(paths[part])
+        _write(tables[part], paths[part])
     return Frames(paths, tables)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary, row_group_size=_ROW_GROUP)
+    temporary.rename(path)
 
 
 def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Path, tracker: Tracker) -> RankingResult:
@@ -81,16 +85,16 @@ def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Pa
     torch.manual_seed(recipe.seed)
     ranker: Ranker = components.get("ranker", recipe.ranker.model.name)(recipe.ranker.model, encoder.spec)
     training = recipe.ranker.training
-    loader = ParquetLoader([frames.paths["train"]], encoder.transform, batch_size=training.batch_size, seed=recipe.seed)
+    labels = {part: _labels(batches[part]) for part in PARTS}
+    path = _sample_negatives(frames, labels["train"], recipe)
+    loader = ParquetLoader([path], encoder.transform, batch_size=training.batch_size, seed=recipe.seed)
 
     def validate(model: nn.Module) -> dict[str, float]:
-        predicted = _predict(model, batches["valid"])
-        labels = _labels(batches["valid"])
-        return {"auc": auc(labels, predicted), "logloss": log_loss(labels, predicted)}
+        predicted = undersampling_correction(_predict(model, batches["valid"]), recipe.ranker.negatives)
+        return {"auc": auc(labels["valid"], predicted), "logloss": log_loss(labels["valid"], predicted)}
 
     trainer = Trainer(training.trainer, run_dir, tracker=tracker, context=prepared.context(recipe.seed))
     history = trainer.fit(ranker, loader, validate)
-    labels = {part: _labels(batches[part]) for part in PARTS}
     base_rate = float(labels["train"].mean())
     calibration: Calibrator = components.build("calibration", recipe.ranker.calibration)
     calibration.fit(labels["valid"], _predict(ranker, batches["valid"]), _weights(batches["valid"]))
@@ -100,6 +104,17 @@ def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Pa
         "base_rate": np.full(len(labels["test"]), base_rate),
     }
     return RankingResult(encoder, ranker.eval(), calibration, history, probabilities, labels["test"], base_rate)
+
+
+def _sample_negatives(frames: Frames, labels: np.ndarray, recipe: Recipe) -> Path:
+    """The Parquet file to train on: the train part's own, or one beside it without the negatives that are left out."""
+    if recipe.ranker.negatives == 1:
+        return frames.paths["train"]
+    random = np.random.default_rng([recipe.seed, 0])
+    kept = (labels != 0) | (random.random(len(labels)) < recipe.ranker.negatives)
+    path = frames.paths["train"].with_name("train_sampled.parquet")
+    _write(frames.tables["train"].filter(pa.array(kept)), path)
+    return path
 
 
 def _encode(encoder: Encoder, table: pa.Table) -> list[RankingBatch]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal, Self
 
 import numpy as np
+from pydantic import Field
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
@@ -95,22 +96,6 @@ def from_state(state: dict[str, Any]) -> Calibrator:
     return calibrator
 
 
-def undersampling_correction(probabilities: Any, rate: float) -> np.ndarray:
-    """What a model would say had it seen all negatives: ``p / (p + (1 − p) / w)`` (He et al., ADKDD 2014, §6.3).
-
-    Args:
-        probabilities: of a model trained on all positives and a random share of the negatives.
-        rate: w, that share, above 0 and at most 1.
-
-    Raises:
-        ValueError: the rate is outside its range.
-    """
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate: expected a share above 0 and at most 1, got {rate!r}")
-    p = np.asarray(probabilities, np.float64)
-    return np.asarray(p / (p + (1 - p) / rate))
-
-
 @register("calibration", "none")
 class NoCalibration(Calibrator):
     """Probabilities as the ranker gives them."""
@@ -133,6 +118,43 @@ class NoCalibration(Calibrator):
 
     def load_numbers(self, numbers: dict[str, Any]) -> None:
         """There are none."""
+
+
+def undersampling_correction(probabilities: Any, rate: float) -> np.ndarray:
+    """What a model would say had it seen all negatives: ``p / (p + (1 − p) / w)`` (He et al., ADKDD 2014, §6.3).
+
+    Args:
+        probabilities: of a model trained on all positives and a random share of the negatives.
+        rate: w, that share, above 0 and at most 1.
+
+    Raises:
+        ValueError: the rate is outside its range.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate: expected a share above 0 and at most 1, got {rate!r}")
+    p = np.asarray(probabilities, np.float64)
+    return np.asarray(p / (p + (1 - p) / rate))
+
+
+@register("calibration", "undersampling")
+class Undersampling(NoCalibration):
+    """`undersampling_correction` by a known rate: nothing is fitted. `Platt` and `Isotonic` find it by themselves, on all negatives."""
+
+    class Config(BaseConfig):
+        """The rate.
+
+        Attributes:
+            rate: the share of the negatives that the ranker was trained on, ``ranker.negatives`` of a recipe.
+        """
+
+        name: Literal["undersampling"] = "undersampling"
+        rate: float = Field(gt=0, le=1)
+
+    config: Config
+
+    def apply(self, probabilities: Any) -> np.ndarray:
+        """See `Calibrator.apply`."""
+        return undersampling_correction(probabilities, self.config.rate)
 
 
 @register("calibration", "platt")

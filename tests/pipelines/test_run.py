@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from pipelines.cli import main
 from pipelines.recipe import Recipe
 from pipelines.run import execute, promoted
 from recsys.core.config import load_recipe, parse
+from recsys.core.errors import ConfigError
 from recsys.data.encode import Encoder
 from recsys.registry import Location, PromotionLog
 
@@ -74,7 +76,8 @@ def test_the_report_is_one_self_contained_file(tiny_run) -> None:
 
 def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accept = "gates=[{kind: against_champion, metric: list.ndcg@10, margin: 1.0}]"
-    other = ("ranker.model.name=unimixer", "ranker.model.embedding.managed={item_id: {interval: 5}}")
+    sampled = ("ranker.negatives=0.25", "ranker.calibration={name: undersampling, rate: 0.25}")
+    other = ("ranker.model.name=unimixer", "ranker.model.embedding.managed={item_id: {interval: 5}}", *sampled)
     run = execute(with_open_ids(load_recipe(Recipe, "quickstart", (*SECOND, accept, *other))), home, Console(quiet=True))
     (gate,) = run.results["champion"]["gates"]
     assert promoted(run)
@@ -83,6 +86,12 @@ def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.C
     assert [e.to_version for e in PromotionLog(Location.under(home).log).events("recsys")] == [1, 2]
     assert run.results["served"]["known_user"]["model"]["version"] == 2
     assert run.results["parity"] < 1e-4
+    frames = next(run.directory.rglob("train_sampled.parquet")).parent
+    labels, kept = (pq.read_table(frames / name)["rating"].to_numpy() >= 4 for name in ("train.parquet", "train_sampled.parquet"))
+    assert kept.sum() == labels.sum()
+    assert (~kept).sum() == pytest.approx(0.25 * (~labels).sum(), rel=0.2)
+    state = json.loads(next(run.directory.rglob("calibration.json")).read_text())
+    assert state["config"] == {"name": "undersampling", "rate": 0.25}
     assert main(["rollback", "--home", str(home), "--reason", "a test"]) == 0
     assert main(["history", "--home", str(home), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
@@ -98,6 +107,19 @@ def test_a_failed_gate_ends_with_status_1_and_a_report(home: Path) -> None:
     assert log.events("recsys")[-1].action == "refuse"
     newest = max((home / "quickstart").iterdir())
     assert "It was refused" in (newest / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ranker.negatives=0.5"], "calibration: none, but negatives is 0.5; expected undersampling, platt or isotonic"),
+        (["ranker.calibration={name: undersampling, rate: 0.5}"], "calibration.rate: expected the value of negatives, 1, got 0.5"),
+        (["ranker.negatives=0"], "ranker.negatives"),
+    ],
+)
+def test_sampled_negatives_without_their_correction_are_an_error(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(Recipe, "quickstart", overrides)
 
 
 def test_a_typo_in_an_override_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from recsys.core import components
 from recsys.core.errors import ComponentError, ConfigError, DataError
 from recsys.evaluation.metrics.auc import auc
 from recsys.evaluation.metrics.calibration import expected_calibration_error
-from recsys.ranking.calibration import Calibrator, Isotonic, NoCalibration, Platt, from_state, undersampling_correction
+from recsys.ranking.calibration import Calibrator, Isotonic, NoCalibration, Platt, Undersampling, from_state, undersampling_correction
 
 NAMES = ["platt", "isotonic", "none"]
 N = 20_000
@@ -142,6 +142,14 @@ def test_the_correction_inverts_sampling_exactly(rate: float) -> None:
     inside = (true > 0) & (true < 1)
     shift = logit(undersampling_correction(true[inside], rate)) - logit(true[inside])
     np.testing.assert_allclose(shift, math.log(rate), atol=1e-9)
+
+
+def test_the_undersampling_calibrator_is_the_correction_and_learns_nothing() -> None:
+    labels, probabilities = planted(0.6, 0.4, 500)
+    calibrator = Undersampling(Undersampling.Config(rate=0.2)).fit(labels, probabilities)
+    expected = undersampling_correction(probabilities, 0.2)
+    assert np.array_equal(calibrator.apply(probabilities), expected)
+    assert np.array_equal(from_state(json.loads(json.dumps(calibrator.state()))).apply(probabilities), expected)
 
 
 def test_the_correction_of_counted_events_is_their_rate() -> None:
