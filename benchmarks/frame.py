@@ -79,10 +79,15 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
         raise ValueError(f"a ratio needs at least {MIN_PAIRS} pairs of equal number, got {len(ours)} and {len(theirs)}")
     if min(*ours, *theirs) <= 0:
         raise ValueError("a ratio needs positive values")
-    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-    mean, n = statistics.fmean(logs), len(logs)
-    half = float(student.ppf(0.5 + LEVEL / 2, n - 1)) * statistics.stdev(logs) / math.sqrt(n)
-    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), n)
+    mean, low, high = mean_interval([math.log(a / b) for a, b in zip(ours, theirs, strict=True)])
+    return Ratio(math.exp(mean), math.exp(low), math.exp(high), len(ours))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of at least two values, and the lower and the upper end of its interval at `LEVEL` (Student's t)."""
+    mean, n = statistics.fmean(values), len(values)
+    half = float(student.ppf(0.5 + LEVEL / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return mean, mean - half, mean + half
 
 
 @dataclass

@@ -7,7 +7,6 @@ of 0.5; the rest is routing, and products with fewer rows each. Both ways of 1:2
 products. Quality is the AUC of a small TokenMixer-Large on planted impressions, several seeds of each form, 1:4 among them.
 """
 
-import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
-from benchmarks.frame import LEVEL, Check, Result, ratio
+from benchmarks.frame import Check, Result, mean_interval, ratio
 from recsys.core.config import Config, validate
 from recsys.evaluation.metrics.auc import auc
 from recsys.ranking.models import TokenMixerLarge
@@ -121,18 +119,14 @@ def _auc(per_token: Config, data: PlantedData, rows: int, seed: int) -> float:
     return auc(labels, predicted)
 
 
-def _difference(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """The mean difference over seeds and its 90% interval (Student's t)."""
-    found = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.fmean(found)
-    half = float(student.ppf(0.5 + LEVEL / 2, len(found) - 1)) * statistics.stdev(found) / math.sqrt(len(found))
-    return mean, mean - half, mean + half
-
-
 def _result(seconds: dict[str, dict[str, list[float]]], quality: dict[str, list[float]]) -> Result:
     ratios = {what: {name: ratio(times[name], times["dense"]) for name in SPARSE} for what, times in seconds.items()}
     rows: list[dict[str, Any]] = []
-    differences = {name: _difference(found, quality["dense"]) for name, found in quality.items() if name != "dense"}
+    differences = {
+        name: mean_interval([a - b for a, b in zip(found, quality["dense"], strict=True)])
+        for name, found in quality.items()
+        if name != "dense"
+    }
     for name in quality:
         layer = SwiGLU(DENSE, TOKENS, DIM) if name == "dense" else SparseMoE((SPARSE | QUARTER)[name], TOKENS, DIM)
         row: dict[str, Any] = {"layer": name, "parameters": sum(p.numel() for p in layer.parameters()), "MFLOP / row": layer.flops / 1e6}

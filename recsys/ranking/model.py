@@ -2,8 +2,9 @@
 """What every ranker offers to training, to evaluation and to serving."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,8 @@ class Ranker(nn.Module, ABC):
         history: component_config("history") = TargetAttention.Config()  # type: ignore[valid-type]
 
     config: Config
+    compile_options: ClassVar[Mapping[str, str | int | bool]] = {}
+    """For ``torch.compile``."""
 
     def __init__(self, config: Config, spec: InputSpec) -> None:
         super().__init__()
@@ -111,7 +114,7 @@ class Ranker(nn.Module, ABC):
         for part in parts:
             for module in part if isinstance(part, nn.ModuleList) else (part,):
                 if any(True for _ in module.parameters()):
-                    module.compile()
+                    module.compile(options=dict(self.compile_options))
 
     def embed(self, batch: RankingBatch) -> Embedded:
         """Look the batch up in the tables.

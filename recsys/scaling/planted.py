@@ -14,6 +14,8 @@ a saddle (the "leap" of Abbe et al., arXiv 2302.11055).
 - high_order: ``Σ_k z_ak z_bk z_ck …`` over ``order`` fields of different groups: a parity where factors are signs.
 - token_wise: for each group, ``Σ_j cos(Σ_f (ω_jf · z_f) + β_j)`` over its own fields less its mean and main effects: a function that a
   token's own network can learn, another one for each token.
+- token_pairs: products of the functions of two groups: what interacts are the groups' own readings, as user's and item's preferences do,
+  and not single fields.
 - sequence: ``Σ_i w_i S[candidate, item_i]`` with weights γ^age over the history, and S a kernel ``exp(z_c · z_i / τ)`` of latent items.
 
 Only numpy draws rows; 4096 rows are drawn at a time by (seed, number of the block), so that any rows can be drawn by themselves.
@@ -29,7 +31,7 @@ from pydantic import Field, model_validator
 from recsys.core.config import Config as BaseConfig
 
 BLOCK = 4096
-PARTS = ("main", "pairwise", "high_order", "token_wise", "sequence")
+PARTS = ("main", "pairwise", "high_order", "token_wise", "token_pairs", "sequence")
 _SLOTS = 1 << 16  # probabilities are multiples of 1/65536, so that a uint16 draws a value and the distribution is known exactly
 _WAVES = 4  # cosines in a group's function
 _TEMPERATURE = 1.5  # of the kernel between items
@@ -42,6 +44,7 @@ class Shares(BaseConfig):
     pairwise: float = Field(0.2, ge=0, le=1)
     high_order: float = Field(0.2, ge=0, le=1)
     token_wise: float = Field(0.3, ge=0, le=1)
+    token_pairs: float = Field(0.0, ge=0, le=1)
     sequence: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -72,6 +75,7 @@ class Impressions(BaseConfig):
         order: fields in a product of the high-order part.
         products: how many products there are.
         pairs: how many pairs of fields interact.
+        group_pairs: how many pairs of groups do.
         frequency: standard deviation of a group's phase; more of it makes the groups' functions rougher.
         shares: of the logit's variance.
         logit_std: standard deviation of the logit.
@@ -92,6 +96,7 @@ class Impressions(BaseConfig):
     order: int = Field(3, ge=3)
     products: int = Field(6, ge=1)
     pairs: int = Field(10, ge=1)
+    group_pairs: int = Field(6, ge=1)
     frequency: float = Field(1.5, gt=0)
     shares: Shares = Shares()
     logit_std: float = Field(1.6, gt=0)
@@ -125,7 +130,7 @@ class Rows:
         events: int64 ``[B, history]``, newest first, so that column i is i events old; from ``lengths`` on, without meaning.
         lengths: int64 ``[B]``.
         labels: float32 ``[B]``.
-        parts: float64 ``[B, 5]``, the parts of the logit in the order of `PARTS`; they sum to the logit less its bias.
+        parts: float64 ``[B, 6]``, the parts of the logit in the order of `PARTS`; they sum to the logit less its bias.
     """
 
     values: np.ndarray
@@ -172,6 +177,7 @@ class Planted:
         self._products = _subsets(random, self.groups, config.order, config.products)
         self._plant_waves(random)
         self._plant_items(random)
+        self._group_pairs = _subsets(random, [(g,) for g in range(config.groups)], 2, config.group_pairs)
         self._scale = config.logit_std * np.sqrt(config.shares.as_array())
 
     def rows(self, start: int, count: int) -> Rows:
@@ -223,7 +229,7 @@ class Planted:
         """Phases of every value in every wave of its group, the groups' main effects, and their exact variances."""
         self._phases: list[np.ndarray] = [np.empty(0)] * self.config.fields
         self._purged: list[np.ndarray] = [np.empty(0)] * self.config.fields
-        self._means, variance = [], 0.0
+        self._means, self._variances = [], []
         for group in self.groups:
             width = len(group) * self.config.latent
             for f in group:
@@ -238,8 +244,7 @@ class Planted:
                 self._purged[f] = (np.exp(1j * phases[i]) * others).real.sum(axis=1) - mean
                 explained += float(p[i] @ self._purged[f] ** 2)
             self._means.append(mean)
-            variance += _second_moment(phases, p) - mean**2 - explained
-        self._wave_scale = 1 / np.sqrt(variance)
+            self._variances.append(_second_moment(phases, p) - mean**2 - explained)
 
     def _plant_items(self, random: np.random.Generator) -> None:
         config = self.config
@@ -262,7 +267,7 @@ class Planted:
         self._weights = np.divide(weights, norms, out=np.zeros_like(weights), where=norms > 0) / np.sqrt(share)
 
     def _parts(self, values: np.ndarray, dense: np.ndarray, candidate: np.ndarray, events: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The five parts, unscaled: ``[B, 5]``; ``values`` is ``[fields, B]``."""
+        """The parts, unscaled: ``[B, 6]``; ``values`` is ``[fields, B]``."""
         z = [factors.take(v, axis=0) for factors, v in zip(self._factors, values, strict=True)]
         parts = np.zeros((len(dense), len(PARTS)))
         parts[:, 0] = dense @ self._dense_effects
@@ -270,16 +275,23 @@ class Planted:
             parts[:, 0] += effect.take(v)
         parts[:, 1] = self._sum_of_products(z, self._pairs)
         parts[:, 2] = self._sum_of_products(z, self._products)
-        for group, mean in zip(self.groups, self._means, strict=True):
-            phase = sum(self._phases[f].take(values[f], axis=0) for f in group)
-            parts[:, 3] += np.cos(phase).sum(axis=1) - mean
-            for f in group:
-                parts[:, 3] -= self._purged[f].take(values[f])
-        parts[:, 3] *= self._wave_scale
+        functions = [self._group_function(group, mean, values) for group, mean in zip(self.groups, self._means, strict=True)]
+        parts[:, 3] = sum(functions) / np.sqrt(sum(self._variances))
+        for a, b in self._group_pairs:
+            norm = np.sqrt(self._variances[a] * self._variances[b] * len(self._group_pairs))
+            parts[:, 4] += functions[a] * functions[b] / norm
         if self.config.history:
             parts[:, 0] += self._item_effects[candidate]
-            parts[:, 4] = np.einsum("bl,bl->b", self._weights[lengths], self._kernel[candidate[:, None], events])
+            parts[:, 5] = np.einsum("bl,bl->b", self._weights[lengths], self._kernel[candidate[:, None], events])
         return parts
+
+    def _group_function(self, group: tuple[int, ...], mean: float, values: np.ndarray) -> np.ndarray:
+        """A group's function less its mean and main effects, ``[B]``."""
+        phase = sum(self._phases[f].take(values[f], axis=0) for f in group)
+        function: np.ndarray = np.cos(phase).sum(axis=1) - mean
+        for f in group:
+            function = function - self._purged[f].take(values[f])
+        return function
 
     def _sum_of_products(self, z: list[np.ndarray], subsets: list[tuple[int, ...]]) -> np.ndarray:
         """Factors are white and fields independent, so every product's variance is ``latent``."""

@@ -48,6 +48,12 @@ def permutation(tokens: int, heads: int) -> Tensor:
 class BlockMixing(Mixer):
     """What `UniMixing` and `UniMixingLite` share: blocks, constraints and temperature; they differ in how the matrices are parameterised.
 
+    **Where they start matters.** Logits of noise alone make both matrices nearly uniform: every number becomes the mean of all, and the
+    gradient of a single logit is small. On planted data such a model learned nothing of what two tokens make together in a thousand steps
+    at a learning rate of 0.001 (docs/results/scaling.md). With ``permutation_gain`` c the matrices start within
+    ``(n − 1) / (exp(c / τ) + n − 1)`` of RankMixer's permutation G, and likewise (with B for n) of I, and learn from there. Since c is
+    divided by τ, a large c means matrices that hardly learn once τ has fallen; without constraints c = 1 is the rule.
+
     With constraints, ``W̄ = sinkhorn((W + Wᵀ) / 2τ)`` for the global matrix and every local one (§4.3). The matrices depend on
     parameters alone, so that a step pays for them once, whatever the batch; `fold_mixing` computes them once and for all, for serving.
 
@@ -58,10 +64,10 @@ class BlockMixing(Mixer):
         config: the subclass's.
         tokens: T.
         dim: D.
-        block: B.
 
     Raises:
-        ConfigError: B does not divide ``T · D``; the damped scaling is asked for without symmetry.
+        ConfigError: B does not divide ``T · D``; the damped scaling is asked for without symmetry; with ``permutation_gain``, the blocks
+            are not slices of tokens, or the permutation is not symmetric though the matrices are.
     """
 
     class Config(BaseConfig):
@@ -77,7 +83,9 @@ class BlockMixing(Mixer):
             scaling: ``alternating`` (rows sum to one exactly; symmetric only in the limit) or ``damped`` (exactly symmetric, slower):
                 see `recsys.ranking.sinkhorn.sinkhorn`.
             temperature: τ.
-            init_std: of the initial logits.
+            init_std: of the noise in the initial logits.
+            permutation_gain: c; the logits start as ``c G`` and ``c I`` plus the noise, G being RankMixer's permutation; 0 for noise alone.
+                B must then divide D, and ``block: null`` means ``D / T``, RankMixer's slice.
         """
 
         block: int | None = Field(None, ge=1)
@@ -87,9 +95,12 @@ class BlockMixing(Mixer):
         scaling: Literal["alternating", "damped"] = "alternating"
         temperature: Temperature.Config = Temperature.Config()
         init_std: float = Field(0.02, ge=0)
+        permutation_gain: float = Field(0.0, ge=0)
 
-    def __init__(self, config: Config, tokens: int, dim: int, block: int) -> None:
+    def __init__(self, config: Config, tokens: int, dim: int) -> None:
         super().__init__(tokens, dim)
+        default = dim // tokens if config.permutation_gain and dim % tokens == 0 else nearest_divisor(tokens * dim)
+        block = default if config.block is None else config.block
         if tokens * dim % block:
             raise ConfigError(f"block: expected a divisor of tokens * dim = {tokens} * {dim} = {tokens * dim}, got {block}")
         if config.scaling == "damped" and not config.symmetric:
@@ -97,11 +108,25 @@ class BlockMixing(Mixer):
         self.config: BlockMixing.Config = config
         self.block, self.blocks = block, tokens * dim // block
         self.temperature = Temperature(config.temperature) if config.constrained else None
+        if config.permutation_gain:
+            self._permutation()  # so that one which cannot be is found before any weight is drawn
 
     @property
     def flops(self) -> int:
         """``2 L B + 2 L n``: local and global product. The matrices themselves cost the same for any batch and are left out."""
         return 2 * self.tokens * self.dim * (self.block + self.blocks)
+
+    def _permutation(self) -> Tensor:
+        """G ``[n, n]``: RankMixer's permutation of blocks."""
+        if self.dim % self.block:
+            raise ConfigError(f"permutation_gain: expected a block that divides dim={self.dim}, got block={self.block}")
+        target = permutation(self.tokens, self.dim // self.block)
+        if self.config.constrained and self.config.symmetric and not torch.equal(target, target.T):
+            raise ConfigError(
+                f"permutation_gain: with block={self.block}, tokens={self.tokens} and dim={self.dim} the permutation is not symmetric; "
+                "expected symmetric=false, or block = dim / tokens"
+            )
+        return target
 
     @abstractmethod
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -144,33 +169,24 @@ def nearest_divisor(length: int) -> int:
 class UniMixing(BlockMixing):
     """UniMixing (arXiv 2604.00590, §4.2-4.3): `mix_blocks` with a full matrix for each block. ``n² + n B²`` parameters.
 
-    ``B = D / H``, ``W_G = G`` and ``W_B = I`` is RankMixer's mixing with H heads. With ``permutation_gain`` c the initial logits are
-    ``c G`` and ``c I`` plus noise, so that the matrices start within ``(n − 1) / (exp(c / τ) + n − 1)`` of G, and likewise (with B for n)
-    of I. Since c is divided by τ, a large c means matrices that hardly learn once τ has fallen; without constraints c = 1 is the rule.
+    ``B = D / H``, ``W_G = G`` and ``W_B = I`` is RankMixer's mixing with H heads.
 
     The paper says that logits are symmetrised and the temperature falls linearly from 1.0 to 0.05. Chosen where it is silent: B, 20
     iterations, initial logits from N(0, 0.02²), and how many steps the fall takes.
 
     Raises:
-        ConfigError: as in `BlockMixing`; with ``permutation_gain``, the blocks are not slices of tokens, or the permutation is not
-            symmetric though the matrices are.
+        ConfigError: as in `BlockMixing`.
     """
 
     class Config(BlockMixing.Config):
-        """See `BlockMixing.Config`.
-
-        Attributes:
-            permutation_gain: c; 0 for noise alone. B must then divide D, and ``block: null`` means ``D / T``, RankMixer's slice.
-        """
+        """See `BlockMixing.Config`."""
 
         name: Literal["uni_mixing"] = "uni_mixing"
-        permutation_gain: float = Field(0.0, ge=0)
 
     config: Config
 
     def __init__(self, config: Config, tokens: int, dim: int) -> None:
-        default = dim // tokens if config.permutation_gain and dim % tokens == 0 else nearest_divisor(tokens * dim)
-        super().__init__(config, tokens, dim, default if config.block is None else config.block)
+        super().__init__(config, tokens, dim)
         self.global_weight = nn.Parameter(torch.empty(self.blocks, self.blocks))
         self.local_weight = nn.Parameter(torch.empty(self.blocks, self.block, self.block))
         self.reset_parameters()
@@ -181,19 +197,8 @@ class UniMixing(BlockMixing):
             nn.init.normal_(weight, std=self.config.init_std)
         if gain := self.config.permutation_gain:
             with torch.no_grad():
-                self.global_weight.add_(self._target().to(self.global_weight), alpha=gain)
+                self.global_weight.add_(self._permutation().to(self.global_weight), alpha=gain)
                 self.local_weight.add_(torch.eye(self.block).to(self.local_weight), alpha=gain)
-
-    def _target(self) -> Tensor:
-        if self.dim % self.block:
-            raise ConfigError(f"permutation_gain: expected a block that divides dim={self.dim}, got block={self.block}")
-        target = permutation(self.tokens, self.dim // self.block)
-        if self.config.constrained and self.config.symmetric and not torch.equal(target, target.T):
-            raise ConfigError(
-                f"permutation_gain: with block={self.block}, tokens={self.tokens} and dim={self.dim} the permutation is not symmetric; "
-                "expected symmetric=false, or block = dim / tokens"
-            )
-        return target
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """See `BlockMixing.weights`."""

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.core.components import register
-from recsys.ranking.mixers.uni_mixing import BlockMixing, nearest_divisor
+from recsys.ranking.mixers.uni_mixing import BlockMixing
 from recsys.ranking.sinkhorn import full_precision
 
 
@@ -21,7 +21,9 @@ class UniMixingLite(BlockMixing):
     any permutation as the scale of the logits allows.
 
     Chosen where the paper is silent: symmetric logits and the temperature as in UniMixing; ω without a softmax; b = 4, and r the smaller
-    of n and 64; initial values such that the logits have the standard deviation ``init_std``, as in UniMixing.
+    of n and 64; initial values such that the logits have the standard deviation ``init_std``, as in UniMixing. With
+    ``permutation_gain`` the first basis starts as ``c I``, and ``A B`` as ``c G P Pᵀ`` with a random projection P of rank r: ``c G`` itself
+    where r = n, else ``c G`` plus noise of c times about ``√(1 / r − 1 / n)``.
 
     Raises:
         ConfigError: as in `BlockMixing`.
@@ -42,7 +44,7 @@ class UniMixingLite(BlockMixing):
     config: Config
 
     def __init__(self, config: Config, tokens: int, dim: int) -> None:
-        super().__init__(config, tokens, dim, nearest_divisor(tokens * dim) if config.block is None else config.block)
+        super().__init__(config, tokens, dim)
         rank = min(self.blocks, 64) if config.rank is None else config.rank
         self.bases = nn.Parameter(torch.empty(config.bases, self.block, self.block))
         self.coefficients = nn.Parameter(torch.empty(self.blocks, config.bases))
@@ -56,6 +58,17 @@ class UniMixingLite(BlockMixing):
         nn.init.normal_(self.coefficients, std=self.config.bases**-0.5)
         for factor in (self.left, self.right):
             nn.init.normal_(factor, std=(self.config.init_std / self.left.shape[1] ** 0.5) ** 0.5)
+        if gain := self.config.permutation_gain:
+            self._start_at_permutation(gain)
+
+    @torch.no_grad()
+    def _start_at_permutation(self, gain: float) -> None:
+        n, rank = self.left.shape
+        projection = torch.eye(n, rank) if rank >= n else nn.init.orthogonal_(torch.empty(n, rank), gain=(n / rank) ** 0.5)
+        self.left.add_((self._permutation() @ projection).to(self.left), alpha=gain)
+        self.right.add_(projection.T.to(self.right))
+        self.bases[0].add_(torch.eye(self.block).to(self.bases), alpha=gain)
+        self.coefficients[:, 0] = 1.0
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """See `BlockMixing.weights`."""

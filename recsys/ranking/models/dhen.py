@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DHEN (Meta, arXiv 2203.11014)."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +30,10 @@ class DHEN(TokenRanker):
     - LayerNorm over the width of each token; the last tokens one after another, then an MLP for each task;
     - sizes, and the rank of the cross layer.
     """
+
+    # With vector instructions the CPU kernel of its layers' backward pass writes beyond memory and ends the process (PyTorch 2.13, see
+    # pytorch/pytorch#181618). Without them it is right.
+    compile_options: ClassVar[Mapping[str, str | int | bool]] = {"cpp.simdlen": 1}
 
     class Config(TokenRanker.Config):
         """``mixer.interactions`` names the members; ``dim`` equals the embeddings' by default, so that their vectors are the tokens."""

@@ -84,17 +84,30 @@ def test_the_permutation_is_written_out(tokens: int, heads: int) -> None:
     np.testing.assert_array_equal(permutation(tokens, heads).numpy(), expected)
 
 
+@pytest.mark.parametrize("cls", KINDS)
 @pytest.mark.parametrize("scaling", ["alternating", "damped"])
-def test_with_permutation_gain_it_starts_as_rankmixer(scaling: str) -> None:
+def test_with_permutation_gain_it_starts_as_rankmixer(cls: type, scaling: str) -> None:
     gain, temperature, tokens, dim = 10.0, 0.5, 4, 8
     settings = {"permutation_gain": gain, "init_std": 0, "scaling": scaling, "temperature": {"start": temperature}}
-    module, x = build(tokens=tokens, dim=dim, **settings), rows(tokens, dim)
+    module, x = build(cls, tokens, dim, **settings), rows(tokens, dim)
     assert module.block == dim // tokens
     global_nn, local_nio = module.matrices()
     odds = math.exp(gain / temperature)
     for got, target, n in ((global_nn, permutation(4, 4), 16), (local_nio, torch.eye(2).expand(16, 2, 2), 2)):
         assert (got - target).abs().max().item() == pytest.approx((n - 1) / (odds + n - 1), rel=1e-6)
     torch.testing.assert_close(module(x), mix(x, tokens), rtol=0, atol=1e-6)
+
+
+def test_lite_of_lower_rank_starts_near_the_permutation() -> None:
+    """The projection leaves noise of about gain √(1 / r − 1 / n), far below the gain."""
+    gain, n, rank = 5.0, 64, 32
+    target = permutation(8, 8).double()
+    logits = build(UniMixingLite, 8, 16, block=2, rank=rank, permutation_gain=gain, init_std=0).weights()[0].detach()
+    assert torch.linalg.matrix_rank(logits) == rank
+    assert (logits * target).sum() / n == pytest.approx(gain, rel=1e-6)
+    noise = (logits - gain * target).std().item()
+    assert noise == pytest.approx(gain * math.sqrt(1 / rank - 1 / n), rel=0.15)
+    assert (logits.argmax(dim=1) == target.argmax(dim=1)).all()
 
 
 def test_without_constraints_a_gain_of_one_is_the_rule() -> None:

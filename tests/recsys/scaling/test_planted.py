@@ -15,7 +15,7 @@ from recsys.scaling.bounds import bounds, expected_auc, expected_log_loss
 from recsys.scaling.data import PlantedData, PlantedLoader
 from recsys.scaling.planted import BLOCK, PARTS, Impressions, Planted, Shares
 
-SHARES = Shares(main=0.3, pairwise=0.1, high_order=0.2, token_wise=0.25, sequence=0.15)
+SHARES = Shares(main=0.25, pairwise=0.1, high_order=0.15, token_wise=0.2, token_pairs=0.15, sequence=0.15)
 HISTORY = {"shares": SHARES, "history": 6, "items": 40}
 SMALL = {"fields": 6, "groups": 3, "cardinality": (5, 12), "valid": 500, "test": 700, "reference": 1000}
 
@@ -43,14 +43,18 @@ def test_the_variances_are_exact_by_enumeration() -> None:
     assert weight.sum() == pytest.approx(1)
     count = values.shape[1]
     empty = np.zeros((count, 0))
-    parts = planted._parts(values, empty, np.zeros(count, int), empty.astype(int), np.zeros(count, int))[:, :4]
+    parts = planted._parts(values, empty, np.zeros(count, int), empty.astype(int), np.zeros(count, int))[:, :5]
     np.testing.assert_allclose(weight @ parts, 0, atol=1e-10)
-    np.testing.assert_allclose((parts * weight[:, None]).T @ parts, np.eye(4), atol=1e-10)
+    np.testing.assert_allclose((parts * weight[:, None]).T @ parts, np.eye(5), atol=1e-10)
     # Within a group there is no main effect left: the mean is 0 whatever the value of a field.
     for field, p in enumerate(planted.frequencies):
         for value in range(len(p)):
             there = values[field] == value
             assert abs(weight[there] @ parts[there, 3]) < 1e-10
+    # Nor in a pair of groups anything of one group alone: the mean is 0 whatever all its values are.
+    for group in planted.groups:
+        _, own = np.unique(values[list(group)], axis=1, return_inverse=True)
+        assert np.abs(np.bincount(own.ravel(), weight * parts[:, 4])).max() < 1e-10
 
 
 def test_a_row_is_the_same_whatever_is_drawn_with_it() -> None:
