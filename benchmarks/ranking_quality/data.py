@@ -14,15 +14,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.files import read_json, sha256_json, write_json
 from recsys.data.batch import RankingBatch
-from recsys.data.datasets.frappe import FRAPPE
 from recsys.data.datasets.impressions import Impressions
-from recsys.data.datasets.movielens_impressions import MOVIELENS_1M, MOVIELENS_100K
 from recsys.data.encode import Encoder
 from recsys.data.spec import InputSpec, TableSpec
 from recsys.data.splits import PARTS
+from recsys.scaling.encoded import SOURCES
 
 CACHE = Path(__file__).parents[2] / ".cache" / "ranking_quality"
-SOURCES = {"frappe": FRAPPE, "movielens_1m": MOVIELENS_1M, "movielens_100k": MOVIELENS_100K}
 VERSIONS = {"frappe": 1, "movielens_1m": 2, "movielens_100k": 2}  # of how rows are built; another one leaves the cached tables behind
 _LABEL, _USER = "__label", "__user"
 

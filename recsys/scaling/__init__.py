@@ -2,6 +2,6 @@
 """Scaling laws: impressions with a known optimum, sweeps over sizes, fits of power laws, and their pictures."""
 
 from recsys.scaling.data import PlantedData, ScalingData
-from recsys.scaling.encoded import EncodedData, write_encoded
+from recsys.scaling.encoded import EncodedData, ImpressionsData, write_encoded
 
-__all__ = ["EncodedData", "PlantedData", "ScalingData", "write_encoded"]
+__all__ = ["EncodedData", "ImpressionsData", "PlantedData", "ScalingData", "write_encoded"]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real impressions as a source for sweeps: a folder of rows that are encoded already, so that no sweep encodes them again.
+"""Real impressions as sources for sweeps: a data set by its name, or a folder of rows that are encoded already.
 
 The folder holds ``spec.json`` (an `InputSpec`, beside the groups of its fields) and ``train.parquet``, ``valid.parquet`` and
 ``test.parquet``. A column is named by its key: table rows as int64 lists for the keys of bags and sequences, float32 for dense columns
 and tasks. `write_encoded` makes one of batches.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +25,15 @@ from recsys.core.config import parse
 from recsys.core.errors import DataError, SchemaError, unknown
 from recsys.core.files import read_json, sha256_file, write_json
 from recsys.data.batch import RankingBatch
+from recsys.data.datasets.frappe import FRAPPE
+from recsys.data.datasets.impressions import ImpressionSource
+from recsys.data.datasets.movielens_impressions import MOVIELENS_1M, MOVIELENS_100K
+from recsys.data.encode import Encoder
 from recsys.data.loader import TableLoader
 from recsys.data.spec import InputSpec
+from recsys.data.splits import PARTS
 
-PARTS = ("train", "valid", "test")
+SOURCES: Mapping[str, ImpressionSource] = {"frappe": FRAPPE, "movielens_1m": MOVIELENS_1M, "movielens_100k": MOVIELENS_100K}
 
 
 class _Layout(BaseConfig):
@@ -35,9 +41,64 @@ class _Layout(BaseConfig):
     groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
+class TableData(ABC):
+    """Rows in Arrow tables, a column of table rows or of numbers for each key; see `recsys.scaling.data.ScalingData`.
+
+    Attributes:
+        spec: the inputs.
+        groups: the fields that belong together.
+    """
+
+    spec: InputSpec
+    groups: Mapping[str, tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What decides the content of every batch."""
+
+    @property
+    @abstractmethod
+    def tables(self) -> Mapping[str, pa.Table]:
+        """``train``, ``valid`` and ``test``."""
+
+    def train(self, rows: int, seed: int, batch_size: int) -> TableLoader[RankingBatch]:
+        """The first ``rows`` of the seed's permutation of the training rows, in an order of its own in every epoch."""
+        table = self.tables["train"]
+        if rows > table.num_rows:
+            raise DataError(f"rows: there are {table.num_rows} training rows, got {rows}")
+        chosen = np.random.default_rng([seed, 0]).permutation(table.num_rows)[:rows]
+        return TableLoader(table.take(pa.array(chosen)), self.batch, batch_size=batch_size, seed=seed)
+
+    def valid(self, batch_size: int) -> Iterator[RankingBatch]:
+        """See `ScalingData.valid`."""
+        return self._held_out("valid", batch_size)
+
+    def test(self, batch_size: int) -> Iterator[RankingBatch]:
+        """See `ScalingData.test`."""
+        return self._held_out("test", batch_size)
+
+    def references(self) -> dict[str, float]:
+        """Nothing is known."""
+        return {}
+
+    def batch(self, table: pa.Table) -> RankingBatch:
+        """Rows as a ranker takes them."""
+        return RankingBatch(
+            _keyed(table, self.spec.bag_keys),
+            _keyed(table, self.spec.sequence_keys),
+            _dense(table, self.spec.dense),
+            _dense(table, self.spec.tasks),
+        )
+
+    def _held_out(self, part: str, batch_size: int) -> Iterator[RankingBatch]:
+        table = self.tables[part]
+        return (self.batch(table.slice(start, batch_size)) for start in range(0, table.num_rows, batch_size))
+
+
 @register("scaling_data", "encoded")
-class EncodedData:
-    """A folder of encoded rows as a source; see `recsys.scaling.data.ScalingData`.
+class EncodedData(TableData):
+    """A folder of encoded rows as a source.
 
     Raises:
         DataError: a file is missing.
@@ -68,41 +129,9 @@ class EncodedData:
         """The content of the files."""
         return {file: sha256_file(self.config.path / file) for file in ("spec.json", *(f"{part}.parquet" for part in PARTS))}
 
-    def train(self, rows: int, seed: int, batch_size: int) -> TableLoader[RankingBatch]:
-        """The first ``rows`` of the seed's permutation of the training rows, in an order of its own in every epoch."""
-        table = self._tables["train"]
-        if rows > table.num_rows:
-            raise DataError(f"rows: {self.config.path} has {table.num_rows} training rows, got {rows}")
-        chosen = np.random.default_rng([seed, 0]).permutation(table.num_rows)[:rows]
-        return TableLoader(table.take(pa.array(chosen)), self.batch, batch_size=batch_size, seed=seed)
-
-    def valid(self, batch_size: int) -> Iterator[RankingBatch]:
-        """See `ScalingData.valid`."""
-        return self._held_out("valid", batch_size)
-
-    def test(self, batch_size: int) -> Iterator[RankingBatch]:
-        """See `ScalingData.test`."""
-        return self._held_out("test", batch_size)
-
-    def references(self) -> dict[str, float]:
-        """Nothing is known."""
-        return {}
-
-    def batch(self, table: pa.Table) -> RankingBatch:
-        """Rows as a ranker takes them."""
-        return RankingBatch(
-            _keyed(table, self.spec.bag_keys),
-            _keyed(table, self.spec.sequence_keys),
-            _dense(table, self.spec.dense),
-            _dense(table, self.spec.tasks),
-        )
-
-    def _held_out(self, part: str, batch_size: int) -> Iterator[RankingBatch]:
-        table = self._tables[part]
-        return (self.batch(table.slice(start, batch_size)) for start in range(0, table.num_rows, batch_size))
-
     @cached_property
-    def _tables(self) -> dict[str, pa.Table]:
+    def tables(self) -> dict[str, pa.Table]:
+        """The files."""
         expected = dict.fromkeys((*self.spec.bag_keys, *self.spec.sequence_keys), pa.list_(pa.int64()))
         expected |= dict.fromkeys((*self.spec.dense, *self.spec.tasks), pa.float32())
         tables = {}
@@ -118,6 +147,42 @@ class EncodedData:
                     raise SchemaError(f"{path}: column {name!r}: expected {kind} without nulls, got {found}")
             tables[part] = table.select(list(expected)).combine_chunks()
         return tables
+
+
+@register("scaling_data", "impressions")
+class ImpressionsData(TableData):
+    """A data set of labelled rows by its name, read from ``$RECSYS_DATA`` and encoded when it is first asked for rows.
+
+    Raises:
+        DataError: its files are not there.
+    """
+
+    class Config(BaseConfig):
+        """Which one.
+
+        Attributes:
+            dataset: its name. All have their split, their encoder, which is fitted on train, and their groups of fields.
+        """
+
+        name: Literal["impressions"] = "impressions"
+        dataset: Literal["frappe", "movielens_1m", "movielens_100k"]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        impressions = SOURCES[config.dataset].load()
+        self._encoder = Encoder.fit(impressions.encoder, impressions.parts["train"])
+        self._parts = impressions.parts
+        self.spec, self.groups = self._encoder.spec, impressions.groups
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """The content of the files, and the encoder."""
+        return {"dataset": self.config.dataset, "files": SOURCES[self.config.dataset].fingerprint(), "encoder": self._encoder.fingerprint()}
+
+    @cached_property
+    def tables(self) -> dict[str, pa.Table]:
+        """The encoded parts."""
+        return {part: _table(self._encoder.transform(self._parts[part]), self.spec) for part in PARTS}
 
 
 def write_encoded(

@@ -285,7 +285,7 @@ def test_encoded_training_rows_are_nested_and_seeded(encoded: tuple[PlantedData,
         return set(found)
 
     assert rows(50, 0) < rows(120, 0) and rows(50, 0) != rows(50, 1) and rows(300, 0) == rows(300, 1)
-    with pytest.raises(DataError, match="has 300 training rows, got 301"):
+    with pytest.raises(DataError, match="rows: there are 300 training rows, got 301"):
         data.train(301, 0, 32)
 
 
