@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.ranking_quality.data import CACHE, SOURCES, Encoded, load
-from benchmarks.ranking_quality.train import Budget, Outcome, train_ours, train_peer
+from benchmarks.ranking_quality.train import Budget, train_ours, train_peer
 from recsys.bundle.environment import code_commit
 from recsys.core import components
 from recsys.core.config import Config, validate
@@ -207,13 +207,14 @@ class Grid:
 
     def _job(self, job: Job) -> None:
         points = self.points or POINTS[job.data.partition("/")[0]]
-        tuned = [self._cell(job, point, 0, final=False) for point in points]
+        tuned = [self._cell(job, point, 0) for point in points]
         best = max(range(len(tuned)), key=lambda i: tuned[i]["valid"][tuned[i]["best_epoch"]]["auc"])
         for seed in range(job.seeds):
-            self._cell(job, points[best], seed, final=True)
+            self._cell(job, points[best], seed, tuned[best])
 
-    def _cell(self, job: Job, point: Point, seed: int, *, final: bool) -> dict[str, Any]:
-        """The record of a cell, trained now unless it is finished."""
+    def _cell(self, job: Job, point: Point, seed: int, tuned: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The record of a cell, trained now unless it is finished; a final one where ``tuned`` is given, the record of its point."""
+        final = tuned is not None
         data = self._load(job.data)
         budget = self.budget or BUDGETS[job.data.partition("/")[0]]
         config = self._config(job.model, data, point, budget)
@@ -232,29 +233,19 @@ class Grid:
         for record in self.records():
             if record["cell"] == key and (not final or self.predictions(key).is_file()):
                 return record
-        record = {"cell": key, **identity, **self._outcome(key, identity, config, point, data, budget)}
+        if tuned is not None and tuned["seed"] == seed and self.predictions(tuned["cell"]).is_file():  # trained already; scored now
+            shutil.copyfile(self.predictions(tuned["cell"]), self.predictions(key))
+            outcome = {name: tuned[name] for name in _TRAINED}
+        else:
+            outcome = self._train(key, job.model, config, point, data, budget, seed)
+        scores = {"test": _scores(np.load(self.predictions(key)), data)} if final else {}
+        record = {"cell": key, **identity, **outcome, **scores}
         record |= {"threads": self.threads, "commit": code_commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
         self.raw.parent.mkdir(parents=True, exist_ok=True)
         with self.raw.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         _say(_line(record))
         return record
-
-    def _outcome(
-        self, key: str, identity: Mapping[str, Any], config: Config | dict[str, Any], point: Point, data: Encoded, budget: Budget
-    ) -> dict[str, Any]:
-        """What came of a cell. A final cell that was a tuning cell before, seed and point alike, is scored and not trained again."""
-        final = identity["stage"] == "final"
-        if final:
-            tuned = sha256_json({**identity, "stage": "tune"})[:16]
-            before = next((record for record in self.records() if record["cell"] == tuned), None)
-            if before is not None and self.predictions(tuned).is_file():
-                shutil.copyfile(self.predictions(tuned), self.predictions(key))
-                return {name: before[name] for name in _TRAINED} | {"test": _scores(np.load(self.predictions(key)), data)}
-        outcome = self._train(identity["model"], config, point, data, budget, identity["seed"])
-        self.predictions(key).parent.mkdir(parents=True, exist_ok=True)
-        np.save(self.predictions(key), outcome.test)
-        return _trained(outcome) | ({"test": _scores(outcome.test, data)} if final else {})
 
     def predictions(self, cell: str) -> Path:
         """Where the test predictions of a cell stand: float32, in the order of the rows. Tuning does not look at them."""
@@ -267,20 +258,22 @@ class Grid:
         steps = -(-len(data.parts["train"]) // budget.batch_size)
         return model_config(model, data, point, anneal_steps=steps)  # an epoch: on MovieLens the best is the first or the second
 
-    def _train(self, model: str, config: Config | dict[str, Any], point: Point, data: Encoded, budget: Budget, seed: int) -> Outcome:
+    def _train(
+        self, key: str, model: str, config: Config | dict[str, Any], point: Point, data: Encoded, budget: Budget, seed: int
+    ) -> dict[str, Any]:
+        """Train, keep the test predictions, and say what came of it."""
         if isinstance(config, Config):
             optimizer = DenseOptimizer(name="adam", learning_rate=point.learning_rate)
-            return train_ours(config, optimizer, data, budget, seed)
-        return train_peer(PEERS[model], config, data, budget, seed, threads=self.threads, log=_say)
+            outcome = train_ours(config, optimizer, data, budget, seed)
+        else:
+            outcome = train_peer(PEERS[model], config, data, budget, seed, threads=self.threads, log=_say)
+        self.predictions(key).parent.mkdir(parents=True, exist_ok=True)
+        np.save(self.predictions(key), outcome.test)
+        sizes = (outcome.dense_parameters, outcome.table_parameters)
+        return dict(zip(_TRAINED, (list(outcome.valid), outcome.best, round(outcome.seconds, 1), *sizes), strict=True))
 
 
 _TRAINED = ("valid", "best_epoch", "seconds", "dense_parameters", "table_parameters")
-
-
-def _trained(outcome: Outcome) -> dict[str, Any]:
-    """What a record says of a training."""
-    sizes = (outcome.dense_parameters, outcome.table_parameters)
-    return dict(zip(_TRAINED, (list(outcome.valid), outcome.best, round(outcome.seconds, 1), *sizes), strict=True))
 
 
 def _scores(predicted: np.ndarray, data: Encoded) -> dict[str, float]:
