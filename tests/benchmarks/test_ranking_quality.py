@@ -22,7 +22,7 @@ from benchmarks.ranking_quality.summary import Comparison, markdown
 from benchmarks.ranking_quality.train import Budget, Outcome, peer_inputs, train_ours
 from recsys.core import components
 from recsys.data.datasets.frappe import FIELDS, FRAPPE
-from recsys.data.datasets.impressions import Impressions
+from recsys.data.datasets.impressions import Impressions, ImpressionSource
 from recsys.data.datasets.movielens_impressions import ENCODER, GROUPS
 from recsys.data.encode import Encoder
 from recsys.training.optim import DenseOptimizer
@@ -63,7 +63,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "frappe").mkdir()
     frame.with_columns(label=likes.cast(pl.Int8), split=split).write_parquet(tmp_path / "frappe" / "ctr.parquet")
     monkeypatch.setenv("RECSYS_DATA", str(tmp_path))
-    source = quality_data.MOVIELENS_1M.__class__(lambda: "planted", movielens)
+    source = ImpressionSource(lambda: "planted", movielens)
     monkeypatch.setitem(quality_data.SOURCES, "movielens_1m", source)
     return tmp_path / "cache"
 
