@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sinkhorn normalisation: from a matrix of logits to a doubly stochastic matrix."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-
 
 _NEGLIGIBLE = -60.0  # e^-60 is 1e-26: what is below counts for no sum, and would soon be denormal, with which products are ten times slower
 
@@ -35,6 +36,13 @@ def sinkhorn(logits: Tensor, iterations: int = 20, *, damped: bool = False) -> T
     Returns:
         ``[..., n, n]``, float64 for float64 logits, else float32.
     """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        compiled: Tensor = _whole(logits, iterations, damped)
+        return compiled
+    return _scaled(logits, iterations, damped)
+
+
+def _scaled(logits: Tensor, iterations: int, damped: bool) -> Tensor:
     a_ij = full_precision(logits)
     if damped:
         u_i = torch.zeros_like(a_ij[..., 0])
@@ -49,3 +57,63 @@ def sinkhorn(logits: Tensor, iterations: int = 20, *, damped: bool = False) -> T
 
 def _exp(x: Tensor) -> Tensor:
     return torch.exp(x).masked_fill(x < _NEGLIGIBLE, 0.0)
+
+
+@torch.library.custom_op("recsys::sinkhorn", mutates_args=())
+def _whole(logits: Tensor, iterations: int, damped: bool) -> Tensor:
+    """`_scaled` as one operation for ``torch.compile``, which would unroll some hundreds of kernels and take minutes over them."""
+    return _scaled(logits, iterations, damped)
+
+
+@_whole.register_fake
+def _(logits: Tensor, iterations: int, damped: bool) -> Tensor:
+    return torch.empty_like(full_precision(logits))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.settings = inputs[1:]
+
+
+@torch.library.custom_op("recsys::sinkhorn_backward", mutates_args=())
+def _whole_backward(gradient: Tensor, logits: Tensor, iterations: int, damped: bool) -> Tensor:
+    """The gradient through the unrolled iterations, which are computed again: they cost the same for any batch."""
+    a_ij = full_precision(logits)
+    if damped:
+        return _damped_backward(gradient, a_ij, iterations).to(logits.dtype)
+    steps = []
+    for _ in range(iterations):
+        columns = torch.log_softmax(a_ij, dim=-2)
+        a_ij = torch.log_softmax(columns, dim=-1)
+        steps.append((columns.exp(), a_ij.exp()))
+    g_ij = gradient * _exp(a_ij)
+    for columns, rows in reversed(steps):
+        g_ij = g_ij - rows * g_ij.sum(dim=-1, keepdim=True)
+        g_ij = g_ij - columns * g_ij.sum(dim=-2, keepdim=True)
+    return g_ij.to(logits.dtype)
+
+
+def _damped_backward(gradient: Tensor, a_ij: Tensor, iterations: int) -> Tensor:
+    u_i, shares = torch.zeros_like(a_ij[..., 0]), []
+    for _ in range(iterations):
+        logits = a_ij + u_i.unsqueeze(-2)
+        shares.append(torch.softmax(logits, dim=-1))
+        u_i = (u_i - torch.logsumexp(logits, dim=-1)) / 2
+    g_ij = gradient * _exp(a_ij + (u_i.unsqueeze(-1) + u_i.unsqueeze(-2)))
+    g_i = g_ij.sum(dim=-1) + g_ij.sum(dim=-2)
+    for share_ij in reversed(shares):
+        through_ij = share_ij * (g_i / 2).unsqueeze(-1)
+        g_ij, g_i = g_ij - through_ij, g_i / 2 - through_ij.sum(dim=-2)
+    return g_ij
+
+
+@_whole_backward.register_fake
+def _(gradient: Tensor, logits: Tensor, iterations: int, damped: bool) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return _whole_backward(gradient, ctx.saved_tensors[0], *ctx.settings), None, None
+
+
+_whole.register_autograd(_backward, setup_context=_keep)

@@ -193,3 +193,32 @@ def test_no_entry_is_denormal_however_sharp_the_logits(damped: bool) -> None:
     matrix = sinkhorn(logits, 200, damped=damped)
     assert ((matrix == 0) | (matrix >= 1e-27)).all()
     torch.testing.assert_close(matrix, torch.eye(16), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("damped", [False, True])
+def test_the_compilers_operation_is_the_function_and_its_gradient(damped: bool) -> None:
+    logits = torch.randn(3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = (logits + logits.mT).requires_grad_()
+    weight = torch.randn(3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for function in (sinkhorn, torch.ops.recsys.sinkhorn):
+        logits.grad = None
+        matrix = function(logits, 7, damped=damped)
+        (matrix * weight).sum().backward()
+        results.append((matrix.detach(), logits.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-12, atol=1e-14)
+    torch.library.opcheck(torch.ops.recsys.sinkhorn.default, (logits, 7, damped))
+
+
+def test_a_compiled_caller_holds_one_operation() -> None:
+    seen = []
+
+    def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module
+
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda x: sinkhorn(x / 0.5) * 2, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(logits), sinkhorn(logits / 0.5) * 2)
+    assert len(seen) == 3 and any("sinkhorn" in name for name in seen)
