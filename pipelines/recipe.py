@@ -35,7 +35,7 @@ class RankerRecipe(Config):
     Attributes:
         model: the ranker.
         training: how it is trained.
-        negatives: the share of the training events with a label of 0 that is trained on, drawn by seed. Validation and test keep all of
+        negatives: the share of the training events whose first task is 0 that is trained on, drawn by seed. Validation and test keep all of
             theirs, so that what is measured needs no weights.
         calibration: from its probabilities to those that are served and measured, fitted on the validation period: ``platt``,
             ``isotonic``, ``undersampling`` or ``none``.
