@@ -108,8 +108,6 @@ class BlockMixing(Mixer):
         self.config: BlockMixing.Config = config
         self.block, self.blocks = block, tokens * dim // block
         self.temperature = Temperature(config.temperature) if config.constrained else None
-        if config.permutation_gain:
-            self._permutation()  # so that one which cannot be is found before any weight is drawn
 
     @property
     def flops(self) -> int:
