@@ -58,8 +58,8 @@ def build(data: PlantedData, name: str, blocks: int) -> TokenRanker:
     """A model of T tokens of width ``8 T`` over the groups that the data have."""
     ranker, changes = MODELS[name]
     cls: Any = components.get("ranker", ranker)
-    tokens = len(data.groups) + 1
-    plain = {"tokenizer": {"name": "groups", "groups": dict(data.groups)}, "dim": HEAD_WIDTH * tokens, "blocks": blocks, "auxiliary": None}
+    tokens = len(data.spec.groups) + 1
+    plain = {"tokenizer": {"name": "groups"}, "dim": HEAD_WIDTH * tokens, "blocks": blocks, "auxiliary": None}
     torch.manual_seed(0)
     model: TokenRanker = cls(parse(cls.Config, plain | changes | {"embedding": {"dim": 16}}, source=str(Path(__file__).name)), data.spec)
     return model

@@ -102,7 +102,6 @@ def _quality(rows: int, seeds: int) -> dict[str, list[float]]:
 def _auc(per_token: Config, data: PlantedData, rows: int, seed: int) -> float:
     torch.manual_seed(seed)
     plain = {
-        "tokenizer": {"groups": dict(data.groups)},
         "dim": 32,
         "blocks": 2,
         "per_token": per_token.model_dump(mode="json"),

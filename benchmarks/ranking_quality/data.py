@@ -51,14 +51,12 @@ class Encoded:
         name: of the data set; ``<name>/flat`` after `flat`.
         fingerprint: of the source, the encoder and the code that joins them.
         spec: the inputs.
-        groups: which fields belong together.
         parts: ``train``, ``valid`` and ``test``.
     """
 
     name: str
     fingerprint: str
     spec: InputSpec
-    groups: Mapping[str, tuple[str, ...]]
     parts: Mapping[str, Part]
 
     def batch(self, part: str, rows: np.ndarray) -> RankingBatch:
@@ -80,9 +78,9 @@ class Encoded:
             elif keys := tuple(key for key in table.sequences if key in sequences):
                 tables.append(TableSpec(name=table.name, rows=table.rows, bags=keys))
         pooled = {s.name: s.keys[0] for s in self.spec.sequences}
-        groups = {name: tuple(pooled.get(field, field) for field in fields) for name, fields in self.groups.items()}
-        spec = InputSpec(tables=tuple(tables), tasks=self.spec.tasks)
-        return replace(self, name=f"{self.name}/flat", spec=spec, groups=groups)
+        groups = {name: tuple(pooled.get(field, field) for field in fields) for name, fields in self.spec.groups.items()}
+        spec = InputSpec(tables=tuple(tables), tasks=self.spec.tasks, groups=groups)
+        return replace(self, name=f"{self.name}/flat", spec=spec)
 
 
 def load(name: str, cache: Path = CACHE) -> Encoded:
@@ -100,9 +98,9 @@ def load(name: str, cache: Path = CACHE) -> Encoded:
         shutil.rmtree(folder, ignore_errors=True)
         _write(SOURCES[base].load(), folder)
     meta = read_json(folder / "meta.json")
-    spec = InputSpec.model_validate(meta["spec"])
+    spec = InputSpec.model_validate(meta["spec"] | {"groups": meta["groups"]})
     parts = {part: _read(folder / f"{part}.parquet", spec) for part in PARTS}
-    encoded = Encoded(base, meta["fingerprint"], spec, {k: tuple(v) for k, v in meta["groups"].items()}, parts)
+    encoded = Encoded(base, meta["fingerprint"], spec, parts)
     return encoded.flat() if variant else encoded
 
 
@@ -142,7 +140,7 @@ def _write(impressions: Impressions, folder: Path) -> None:
     for part, table in tables.items():
         pq.write_table(table, folder / f"{part}.parquet")
     encoder.save(folder / "encoder")
-    meta = {"spec": encoder.spec.model_dump(mode="json"), "groups": impressions.groups}
+    meta = {"spec": encoder.spec.model_dump(mode="json", exclude={"groups"}), "groups": encoder.spec.groups}
     fingerprint = sha256_json([folder.name, encoder.fingerprint()])
     write_json(folder / "meta.json", meta | {"fingerprint": fingerprint, "rows": {part: t.num_rows for part, t in tables.items()}})
 

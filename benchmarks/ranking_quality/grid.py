@@ -150,7 +150,7 @@ def model_config(model: str, data: Encoded, point: Point, anneal_steps: int) -> 
     content: dict[str, Any] = {"name": model, **size(model, data.name)}
     content["embedding"] = {"dim": DIM, "pooling": "mean", "learning_rate": point.table_rate, "l2": point.lookup_l2}
     if content.get("tokenizer") == "groups":
-        content["tokenizer"] = {"name": "groups", "groups": {name: list(fields) for name, fields in data.groups.items()}}
+        content["tokenizer"] = {"name": "groups", "groups": {name: list(fields) for name, fields in data.spec.groups.items()}}
     if model.startswith("uni"):
         schedule = {"temperature": {"anneal_steps": anneal_steps}}
         content["mixer"] = {"name": cls.Config().mixer.name, "permutation_gain": PERMUTATION_GAIN, **schedule}

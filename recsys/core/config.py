@@ -182,21 +182,30 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     result: dict[str, Any] = {k: _copy(v) for k, v in data.items()}
     for override in overrides:
         key, separator, text = override.partition("=")
-        parts = key.strip().split(".")
-        if not separator or not all(parts):
+        if not separator or not all(key.strip().split(".")):
             raise ConfigError(f"--set {override}: expected dotted.key=value")
         try:
-            value = yaml.safe_load(text)
+            set_key(result, key.strip(), yaml.safe_load(text))
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: {text!r} is not valid YAML") from None
-        node = result
-        for part in parts[:-1]:
-            child = node.setdefault(part, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
-            node = child
-        node[parts[-1]] = value
+        except ConfigError as error:
+            raise ConfigError(f"--set {override}: {error}") from None
     return result
+
+
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in place; sections that are not there are made.
+
+    Raises:
+        ConfigError: names the part of the key that is a value and not a section.
+    """
+    *sections, last = key.split(".")
+    for section in sections:
+        child = data.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{section!r} is a value, not a section")
+        data = child
+    data[last] = value
 
 
 def _copy(value: Any) -> Any:

@@ -93,7 +93,7 @@ class Encoder:
         state.save(Path(directory), self.config, self._fitted)
 
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 of the configuration and of everything learned: equal for equal encoders, on any machine."""
+        """Hexadecimal SHA-256 of what decides an encoding, the groups left out: equal for equal encoders, on any machine."""
         return self._fingerprint
 
     @cached_property
@@ -109,6 +109,7 @@ class Encoder:
             sequences=tuple(SequenceSpec(name=f.name, keys=f.keys, target=f.target) for f in sequences),
             dense=tuple(column for f in self.config.features if isinstance(f, Dense) for column in f.columns),
             tasks=tuple(task.name for task in self.config.tasks),
+            groups=self.config.groups,
         )
 
     def _table_specs(self) -> list[TableSpec]:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an `Encoder` produces and a ranker consumes: tables, aligned sequences, dense columns and tasks. Holds no torch."""
 
+from collections.abc import Collection, Mapping
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from recsys.core.config import Config
+from recsys.core.config import Config, Problem
+from recsys.core.errors import unknown
 
 
 class TableSpec(Config):
@@ -38,7 +40,7 @@ class SequenceSpec(Config):
     """One history: unpooled keys of equal lengths per row, and the key of the candidate that is compared with it.
 
     Attributes:
-        name: the field that the pooled sequence becomes, for a tokenizer's groups.
+        name: the field that the pooled sequence becomes.
         keys: aligned keys of `RankingBatch.sequences`, the item first.
         target: a key of `RankingBatch.sequences` with one value per row, which shares its table with ``keys[0]``.
     """
@@ -49,12 +51,27 @@ class SequenceSpec(Config):
 
 
 class InputSpec(Config):
-    """All inputs of a ranker, in the order of the batch."""
+    """All inputs of a ranker, in the order of the batch.
+
+    Attributes:
+        tables: the embedding tables.
+        sequences: the histories.
+        dense: the dense columns.
+        tasks: the labels.
+        groups: which of the `fields` belong together: all of them, each in one group; empty where that is not known.
+    """
 
     tables: tuple[TableSpec, ...]
     sequences: tuple[SequenceSpec, ...] = ()
     dense: tuple[str, ...] = ()
     tasks: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.groups:
+            check_groups(self.groups, self.fields)
+        return self
 
     @property
     def bag_keys(self) -> tuple[str, ...]:
@@ -68,6 +85,28 @@ class InputSpec(Config):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names that a tokenizer's groups may use: pooled keys, targets of sequences, sequences by their name, dense columns."""
+        """The names that groups use: pooled keys, targets of sequences, sequences by their name, dense columns."""
         targets = dict.fromkeys(s.target for s in self.sequences)
         return (*self.bag_keys, *targets, *(s.name for s in self.sequences), *self.dense)
+
+
+def check_groups(groups: Mapping[str, tuple[str, ...]], fields: Collection[str]) -> None:
+    """Hold that the groups are a partition of the fields.
+
+    Raises:
+        Problem: at the key ``groups``; it names the group and the field that break it.
+    """
+    group_of: dict[str, str] = {}
+    for group, members in groups.items():
+        if not members:
+            raise Problem(("groups",), f"{group!r} holds no field")
+        for field in members:
+            if field not in fields:
+                raise Problem(("groups",), f"{group!r}: {unknown('field', field, fields)}")
+            if field in group_of:
+                twice = f"field {field!r} is in {group_of[field]!r} and again in {group!r}"
+                raise Problem(("groups",), f"{twice}; expected exactly one group")
+            group_of[field] = group
+    if forgotten := [field for field in fields if field not in group_of]:
+        message = f"field {forgotten[0]!r} is in no group; expected every field in exactly one ({', '.join(forgotten)})"
+        raise Problem(("groups",), message)

@@ -93,6 +93,12 @@ class Ranker(nn.Module, ABC):
             widths |= dict.fromkeys((history.sequence.target, *history.fields), history.dim)
         return widths | dict.fromkeys(self.spec.dense, 1)
 
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The inputs' groups of these fields: a history's fields stand where the spec has its name."""
+        parts = {history.sequence.name: history.fields for history in self._encoders()}
+        return {name: tuple(f for field in group for f in parts.get(field, (field,))) for name, group in self.spec.groups.items()}
+
     def costs(self) -> "Costs":
         """Parameters and operations: see `Costs`."""
         dense = sum(parameter.numel() for parameter in dense_parameters(self))

@@ -19,7 +19,7 @@ from recsys.ranking.part import Penalties, outermost_parts
 from recsys.ranking.per_token import SwiGLU
 from recsys.ranking.readout import FlattenReadout, MeanReadout, Readout
 from recsys.ranking.stacks import MixRevert, Parts, Stack
-from recsys.ranking.tokenizers import FieldTokenizer, Tokenizer
+from recsys.ranking.tokenizers import Fields, FieldTokenizer, Tokenizer
 
 
 @register("ranker", "token_ranker")
@@ -69,7 +69,7 @@ class TokenRanker(Ranker):
 
     def __init__(self, config: Config, spec: InputSpec) -> None:
         super().__init__(config, spec)
-        self.tokenizer: Tokenizer = components.build("tokenizer", config.tokenizer, self.widths, config.dim)
+        self.tokenizer: Tokenizer = components.build("tokenizer", config.tokenizer, Fields(self.widths, self.groups), config.dim)
         self.dropout = nn.Dropout(config.dropout)
         parts = Parts(self.tokenizer.tokens, config.dim, config.mixer, config.per_token)
         self.stack: Stack = components.build("stack", config.stack, parts, config.blocks)

@@ -36,11 +36,6 @@ class ScalingData(Protocol):
         ...
 
     @property
-    def groups(self) -> Mapping[str, tuple[str, ...]]:
-        """The fields of ``spec.fields`` in groups that belong together, for a tokenizer; empty where none are known."""
-        ...
-
-    @property
     def fingerprint(self) -> Mapping[str, Any]:
         """What decides the content of every batch, fit for JSON."""
         ...
@@ -90,26 +85,25 @@ class PlantedData:
 
     @cached_property
     def spec(self) -> InputSpec:
-        """See `ScalingData.spec`. The candidate and the history share a table; every event has its age beside it."""
+        """See `ScalingData.spec`. The candidate and the history share a table; every event has its age beside it.
+
+        Its groups are the planted ones, one more for the candidate and its history, and one for the dense columns.
+        """
         config = self.config
         tables = [
             TableSpec(name=name, rows=int(rows) + _FIRST_ROW, bags=(name,))
             for name, rows in zip(self._fields, self.planted.cardinalities, strict=True)
         ]
+        groups = {f"group{i}": tuple(self._fields[f] for f in group) for i, group in enumerate(self.planted.groups)}
         sequences: tuple[SequenceSpec, ...] = ()
         if config.history:
             tables.append(TableSpec(name="catalogue", rows=config.items + _FIRST_ROW, sequences=("history_item", "item")))
             tables.append(TableSpec(name="age", rows=config.history + _FIRST_ROW, sequences=("history_age",)))
             sequences = (SequenceSpec(name="history", keys=("history_item", "history_age"), target="item"),)
-        return InputSpec(tables=tuple(tables), sequences=sequences, dense=self._dense, tasks=("click",))
-
-    @property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """The planted groups, one more for the candidate and its history, and one for the dense columns."""
-        groups = {f"group{i}": tuple(self._fields[f] for f in group) for i, group in enumerate(self.planted.groups)}
-        if self.config.history:
             groups["item"] = ("item", "history")
-        return groups | ({"dense": self._dense} if self._dense else {})
+        if self._dense:
+            groups["dense"] = self._dense
+        return InputSpec(tables=tuple(tables), sequences=sequences, dense=self._dense, tasks=("click",), groups=groups)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

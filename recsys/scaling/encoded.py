@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real impressions as sources for sweeps: a data set by its name, or a folder of rows that are encoded already.
 
-The folder holds ``spec.json`` (an `InputSpec`, beside the groups of its fields) and ``train.parquet``, ``valid.parquet`` and
-``test.parquet``. A column is named by its key: table rows as int64 lists for the keys of bags and sequences, float32 for dense columns
-and tasks. `write_encoded` makes one of batches.
+The folder holds ``spec.json`` (an `InputSpec`), ``train.parquet``, ``valid.parquet`` and ``test.parquet``. A column is named by its
+key: table rows as int64 lists for the keys of bags and sequences, float32 for dense columns and tasks. `write_encoded` makes one of
+batches.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.components import register
@@ -36,21 +35,14 @@ from recsys.data.splits import PARTS
 SOURCES: Mapping[str, ImpressionSource] = {"frappe": FRAPPE, "movielens_1m": MOVIELENS_1M, "movielens_100k": MOVIELENS_100K}
 
 
-class _Layout(BaseConfig):
-    spec: InputSpec
-    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-
-
 class TableData(ABC):
     """Rows in Arrow tables, a column of table rows or of numbers for each key; see `recsys.scaling.data.ScalingData`.
 
     Attributes:
         spec: the inputs.
-        groups: the fields that belong together.
     """
 
     spec: InputSpec
-    groups: Mapping[str, tuple[str, ...]]
 
     @property
     @abstractmethod
@@ -121,8 +113,7 @@ class EncodedData(TableData):
             if not (config.path / file).is_file():
                 raise DataError(f"{config.path}: expected spec.json and train, valid and test.parquet; there is no {file}")
         path = config.path / "spec.json"
-        layout = parse(_Layout, read_json(path), source=str(path))
-        self.spec, self.groups = layout.spec, layout.groups
+        self.spec = parse(InputSpec, read_json(path), source=str(path))
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -161,7 +152,7 @@ class ImpressionsData(TableData):
         """Which one.
 
         Attributes:
-            dataset: its name. All have their split, their encoder, which is fitted on train, and their groups of fields.
+            dataset: its name. All have their split, and their encoder, which is fitted on train.
         """
 
         name: Literal["impressions"] = "impressions"
@@ -172,7 +163,7 @@ class ImpressionsData(TableData):
         impressions = SOURCES[config.dataset].load()
         self._encoder = Encoder.fit(impressions.encoder, impressions.parts["train"])
         self._parts = impressions.parts
-        self.spec, self.groups = self._encoder.spec, impressions.groups
+        self.spec = self._encoder.spec
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -185,19 +176,16 @@ class ImpressionsData(TableData):
         return {part: _table(self._encoder.transform(self._parts[part]), self.spec) for part in PARTS}
 
 
-def write_encoded(
-    folder: Path, spec: InputSpec, parts: Mapping[str, Iterable[RankingBatch]], groups: Mapping[str, tuple[str, ...]] | None = None
-) -> None:
+def write_encoded(folder: Path, spec: InputSpec, parts: Mapping[str, Iterable[RankingBatch]]) -> None:
     """Write batches as a folder that `EncodedData` reads.
 
     Args:
         folder: where; files that are there are replaced.
         spec: of the batches.
         parts: the batches of ``train``, ``valid`` and ``test``, with labels.
-        groups: fields that belong together, if known.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "spec.json", {"spec": spec.model_dump(mode="json"), "groups": {k: list(v) for k, v in (groups or {}).items()}})
+    write_json(folder / "spec.json", spec.model_dump(mode="json"))
     for part in PARTS:
         tables = [_table(batch, spec) for batch in parts[part]]
         pq.write_table(pa.concat_tables(tables), folder / f"{part}.parquet")

@@ -23,15 +23,11 @@ class Fields(Config):
     rows: int = Field(1_000_000, ge=1)
     tasks: int = Field(2, ge=1)
 
-    def names(self) -> dict[str, tuple[str, ...]]:
-        """The fields of each group."""
-        return {f"group{g}": tuple(f"field{g}_{i}" for i in range(self.per_group)) for g in range(self.groups)}
-
     def spec(self) -> InputSpec:
         """As an encoder would lay them out."""
-        fields = [field for group in self.names().values() for field in group]
-        tables = tuple(TableSpec(name=name, rows=self.rows, bags=(name,)) for name in fields)
-        return InputSpec(tables=tables, tasks=tuple(f"task{i}" for i in range(self.tasks)))
+        groups = {f"group{g}": tuple(f"field{g}_{i}" for i in range(self.per_group)) for g in range(self.groups)}
+        tables = tuple(TableSpec(name=name, rows=self.rows, bags=(name,)) for group in groups.values() for name in group)
+        return InputSpec(tables=tables, tasks=tuple(f"task{i}" for i in range(self.tasks)), groups=groups)
 
 
 class Cluster(Config):
@@ -57,7 +53,7 @@ class PaperRecipe(Config):
 
     Attributes:
         name: the recipe's.
-        model: a ranker's configuration; ``groups: fields`` in its tokenizer stands for the groups of ``fields``.
+        model: a ranker's configuration.
         fields: the inputs.
         cluster: the ranks.
     """
@@ -98,12 +94,8 @@ class Paper:
 
 def build_on_meta(recipe: PaperRecipe) -> Ranker:
     """The model, without memory behind it."""
-    plain = dict(recipe.model)
-    tokenizer = plain.get("tokenizer")
-    if isinstance(tokenizer, dict) and tokenizer.get("groups") == "fields":
-        plain["tokenizer"] = tokenizer | {"groups": recipe.fields.names()}
-    cls: Any = components.get("ranker", str(plain.get("name")))
-    config = validate(cls.Config, plain)
+    cls: Any = components.get("ranker", str(recipe.model.get("name")))
+    config = validate(cls.Config, recipe.model)
     with torch.device("meta"):
         model: Ranker = cls(config, recipe.fields.spec())
     return model

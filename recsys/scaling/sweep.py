@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -22,7 +23,7 @@ from torch import nn
 
 from recsys.core import components
 from recsys.core.components import component_config
-from recsys.core.config import Config, parse
+from recsys.core.config import Config, parse, set_key
 from recsys.core.errors import ConfigError, DataError
 from recsys.core.files import sha256_json
 from recsys.data.batch import RankingBatch
@@ -38,7 +39,6 @@ from recsys.training.trainer import Trainer
 
 Axis = Literal["params", "flops", "data"]
 
-DATA_GROUPS = "data"  # what a recipe says instead of a tokenizer's groups, to take those that the data know
 _FORMAT = 1  # of a cell; another one makes every cell new
 _EVALUATION_BATCH = 4096
 _OPERATIONAL = {"checkpoint", "log_every", "max_skipped"}  # of a trainer: what does not change its result
@@ -62,7 +62,7 @@ class Architecture(Config):
 
     Attributes:
         label: its name in tables and pictures.
-        model: a ranker's configuration. ``groups: data`` stands for the groups of fields that the data know.
+        model: a ranker's configuration.
         sizes: by hand; where the axis has targets, the first one's keys are set and a width is solved for each target.
         grow: the keys that a solved width decides, each with its value for the width 1; a list grows in every element.
         multiple: a solved width is a multiple of this.
@@ -202,7 +202,7 @@ def _sizes(plan: Plan, architecture: Architecture, data: ScalingData, axis: Axis
         if not sizes:
             raise ConfigError(f"amounts.size: {label} has no size {wanted!r}, only {', '.join(s.label for s in architecture.sizes)}")
     for size in sizes:
-        config = configure(architecture, size.set, data)
+        config = configure(architecture, size.set)
         yield label, size.label, config, _costs(architecture, config, data.spec)
 
 
@@ -212,38 +212,23 @@ def _short(count: int) -> str:
     return f"{count / 1000**power:.4g}{('', 'k', 'M', 'G')[power]}"
 
 
-def configure(architecture: Architecture, overrides: Mapping[str, Any], data: ScalingData) -> Ranker.Config:
+def configure(architecture: Architecture, overrides: Mapping[str, Any]) -> Ranker.Config:
     """The ranker's configuration with ``overrides`` by dotted key.
 
     Raises:
         ConfigError: names the architecture and the key.
     """
-    model = _resolved(architecture.model, data)
+    source, model = f"architectures: {architecture.label}", deepcopy(architecture.model)
     for key, value in overrides.items():
-        *sections, last = key.split(".")
-        node = model
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"architectures: {architecture.label}: {key}: {section!r} is a value, not a section")
-        node[last] = value
-    return parse(_Model, {"model": model}, source=f"architectures: {architecture.label}").model  # type: ignore[no-any-return]
+        try:
+            set_key(model, key, value)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {key}: {error}") from None
+    return parse(_Model, {"model": model}, source=source).model  # type: ignore[no-any-return]
 
 
 class _Model(Config):
     model: component_config("ranker")  # type: ignore[valid-type]
-
-
-def _resolved(value: Any, data: ScalingData) -> Any:
-    """A copy in which ``groups: data`` became the data's groups."""
-    if not isinstance(value, dict):
-        return value
-    copy = {key: _resolved(part, data) for key, part in value.items()}
-    if copy.get("groups") == DATA_GROUPS:
-        if not data.groups:
-            raise ConfigError("groups: 'data' asks for the groups that the data know, but these data know none")
-        copy["groups"] = dict(data.groups)
-    return copy
 
 
 def solve(architecture: Architecture, data: ScalingData, what: Literal["dense", "flops"], target: int) -> Ranker.Config:
@@ -260,7 +245,7 @@ def solve(architecture: Architecture, data: ScalingData, what: Literal["dense", 
 
     @cache
     def measure(steps: int) -> int:
-        config = configure(architecture, architecture.at_width(steps * architecture.multiple), data)
+        config = configure(architecture, architecture.at_width(steps * architecture.multiple))
         return int(getattr(_costs(architecture, config, spec), what))
 
     high = 1
@@ -279,7 +264,7 @@ def solve(architecture: Architecture, data: ScalingData, what: Literal["dense", 
             f"architectures: {architecture.label}: no width that is a multiple of {architecture.multiple} comes near {target:,} ({what}): "
             f"the nearest is {width} with {found:,}"
         )
-    return configure(architecture, architecture.at_width(width), data)
+    return configure(architecture, architecture.at_width(width))
 
 
 def costs(config: Ranker.Config, spec: InputSpec) -> Costs:

@@ -23,7 +23,7 @@ from benchmarks.ranking_quality.train import Budget, Outcome, peer_inputs, train
 from recsys.core import components
 from recsys.data.datasets.frappe import FIELDS, FRAPPE
 from recsys.data.datasets.impressions import Impressions, ImpressionSource
-from recsys.data.datasets.movielens_impressions import ENCODER, GROUPS
+from recsys.data.datasets.movielens_impressions import ENCODER
 from recsys.data.encode import Encoder
 from recsys.training.optim import DenseOptimizer
 
@@ -50,7 +50,7 @@ def movielens(rows: int = 200) -> Impressions:
         ]
     ).to_arrow()
     parts = {"train": table.slice(0, 120), "valid": table.slice(120, 40), "test": table.slice(160)}
-    return Impressions("movielens_1m", parts, ENCODER, GROUPS)
+    return Impressions("movielens_1m", parts, ENCODER)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_batches_of_the_cache_equal_the_encoders(cache: Path) -> None:
     for name, impressions in (("frappe", FRAPPE.load()), ("movielens_1m", movielens())):
         encoder = Encoder.fit(impressions.encoder, impressions.parts["train"])
         for loaded in (load(name, cache), load(name, cache)):  # written, then read
-            assert loaded.spec == encoder.spec
+            assert loaded.spec == encoder.spec and loaded.spec.groups == impressions.encoder.groups
             for part, table in impressions.parts.items():
                 rows = np.random.default_rng(2).permutation(table.num_rows)[:50]
                 ours, theirs = loaded.batch(part, rows), encoder.transform(table.take(rows))
@@ -105,7 +105,7 @@ def test_flat_rows_hold_the_history_as_a_bag_beside_the_candidate(cache: Path) -
     for key in ("history_item", "item_id"):
         a, b = whole.batch("train", rows).sequences[key], flat.batch("train", rows).sparse[key]
         assert torch.equal(a.values(), b.values()) and torch.equal(a.lengths(), b.lengths())
-    assert sorted(f for fields in flat.groups.values() for f in fields) == sorted(flat.spec.fields)
+    assert sorted(f for fields in flat.spec.groups.values() for f in fields) == sorted(flat.spec.fields)
 
 
 def test_padded_lists() -> None:
@@ -119,7 +119,7 @@ def test_dense_columns_are_refused() -> None:
         {"features": [{"kind": "dense", "feature": "year"}], "tasks": [{"name": "x", "feature": "label"}]}
     )
     with pytest.raises(ValueError, match="dense"):
-        encode(Impressions("x", impressions.parts, config, {}))
+        encode(Impressions("x", impressions.parts, config))
 
 
 @pytest.mark.parametrize("name", ["frappe", "movielens_1m"])
@@ -132,6 +132,14 @@ def test_every_preset_builds_and_the_headline_is_of_one_size(cache: Path, name: 
     middle = float(np.median([dense[model] for model in HEADLINE if model in dense]))
     assert all(0.85 < dense[model] / middle < 1.15 for model in HEADLINE if model in dense)
     assert all(0.7 < size / middle < 1.3 for size in dense.values())
+
+
+def test_the_recorded_configuration_holds_the_groups(cache: Path) -> None:
+    loaded, (folder,) = load("frappe", cache), cache.iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    assert {name: tuple(fields) for name, fields in meta["groups"].items()} == loaded.spec.groups and "groups" not in meta["spec"]
+    plain = model_config("rankmixer", loaded, POINTS["frappe"][0], anneal_steps=10).model_dump(mode="json")
+    assert plain["tokenizer"]["groups"] == meta["groups"]
 
 
 def test_the_plan_is_the_issues() -> None:

@@ -47,6 +47,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip().count(".") == 2
 
 
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["histroy"], 2)])
+def test_the_package_runs_as_the_command_does(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "pipelines.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, cli.main(arguments)) == (status, status)
+    assert (done.stdout, done.stderr) == capsys.readouterr()
+
+
 def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["histroy"]) == 2
     captured = capsys.readouterr()

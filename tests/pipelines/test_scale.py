@@ -25,7 +25,7 @@ amounts: {rows: [320, 640], size: s}
 training: {batch_size: 64, trainer: {epochs: 1, optimizer: {name: adam, learning_rate: 0.02}}}
 architectures:
   - label: mixer
-    model: {name: tokenmixer_large, tokenizer: {name: groups, groups: data}, blocks: 1, embedding: {dim: 4, init_std: 0.1}}
+    model: {name: tokenmixer_large, tokenizer: {name: groups}, blocks: 1, embedding: {dim: 4, init_std: 0.1}}
     sizes: [{label: s, set: {dim: 8}}, {label: m, set: {dim: 16}}, {label: l, set: {dim: 24}}]
 fit: {baseline: 0.4, resamples: 20}
 quick: {seeds: [0], rows: 128, fit.resamples: 0}

@@ -8,19 +8,19 @@ from recsys.data.encode import Encoder
 from recsys.data.splits import PARTS
 
 FIELDS = ("user_id", "item_id", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city")
-GROUPS = {
-    "user": ("user_id",),
-    "item": ("item_id",),
-    "daytime": ("daytime",),
-    "week": ("weekday", "isweekend"),
-    "state": ("homework", "cost"),
-    "weather": ("weather",),
-    "place": ("country", "city"),
-}
 ENCODER = Encoder.Config.model_validate(
     {
         "features": [{"kind": "categorical", "feature": name} for name in FIELDS],
         "tasks": [{"name": "use", "feature": LABEL}],
+        "groups": {
+            "user": ("user_id",),
+            "item": ("item_id",),
+            "daytime": ("daytime",),
+            "week": ("weekday", "isweekend"),
+            "state": ("homework", "cost"),
+            "weather": ("weather",),
+            "place": ("country", "city"),
+        },
     }
 )
 _FILE = "ctr.parquet"
@@ -30,7 +30,7 @@ def _frappe() -> Impressions:
     rows = pl.read_parquet(data_folder("frappe") / _FILE)
     rows = rows.with_columns(*(pl.col(name).cast(pl.String) for name in FIELDS), pl.col(LABEL).cast(pl.Float32))
     parts = {part: rows.filter(pl.col("split") == part).select(*FIELDS, LABEL).to_arrow() for part in PARTS}
-    return Impressions("frappe", parts, ENCODER, GROUPS)
+    return Impressions("frappe", parts, ENCODER)
 
 
 FRAPPE = ImpressionSource(lambda: files_fingerprint("frappe", (_FILE,)), _frappe)

@@ -30,14 +30,12 @@ class Impressions:
     Attributes:
         name: of the data set.
         parts: ``train``, ``valid`` and ``test``: columns of features, ``user_id`` (string) among them, and ``label`` (0 or 1).
-        encoder: what the features become.
-        groups: which fields belong together, for a tokenizer.
+        encoder: what the features become, and which of them belong together.
     """
 
     name: str
     parts: Mapping[str, pa.Table]
     encoder: EncoderConfig
-    groups: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)

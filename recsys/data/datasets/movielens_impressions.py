@@ -27,15 +27,6 @@ _FILES = ("interactions.parquet", "items.parquet", "users.parquet", "ratings_sam
 _AGES = (1, 18, 25, 35, 45, 50, 56)  # MovieLens-1M's brackets, by their least age
 _VALID = _TEST = 0.1
 
-GROUPS = {
-    "gender": ("gender",),
-    "age": ("age",),
-    "work": ("occupation", "zip"),
-    "item": ("item_id",),
-    "genres": ("genres",),
-    "year": ("year",),
-    "history": ("history",),
-}
 # No user ids: after a split by time four in five users of the validation period are not in train, and a model learns the others by heart
 # within an epoch. A user is who they are and what they saw. An item that train holds once is left out of the vocabulary, so that the row of
 # unknown ones is trained, too.
@@ -56,6 +47,15 @@ ENCODER = Encoder.Config.model_validate(
             },
         ],
         "tasks": [{"name": "like", "feature": LABEL}],
+        "groups": {
+            "gender": ("gender",),
+            "age": ("age",),
+            "work": ("occupation", "zip"),
+            "item": ("item_id",),
+            "genres": ("genres",),
+            "year": ("year",),
+            "history": ("history",),
+        },
     }
 )
 
@@ -91,7 +91,7 @@ def _impressions(name: str, events: pl.DataFrame, rows: pl.DataFrame, items: pl.
             EVENT_TIME: pa.array(joined["second"].cast(pl.Int64).to_numpy() * 1_000_000).cast(TIME),
         }
     )
-    return Impressions(name, global_time_split(table.column(EVENT_TIME), _VALID, _TEST).parts(table), ENCODER, GROUPS)
+    return Impressions(name, global_time_split(table.column(EVENT_TIME), _VALID, _TEST).parts(table), ENCODER)
 
 
 def _movielens_1m() -> Impressions:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from recsys.core.config import Config, Problem, by_kind
+from recsys.data.spec import check_groups
 
 
 class Identifiers(Config):
@@ -170,31 +171,34 @@ class EncoderConfig(Config):
         tasks: the labels, in the order of the columns of `RankingBatch.labels`.
         weight: a column of numbers, at least 0: how much each row counts in training (`RankingBatch.weights`). It stands beside the labels,
             and is not read where there are none.
+        groups: which fields belong together, by the names of `InputSpec.fields`: all of them, each in one group; empty where that is not
+            known. They decide nothing about what is encoded, and are no part of the encoder's fingerprint.
     """
 
     features: tuple[Annotated[Feature, BeforeValidator(by_kind(KINDS, "kind of feature"))], ...]
     tasks: tuple[Task, ...] = ()
     weight: str | None = None
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _unambiguous(self) -> Self:
         sequences = [f for f in self.features if isinstance(f, Sequence)]
         targets = list(dict.fromkeys(f.target for f in sequences))
-        _distinct("features", "field", [name for f in self.features for name in _fields(f)] + targets)
+        fields = [name for f in self.features for name in _fields(f)] + targets
+        _distinct("features", "field", fields)
         _distinct("features", "key of a sequence", [key for f in sequences for key in f.keys] + targets)
         _distinct("tasks", "task", [task.name for task in self.tasks])
         _check_tables(self)
         if self.weight is not None and not self.tasks:
             raise Problem(("weight",), f"expected tasks beside {self.weight!r}: weights count in the loss alone")
+        if self.groups:
+            check_groups(self.groups, fields)
         return self
 
     @model_serializer(mode="wrap")
-    def _without_absent_weight(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a weight, what is saved and hashed is what it was before there were weights: older encoders keep their fingerprints."""
-        content: dict[str, Any] = serialize(self)
-        if self.weight is None:
-            content.pop("weight", None)
-        return content
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a weight and groups, what is saved is what it was before there were any; so older encoders keep their fingerprints."""
+        return {key: value for key, value in serialize(self).items() if value or key not in ("weight", "groups")}
 
 
 def _fields(feature: Feature) -> tuple[str, ...]:

@@ -58,8 +58,11 @@ def transform_dense(feature: Dense, numbers: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(config: EncoderConfig, fitted: Fitted) -> str:
-    """Hexadecimal SHA-256 of the configuration and of everything learned. It does not depend on library versions or file formats."""
-    digest = hashlib.sha256(canonical_json({"config": config.model_dump(mode="json"), **fitted.numbers()}))
+    """Hexadecimal SHA-256 of what decides an encoding: the configuration without its groups, and everything learned.
+
+    It does not depend on library versions or file formats.
+    """
+    digest = hashlib.sha256(canonical_json({"config": config.model_dump(mode="json", exclude={"groups"}), **fitted.numbers()}))
     for table in sorted(fitted.vocabularies):
         values = fitted.vocabularies[table]
         digest.update(canonical_json([table, len(values)]))

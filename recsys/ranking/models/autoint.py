@@ -14,7 +14,7 @@ from recsys.ranking.mixers.attention import attend, attend_flops
 from recsys.ranking.mlp import mlp
 from recsys.ranking.model import Ranker
 from recsys.ranking.part import TokenPart, linear_flops
-from recsys.ranking.tokenizers import FieldTokenizer, Tokenizer
+from recsys.ranking.tokenizers import Fields, FieldTokenizer, Tokenizer
 
 
 class InteractingLayer(TokenPart):
@@ -90,7 +90,7 @@ class AutoInt(Ranker):
 
     def __init__(self, config: Config, spec: InputSpec) -> None:
         super().__init__(config, spec)
-        self.tokenizer: Tokenizer = components.build("tokenizer", config.tokenizer, self.widths, config.dim)
+        self.tokenizer: Tokenizer = components.build("tokenizer", config.tokenizer, Fields(self.widths, self.groups), config.dim)
         self.dropout = nn.Dropout(config.dropout)
         tokens, width = self.tokenizer.tokens, config.heads * config.head_dim
         dims = (config.dim, *[width] * (config.layers - 1))

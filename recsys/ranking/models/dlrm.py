@@ -12,7 +12,7 @@ from recsys.core.components import register
 from recsys.core.errors import ConfigError
 from recsys.ranking.flat_ranker import Body, FlatRanker
 from recsys.ranking.interactions import CrossNet, DotInteraction, HiddenLayers, Widths
-from recsys.ranking.tokenizers import FieldTokenizer
+from recsys.ranking.tokenizers import Fields, FieldTokenizer
 
 
 @register("ranker", "dlrm")
@@ -73,7 +73,7 @@ class BottomAndTop(Body):
         vectors = {field: width for field, width in widths.items() if field not in dense}
         if len(vectors) < (least := 1 if dense or cross else 2):
             raise ConfigError(f"structure: {config.structure!r} expects {least} fields or more beside dense columns, got {len(vectors)}")
-        self.tokenizer = FieldTokenizer(FieldTokenizer.Config(), vectors, dim)
+        self.tokenizer = FieldTokenizer(FieldTokenizer.Config(), Fields(vectors), dim)
         self.bottom = HiddenLayers(len(dense), (*config.bottom, dim)) if dense else None
         total = len(vectors) + bool(dense)
         self.interaction = CrossNet(total * dim, config.layers, config.rank) if cross else DotInteraction(total, dim)

@@ -28,10 +28,10 @@ class GroupTransformer(TokenRanker):
     """
 
     class Config(TokenRanker.Config):
-        """The groups must be given."""
+        """The choices above."""
 
         name: Literal["group_transformer"] = "group_transformer"  # type: ignore[assignment]
-        tokenizer: GroupTokenizer.Config
+        tokenizer: GroupTokenizer.Config = GroupTokenizer.Config()
         dim: int = Field(256, ge=1)
         blocks: int = Field(4, ge=1)
         mixer: HeteroAttention.Config = HeteroAttention.Config()

@@ -12,7 +12,7 @@ from recsys.core.components import register
 from recsys.ranking.flat_ranker import Body, FlatRanker
 from recsys.ranking.interactions import FieldNorm, HiddenLayers, MaskBlock, Widths
 from recsys.ranking.part import Part
-from recsys.ranking.tokenizers import FieldTokenizer
+from recsys.ranking.tokenizers import Fields, FieldTokenizer
 
 
 @register("ranker", "masknet")
@@ -68,7 +68,7 @@ class MaskBlocks(Body):
     def __init__(self, config: MaskNet.Config, widths: Mapping[str, int]) -> None:
         super().__init__()
         self.serial = config.structure == "serial"
-        self.tokenizer = FieldTokenizer(FieldTokenizer.Config(), widths, config.embedding.dim)
+        self.tokenizer = FieldTokenizer(FieldTokenizer.Config(), Fields(widths), config.embedding.dim)
         self.norm = FieldNorm(len(widths), config.embedding.dim)
         context = len(widths) * config.embedding.dim
         dims = [context] * config.blocks

@@ -39,7 +39,7 @@ class TokenMixerLarge(TokenRanker):
         """Defaults of the paper. Fewer heads make F1 larger: it has ``3 n T² D² / H`` weights."""
 
         name: Literal["tokenmixer_large"] = "tokenmixer_large"  # type: ignore[assignment]
-        tokenizer: GroupTokenizer.Config
+        tokenizer: GroupTokenizer.Config = GroupTokenizer.Config()
         dim: int = Field(512, ge=1)
         blocks: int = Field(4, ge=1)
         mixer: TokenMix.Config = TokenMix.Config()

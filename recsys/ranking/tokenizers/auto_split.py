@@ -2,7 +2,6 @@
 """Tokens from equal cuts of all fields' vectors."""
 
 import math
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
-from recsys.ranking.tokenizers.base import Tokenizer
+from recsys.ranking.tokenizers.base import Fields, Tokenizer
 
 
 @register("tokenizer", "auto_split")
@@ -41,10 +40,10 @@ class AutoSplitTokenizer(Tokenizer):
         name: Literal["auto_split"] = "auto_split"
         tokens: int = Field(ge=1)
 
-    def __init__(self, config: Config, widths: Mapping[str, int], dim: int) -> None:
-        super().__init__(widths, dim)
+    def __init__(self, config: Config, fields: Fields, dim: int) -> None:
+        super().__init__(fields, dim)
         self.tokens = config.tokens
-        inputs = sum(widths.values())
+        inputs = sum(fields.widths.values())
         self.chunk = math.ceil(inputs / self.tokens)
         if (self.tokens - 1) * self.chunk >= inputs:
             fitting = math.ceil(inputs / self.chunk) if inputs else 0

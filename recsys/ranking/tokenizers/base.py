@@ -3,17 +3,31 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from recsys.ranking.part import Part
 
 
+@dataclass(frozen=True)
+class Fields:
+    """What a tokenizer reads.
+
+    Attributes:
+        widths: the width of each field's vector, in the order of the fields.
+        groups: which fields belong together, as the inputs say; empty where they say nothing.
+    """
+
+    widths: Mapping[str, int]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
 class Tokenizer(Part):
-    """Fields to tokens. Built as ``cls(config, widths, dim)`` and registered with ``@register("tokenizer", name)``.
+    """Fields to tokens. Built as ``cls(config, fields, dim)`` and registered with ``@register("tokenizer", name)``.
 
     Args:
-        widths: the width of each field's vector, in the order of the fields.
+        fields: what it reads.
         dim: D.
 
     Attributes:
@@ -22,9 +36,9 @@ class Tokenizer(Part):
 
     tokens: int
 
-    def __init__(self, widths: Mapping[str, int], dim: int) -> None:
+    def __init__(self, fields: Fields, dim: int) -> None:
         super().__init__()
-        self.widths, self.dim = dict(widths), dim
+        self.widths, self.dim = dict(fields.widths), dim
 
     @abstractmethod
     def forward(self, x_bw: Tensor) -> Tensor:

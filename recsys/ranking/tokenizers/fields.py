@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One token for each field."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.ranking.part import linear_flops, split_fields
-from recsys.ranking.tokenizers.base import Tokenizer
+from recsys.ranking.tokenizers.base import Fields, Tokenizer
 
 
 @register("tokenizer", "fields")
@@ -29,11 +28,11 @@ class FieldTokenizer(Tokenizer):
 
         name: Literal["fields"] = "fields"
 
-    def __init__(self, config: Config, widths: Mapping[str, int], dim: int) -> None:
-        super().__init__(widths, dim)
-        self.projections = nn.ModuleList(nn.Identity() if width == dim else nn.Linear(width, dim) for width in widths.values())
+    def __init__(self, config: Config, fields: Fields, dim: int) -> None:
+        super().__init__(fields, dim)
+        self.projections = nn.ModuleList(nn.Identity() if width == dim else nn.Linear(width, dim) for width in self.widths.values())
         self.tokens = len(self.projections)
-        self.flat = all(width == dim for width in widths.values())
+        self.flat = all(width == dim for width in self.widths.values())
 
     @property
     def flops(self) -> int:

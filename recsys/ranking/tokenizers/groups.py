@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
-from recsys.core.errors import ConfigError, unknown
+from recsys.core.config import Problem
+from recsys.core.errors import ConfigError
+from recsys.data.spec import check_groups
 from recsys.ranking.mlp import mlp
 from recsys.ranking.part import linear_flops
-from recsys.ranking.tokenizers.base import Tokenizer
+from recsys.ranking.tokenizers.base import Fields, Tokenizer
 
 Groups = Mapping[str, tuple[str, ...]]
 
@@ -28,29 +30,29 @@ class GroupTokenizer(Tokenizer):
     Chosen where the paper is silent: each MLP is one affine map, or with ``hidden`` one hidden layer with SiLU.
 
     Raises:
-        ConfigError: a field is unknown, in no group or in two; a group is empty.
+        ConfigError: a field is unknown, in no group or in two; a group is empty; neither the tokenizer nor the inputs name any.
     """
 
     class Config(BaseConfig):
         """Which fields make which token.
 
         Attributes:
-            groups: the fields of each token, by the token's name, in the order of the tokens.
+            groups: the fields of each token, by the token's name, in the order of the tokens; null for the groups of the inputs.
             hidden: the width of the MLPs' hidden layer; null for affine maps.
             global_token: whether there is one.
         """
 
         name: Literal["groups"] = "groups"
-        groups: dict[str, tuple[str, ...]]
+        groups: dict[str, tuple[str, ...]] | None = None
         hidden: int | None = Field(None, ge=1)
         global_token: bool = True
 
-    def __init__(self, config: Config, widths: Mapping[str, int], dim: int) -> None:
-        super().__init__(widths, dim)
-        check_groups(config.groups, widths)
-        self.groups = tuple(config.groups.values())
+    def __init__(self, config: Config, fields: Fields, dim: int) -> None:
+        super().__init__(fields, dim)
+        widths = fields.widths
+        self.groups = tuple(_chosen(config, fields).values())
         self.global_token = config.global_token
-        group_widths = [sum(widths[field] for field in fields) for fields in self.groups]
+        group_widths = [sum(widths[field] for field in group) for group in self.groups]
         between = () if config.hidden is None else (config.hidden,)
         inputs = (sum(group_widths), *group_widths) if config.global_token else tuple(group_widths)
         self.projections = nn.ModuleList(mlp((width, *between, dim)) for width in inputs)
@@ -72,6 +74,18 @@ class GroupTokenizer(Tokenizer):
         return torch.stack([projection(x) for projection, x in zip(self.projections, inputs, strict=True)]).transpose(0, 1)
 
 
+def _chosen(config: GroupTokenizer.Config, fields: Fields) -> Groups:
+    """The tokenizer's own groups, or those of the inputs."""
+    groups = fields.groups if config.groups is None else config.groups
+    if config.groups is None and not groups:
+        raise ConfigError("groups: the inputs have none; name them in encoder.groups, for every model, or in the tokenizer")
+    try:
+        check_groups(groups, fields.widths)
+    except Problem as problem:
+        raise ConfigError(f"groups: {problem.message}") from None
+    return groups
+
+
 def _runs(groups: Sequence[Sequence[str]], widths: Mapping[str, int]) -> tuple[list[int], list[list[int]]]:
     """The fewest pieces of all fields, one after another, of which every group is a concatenation.
 
@@ -90,23 +104,3 @@ def _runs(groups: Sequence[Sequence[str]], widths: Mapping[str, int]) -> tuple[l
             run_widths.append(width)
         run_of[field], before = len(run_widths) - 1, (group, i)
     return run_widths, [list(dict.fromkeys(run_of[field] for field in fields)) for fields in groups]
-
-
-def check_groups(groups: Groups, known: Mapping[str, int]) -> None:
-    """Hold that the groups are a partition of the known fields.
-
-    Raises:
-        ConfigError: names the group and the field that break it.
-    """
-    group_of: dict[str, str] = {}
-    for group, fields in groups.items():
-        if not fields:
-            raise ConfigError(f"groups: {group!r} holds no field")
-        for field in fields:
-            if field not in known:
-                raise ConfigError(f"groups: {group!r}: {unknown('field', field, known)}")
-            if field in group_of:
-                raise ConfigError(f"groups: field {field!r} is in {group_of[field]!r} and again in {group!r}; expected exactly one group")
-            group_of[field] = group
-    if forgotten := [field for field in known if field not in group_of]:
-        raise ConfigError(f"groups: field {forgotten[0]!r} is in no group; expected every field in exactly one ({', '.join(forgotten)})")

@@ -2,7 +2,7 @@
 """Tokens from groups of fields that were drawn by lot."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
-from recsys.ranking.tokenizers.base import Tokenizer
+from recsys.ranking.tokenizers.base import Fields, Tokenizer
 from recsys.ranking.tokenizers.groups import GroupTokenizer
 
 
@@ -22,7 +22,7 @@ class PermutedTokenizer(Tokenizer):
 
     Whole fields are shuffled, never parts of their vectors. The order decides what a token means, so it must be the same wherever a
     trained model is loaded, which library generators do not promise across versions: fields stand in the order of the SHA-256 of
-    ``seed:field``. It does not depend on the order of ``widths`` either, and a new field leaves the others' order as it is.
+    ``seed:field``. It does not depend on the order of the fields either, and a new field leaves the others' order as it is.
 
     Chosen where the paper is silent: groups are contiguous in the shuffled order and differ by at most one in their number of fields, the
     larger ones first; projections and global token are those of `GroupTokenizer`. RankUp's cross and task tokens are not part of it.
@@ -47,8 +47,9 @@ class PermutedTokenizer(Tokenizer):
         hidden: int | None = Field(None, ge=1)
         global_token: bool = True
 
-    def __init__(self, config: Config, widths: Mapping[str, int], dim: int) -> None:
-        super().__init__(widths, dim)
+    def __init__(self, config: Config, fields: Fields, dim: int) -> None:
+        super().__init__(fields, dim)
+        widths = fields.widths
         groups = config.tokens - config.global_token
         if not 1 <= groups <= len(widths):
             expected = f"{1 + config.global_token} to {len(widths) + config.global_token} for {len(widths)} fields"
@@ -56,7 +57,7 @@ class PermutedTokenizer(Tokenizer):
         self.order = shuffled(widths, config.seed)
         parts = {str(i): tuple(self.order[start:stop]) for i, (start, stop) in enumerate(_cuts(len(self.order), groups))}
         inner = GroupTokenizer.Config(groups=parts, hidden=config.hidden, global_token=config.global_token)
-        self.inner = GroupTokenizer(inner, widths, dim)
+        self.inner = GroupTokenizer(inner, fields, dim)
         self.tokens = self.inner.tokens
 
     @property

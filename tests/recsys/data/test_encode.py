@@ -464,6 +464,61 @@ def test_an_encoder_without_weights_has_the_fingerprint_of_before_there_were_any
         parse(Encoder.Config, {"features": [], "weight": "w"}, source="test")
 
 
+GROUPS = {
+    "place": ["city"],
+    "item": ["item_id", "genre", "genres"],
+    "numbers": ["raw", "price", "price__absent", "age"],
+    "past": ["views", "history"],
+}
+
+
+def test_groups_reach_the_spec_and_decide_nothing_about_the_encoding(tmp_path: Any) -> None:
+    table = to_table(random_rows(np.random.default_rng(1), 50))
+    plain, grouped = Encoder.fit(config(), table), Encoder.fit(config(groups=GROUPS), table)
+    assert grouped.spec.groups == {name: tuple(fields) for name, fields in GROUPS.items()} and plain.spec.groups == {}
+    assert grouped.fingerprint() == plain.fingerprint()
+    assert "groups" not in plain.config.model_dump(mode="json")
+    grouped.save(tmp_path)
+    loaded = Encoder.load(tmp_path)
+    assert loaded.config == grouped.config and list(loaded.spec.groups) == list(GROUPS)  # the order of the groups is that of the tokens
+
+
+def test_the_fingerprint_of_an_encoder_is_what_it_was_before_there_were_weights_and_groups() -> None:
+    content = {
+        "features": [{"kind": "dense", "feature": "x"}],
+        "tasks": [{"name": "t", "feature": "label"}],
+        "groups": {"all": ["x", "x__absent"]},
+    }
+    encoder = Encoder.fit(parse(Encoder.Config, content, source="test"), weighted([1.0]))
+    assert encoder.fingerprint() == "e90587e37ec0b3208dff8082fb6551531f7c6a52a2891869e7e30972be7da85f"
+
+
+def test_a_spec_keeps_its_groups_and_one_without_them_loads() -> None:
+    spec = Encoder.fit(config(groups=GROUPS), to_table(random_rows(np.random.default_rng(0), 60))).spec
+    content = json.loads(json.dumps(spec.model_dump(mode="json")))
+    assert parse(InputSpec, content, source="test") == spec
+    del content["groups"]
+    assert parse(InputSpec, content, source="test") == spec.model_copy(update={"groups": {}})
+    with pytest.raises(ConfigError, match="test: groups: field 'city' is in no group"):
+        parse(InputSpec, content | {"groups": {"rest": list(spec.fields)[1:]}}, source="test")
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (GROUPS | {"more": ["ctiy"]}, "test: groups: 'more': unknown field 'ctiy'; did you mean 'city'"),
+        (GROUPS | {"more": ["history_rating"]}, "test: groups: 'more': unknown field 'history_rating'; did you mean 'history'"),
+        (GROUPS | {"more": ["city"]}, "test: groups: field 'city' is in 'place' and again in 'more'; expected exactly one group"),
+        (GROUPS | {"place": ["city", "city"]}, "test: groups: field 'city' is in 'place' and again in 'place'"),
+        (GROUPS | {"past": ["history"]}, r"test: groups: field 'views' is in no group; expected every field in exactly one \(views\)"),
+        (GROUPS | {"more": []}, "test: groups: 'more' holds no field"),
+    ],
+)
+def test_groups_that_are_not_a_partition_are_named(groups: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(groups=groups)
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [

@@ -113,7 +113,7 @@ def test_movielens_1m_parts_follow_each_other(movielens: tuple[pl.DataFrame, pl.
 def test_fields_of_the_encoder_are_the_groups(movielens: tuple[pl.DataFrame, pl.DataFrame]) -> None:
     impressions = MOVIELENS_1M.load()
     spec = Encoder.fit(impressions.encoder, impressions.parts["train"]).spec
-    assert sorted(field for fields in impressions.groups.values() for field in fields) == sorted(spec.fields)
+    assert sorted(field for fields in spec.groups.values() for field in fields) == sorted(spec.fields)
 
 
 def test_the_fingerprint_follows_the_files(movielens: tuple[pl.DataFrame, pl.DataFrame], tmp_path: Path) -> None:

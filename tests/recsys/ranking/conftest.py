@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Impressions as plain rows, and the batches made of them, so that a test can take rows away and compare."""
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,18 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
 
+sys.path.insert(0, str(Path(__file__).parent))  # for field_vectors.py
+
 Row = dict[str, Any]
 
 
 @pytest.fixture
-def spec() -> InputSpec:
+def groups() -> dict[str, tuple[str, ...]]:
+    return {"who": ("user", "age"), "what": ("item", "genres", "popularity"), "past": ("history",)}
+
+
+@pytest.fixture
+def spec(groups: dict[str, tuple[str, ...]]) -> InputSpec:
     return InputSpec(
         tables=(
             TableSpec(name="user", rows=20, bags=("user",)),
@@ -26,12 +35,8 @@ def spec() -> InputSpec:
         sequences=(SequenceSpec(name="history", keys=("seen", "seen_stars"), target="item"),),
         dense=("age", "popularity"),
         tasks=("click", "like"),
+        groups=groups,
     )
-
-
-@pytest.fixture
-def groups() -> dict[str, tuple[str, ...]]:
-    return {"who": ("user", "age"), "what": ("item", "genres", "popularity"), "past": ("history",)}
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from recsys.data.spec import InputSpec
 from recsys.embedding.tables import dense_parameters
 from recsys.ranking.model import Ranker
 
-GROUPS = {"name": "groups", "groups": {"who": ("user", "age"), "what": ("item", "genres", "popularity"), "past": ("history",)}}
 SMALL: dict[str, dict[str, Any]] = {
     "autoint": {"dim": 8, "layers": 2, "heads": 2, "head_dim": 4, "deep_hidden": (9,)},
     "dcnv2": {"layers": 2, "hidden": (9, 5)},
@@ -24,12 +23,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "din": {"hidden": (9, 5)},
     "dlrm": {"bottom": (9,), "top": (9, 5)},
     "finalmlp": {"first": {"hidden": (9, 6)}, "second": {"hidden": (4,)}},
-    "group_transformer": {"tokenizer": GROUPS, "dim": 16, "blocks": 2},
+    "group_transformer": {"dim": 16, "blocks": 2},
     "hiformer": {"dim": 8, "mixer": {"rank": 5}},
     "masknet": {"blocks": 2, "width": 7},
     "rankmixer": {"dim": 12, "blocks": 2},
     "token_ranker": {"dim": 12},
-    "tokenmixer_large": {"tokenizer": GROUPS, "dim": 16, "blocks": 3},
+    "tokenmixer_large": {"dim": 16, "blocks": 3},
     "unimixer": {"dim": 12},
     "unimixing_lite": {"dim": 12},
     "wukong": {"dim": 8, "blocks": 2},

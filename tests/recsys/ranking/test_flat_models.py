@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from field_vectors import flat
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,10 +87,6 @@ def build(spec: InputSpec) -> Build:
         return cls(parse(cls.Config, SMALL | changes, source="test"), spec)
 
     return make
-
-
-def flat(fields: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(fields.values()), 1)
 
 
 @pytest.fixture

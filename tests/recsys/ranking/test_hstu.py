@@ -12,6 +12,7 @@ from recsys.data.spec import SequenceSpec
 from recsys.ranking.history import HSTU, Events, TargetAttention
 from recsys.ranking.mixers import Identity
 from recsys.ranking.token_ranker import TokenRanker
+from recsys.ranking.tokenizers import GroupTokenizer
 
 DIM = 6
 SEQUENCE = SequenceSpec(name="history", keys=("seen", "stars"), target="item")
@@ -242,6 +243,8 @@ def test_in_a_ranker_each_vector_is_a_field_and_a_token(spec: Any, make_rows: An
     model = TokenRanker(TokenRanker.Config(dim=8, history=history, mixer=Identity.Config()), spec)
     assert [name for name in model.widths if name.startswith("history")] == ["history.0", "history.1", "history.2"]
     assert model.tokenizer.tokens == len(model.widths) == 8
+    grouped = TokenRanker(TokenRanker.Config(dim=8, history=history, mixer=Identity.Config(), tokenizer=GroupTokenizer.Config()), spec)
+    assert grouped.tokenizer.groups[2] == ("history.0", "history.1", "history.2")  # they stand where the inputs have the history
     rows = make_rows([3, 0, 6])
     batch = make_batch(rows)
     model.loss(batch)[0].backward()

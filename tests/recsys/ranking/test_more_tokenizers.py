@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from field_vectors import flat
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.core import components
 from recsys.core.errors import ConfigError
-from recsys.ranking.tokenizers import AutoSplitTokenizer, PermutedTokenizer, Tokenizer
+from recsys.ranking.tokenizers import AutoSplitTokenizer, Fields, PermutedTokenizer, Tokenizer
 from recsys.ranking.tokenizers.permuted import shuffled
 
 WIDTHS = {"user": 3, "age": 1, "item": 3, "history": 3, "price": 1}  # F = 11
@@ -27,11 +28,7 @@ CONFIGS = [
 
 def build(config: Any, widths: dict[str, int] = WIDTHS) -> Tokenizer:
     torch.manual_seed(0)
-    return components.build("tokenizer", config, widths, DIM)
-
-
-def flat(fields: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(fields.values()), 1)
+    return components.build("tokenizer", config, Fields(widths), DIM)
 
 
 def fields(rows: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -82,7 +79,7 @@ def test_idle_weights_are_those_that_change_nothing() -> None:
 
 def test_auto_split_starts_as_linear_layers_of_its_width_do() -> None:
     torch.manual_seed(0)
-    tokenizer = AutoSplitTokenizer(AutoSplitTokenizer.Config(tokens=8), {"x": 8 * 64}, 128)
+    tokenizer = AutoSplitTokenizer(AutoSplitTokenizer.Config(tokens=8), Fields({"x": 8 * 64}), 128)
     reference = nn.Linear(64, 128)
     assert tokenizer.weight.std().item() == pytest.approx(reference.weight.std().item(), rel=0.05)
     assert tokenizer.weight.abs().max() <= 1 / 8

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from field_vectors import flat
 from torch import nn
 
 from recsys.core.errors import ConfigError
-from recsys.ranking.tokenizers import GroupTokenizer
+from recsys.ranking.tokenizers import Fields, GroupTokenizer
 
 WIDTHS = {"user": 3, "age": 1, "item": 3, "history": 3}
 GROUPS = {"past": ("history",), "who": ("age", "user"), "what": ("item",)}
@@ -14,12 +15,8 @@ def fields(rows: int = 5) -> dict[str, torch.Tensor]:
     return {name: torch.randn(rows, width) for name, width in WIDTHS.items()}
 
 
-def flat(fields: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(fields.values()), 1)
-
-
 def build(groups: dict[str, tuple[str, ...]] = GROUPS, hidden: int | None = None) -> GroupTokenizer:
-    return GroupTokenizer(GroupTokenizer.Config(groups=groups, hidden=hidden), WIDTHS, dim=4)
+    return GroupTokenizer(GroupTokenizer.Config(groups=groups, hidden=hidden), Fields(WIDTHS), dim=4)
 
 
 def affine(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -85,3 +82,18 @@ def test_tokens_lie_outermost_in_memory() -> None:
 def test_groups_that_are_not_a_partition_are_an_error(groups: dict[str, tuple[str, ...]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(groups)
+
+
+def test_the_groups_of_the_inputs_are_taken_where_the_tokenizer_names_none() -> None:
+    torch.manual_seed(0)
+    named = build()
+    torch.manual_seed(0)
+    tokenizer, x = GroupTokenizer(GroupTokenizer.Config(), Fields(WIDTHS, GROUPS), dim=4), flat(fields())
+    assert tokenizer.groups == tuple(GROUPS.values()) and torch.equal(tokenizer(x), named(x))
+    own = {"all": tuple(WIDTHS)}
+    assert GroupTokenizer(GroupTokenizer.Config(groups=own), Fields(WIDTHS, GROUPS), dim=4).groups == (tuple(WIDTHS),)
+
+
+def test_groups_that_nobody_names_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"the inputs have none; name them in encoder\.groups, for every model, or in the tokenizer"):
+        GroupTokenizer(GroupTokenizer.Config(), Fields(WIDTHS), dim=4)

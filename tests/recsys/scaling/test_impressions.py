@@ -31,7 +31,7 @@ def frappe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pl.DataFrame:
 
 def test_its_parts_are_the_data_sets_own(frappe: pl.DataFrame) -> None:
     data = ImpressionsData(ImpressionsData.Config(dataset="frappe"))
-    assert set(data.spec.bag_keys) == set(FIELDS) == {field for fields in data.groups.values() for field in fields}
+    assert set(data.spec.bag_keys) == set(FIELDS) == {field for fields in data.spec.groups.values() for field in fields}
     for part, batches in (("valid", data.valid(64)), ("test", data.test(64))):
         labels = np.concatenate([batch.labels[:, 0].numpy() for batch in batches if batch.labels is not None])
         np.testing.assert_array_equal(labels, frappe.filter(split=part)["label"])

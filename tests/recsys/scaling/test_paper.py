@@ -13,7 +13,7 @@ SMALL = {
     "name": "small",
     "model": {
         "name": "tokenmixer_large",
-        "tokenizer": {"name": "groups", "groups": "fields"},
+        "tokenizer": {"name": "groups"},
         "dim": 24,
         "blocks": 2,
         "embedding": {"dim": 8},
@@ -34,8 +34,9 @@ def test_parameters_are_those_of_the_model_in_memory() -> None:
     model = build_on_meta(recipe)
     assert all(p.is_meta for p in model.parameters())
     cls = components.get("ranker", "tokenmixer_large")
-    real = cls(parse(cls.Config, recipe.model | {"tokenizer": {"groups": recipe.fields.names()}}, source="test"), recipe.fields.spec())
+    real = cls(parse(cls.Config, recipe.model, source="test"), recipe.fields.spec())
     assert model.costs() == real.costs()
+    assert real.tokenizer.tokens == 3 + 1  # a token for each group of fields, and the global one
 
 
 def test_what_is_kept_is_what_autograd_keeps() -> None:
@@ -44,7 +45,7 @@ def test_what_is_kept_is_what_autograd_keeps() -> None:
     from recsys.core import components
 
     cls = components.get("ranker", "tokenmixer_large")
-    real = cls(parse(cls.Config, recipe.model | {"tokenizer": {"groups": recipe.fields.names()}}, source="test"), recipe.fields.spec())
+    real = cls(parse(cls.Config, recipe.model, source="test"), recipe.fields.spec())
 
     def kept(rows: int) -> int:
         own = {p.untyped_storage().data_ptr() for p in real.parameters()}

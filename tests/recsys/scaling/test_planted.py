@@ -137,7 +137,7 @@ def test_batches_hold_what_was_drawn() -> None:
         for key in (*table.bags, *table.sequences):
             values = (batch.sparse[key] if table.bags else batch.sequences[key]).values()
             assert values.min() >= 2 and values.max() < table.rows
-    assert set(spec.fields) == {field for group in data.groups.values() for field in group}
+    assert set(spec.fields) == {field for group in spec.groups.values() for field in group}
 
 
 def flat(batches: list[RankingBatch]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from recsys.scaling.sweep import Architecture, Plan, cells, configure, costs, ru
 from recsys.training.progress import NoProgress
 
 EMBEDDING = {"dim": 4, "learning_rate": 0.1, "init_std": 0.1}
-MIXER = {"name": "tokenmixer_large", "tokenizer": {"name": "groups", "groups": "data"}, "dim": 8, "blocks": 1, "embedding": EMBEDDING}
+MIXER = {"name": "tokenmixer_large", "tokenizer": {"name": "groups"}, "dim": 8, "blocks": 1, "embedding": EMBEDDING}
 FFN = {
     "name": "token_ranker",
     "dim": 8,
@@ -73,7 +73,7 @@ def test_cells_are_the_product_and_small_ones_come_first(data: PlantedData) -> N
 
 
 def test_costs_are_those_of_the_model(data: PlantedData) -> None:
-    config = configure(plan().architectures[0], {"dim": 16}, data)
+    config = configure(plan().architectures[0], {"dim": 16})
     model = module._build(config, data.spec)
     expected = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables."))
     tables = sum(table.rows for table in data.spec.tables) * 4
@@ -106,10 +106,27 @@ def test_what_does_not_decide_the_result_changes_no_key(data: PlantedData) -> No
     assert keys[0] == keys[1] and not keys[0] & keys[2]
 
 
-def test_groups_come_from_the_data(data: PlantedData) -> None:
-    config: Any = configure(plan().architectures[0], {}, data)
-    assert config.tokenizer.groups == data.groups
-    assert plan().architectures[0].model["tokenizer"]["groups"] == "data"  # the recipe's own is as it was
+def test_groups_are_those_of_the_data(data: PlantedData) -> None:
+    model: Any = module._build(configure(plan().architectures[0], {}), data.spec)
+    assert model.tokenizer.groups == tuple(data.spec.groups.values()) and len(data.spec.groups) == 3
+
+
+def test_data_without_groups_are_an_error_that_names_the_architecture(data: PlantedData) -> None:
+    data.spec = data.spec.model_copy(update={"groups": {}})
+    with pytest.raises(ConfigError, match="architectures: mixer: groups: the inputs have none"):
+        cells(plan(), data, "params")
+
+
+def test_other_groups_are_other_cells(data: PlantedData) -> None:
+    before = {cell.key for cell in cells(plan(), data, "params")}
+    data.spec = data.spec.model_copy(update={"groups": dict(zip("abc", data.spec.groups.values(), strict=True))})
+    assert not before & {cell.key for cell in cells(plan(), data, "params")}
+
+
+def test_what_a_size_sets_does_not_change_the_recipe() -> None:
+    architecture = plan().architectures[0]
+    configure(architecture, {"embedding.dim": 16, "stack.inter_residual": None})
+    assert architecture.model == MIXER and MIXER["embedding"] == {"dim": 4, "learning_rate": 0.1, "init_std": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -120,9 +137,9 @@ def test_groups_come_from_the_data(data: PlantedData) -> None:
         ({"label": "a", "model": {"name": "tokenmixer_larg"}}, {}, "architectures: a: model.name: unknown ranker"),
     ],
 )
-def test_a_wrong_configuration_names_architecture_and_key(data: PlantedData, architecture: Any, overrides: Any, message: str) -> None:
+def test_a_wrong_configuration_names_architecture_and_key(architecture: Any, overrides: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        configure(Architecture(**architecture), overrides, data)
+        configure(Architecture(**architecture), overrides)
 
 
 def test_plans_that_cannot_be_swept(data: PlantedData) -> None:
@@ -145,7 +162,7 @@ def test_plans_that_cannot_be_swept(data: PlantedData) -> None:
 def test_a_solved_size_is_the_nearest_of_all_widths(data: PlantedData, what: Any, target: int) -> None:
     architecture = Architecture(label="ffn", model=FFN, multiple=2)
     found: Any = solve(architecture, data, what, target)
-    values = {w: getattr(costs(configure(architecture, {"dim": w}, data), data.spec), what) for w in range(2, 80, 2)}
+    values = {w: getattr(costs(configure(architecture, {"dim": w}), data.spec), what) for w in range(2, 80, 2)}
     nearest = min(values, key=lambda w: abs(np.log(values[w] / target)))
     assert found.dim == nearest
 
@@ -263,14 +280,14 @@ def encoded(tmp_path: Path) -> Iterator[tuple[PlantedData, EncodedData]]:
     source = parse(_Recipe, {"data": {"name": "planted", "shares": shares, **sizes}}, source="test").data
     planted = PlantedData(source)
     parts = {"train": planted.train(300, 0, 64), "valid": planted.valid(64), "test": planted.test(64)}
-    write_encoded(tmp_path / "rows", planted.spec, parts, planted.groups)
+    write_encoded(tmp_path / "rows", planted.spec, parts)
     config = parse(_Recipe, {"data": {"name": "encoded", "path": str(tmp_path / "rows")}}, source="test").data
     yield planted, EncodedData(config)
 
 
 def test_encoded_rows_are_those_that_were_written(encoded: tuple[PlantedData, EncodedData]) -> None:
     planted, data = encoded
-    assert data.spec == planted.spec and data.groups == planted.groups and data.references() == {}
+    assert data.spec == planted.spec and data.spec.groups and data.references() == {}
     for ours, theirs in ((data.valid(64), planted.valid(64)), (data.test(50), planted.test(50))):
         assert all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -301,8 +318,12 @@ def test_a_folder_that_is_not_one_is_an_error(encoded: tuple[PlantedData, Encode
     with pytest.raises(DataError, match=r"there is no spec\.json"):
         EncodedData(EncodedData.Config(path=tmp_path))
     _, data = encoded
-    layout = json.loads((data.config.path / "spec.json").read_text())
-    layout["spec"]["dense"].append("other")
-    (data.config.path / "spec.json").write_text(json.dumps(layout))
+    spec = json.loads((data.config.path / "spec.json").read_text())
+    spec["dense"].append("other")
+    (data.config.path / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(ConfigError, match=r"spec\.json: groups: field 'other' is in no group"):
+        EncodedData(data.config)
+    spec["groups"]["dense"].append("other")
+    (data.config.path / "spec.json").write_text(json.dumps(spec))
     with pytest.raises(SchemaError, match="missing column: unknown column 'other'"):
         next(iter(EncodedData(data.config).valid(10)))
