@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "history": ("recsys.ranking.history",),
     "ranker": ("recsys.ranking.models",),
     "calibration": ("recsys.ranking.calibration",),
+    "item_tokenizer": ("recsys.retrieval.tokenizers",),
     "retriever": ("recsys.retrieval.models",),
     "index": ("recsys.retrieval.catalogue",),
     "text_encoder": ("recsys.text",),
