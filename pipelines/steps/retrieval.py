@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train SASRec and SETRec, and compare them with popularity and item-kNN over the whole catalogue."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,15 @@ from pipelines.recipe import Recipe, RetrieverRecipe
 from pipelines.steps.data import Prepared
 from recsys.core import components
 from recsys.core.errors import ConfigError
-from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
 from recsys.data.jagged import Jagged
 from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_steps, histories
 from recsys.data.windows import SequenceLoader
 from recsys.evaluation.full_ranking import target_ranks
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
-from recsys.retrieval.base import Retriever
+from recsys.retrieval.base import Retriever, VectorRetriever
 from recsys.retrieval.baselines import ItemKNN, Popularity
-from recsys.retrieval.catalogue import Catalogue, DenseIndex, check_pair
+from recsys.retrieval.catalogue import Catalogue, Index, check_pair
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.models.setrec import SETRec
@@ -54,9 +52,9 @@ class RetrievalResult:
     """Trained retrievers, and the rank of every test event under each model, in the order of the test steps' targets."""
 
     items: ItemTable
-    collaborative: Retriever
-    retriever: Retriever
-    index: DenseIndex
+    collaborative: VectorRetriever
+    retriever: VectorRetriever
+    index: Index
     curves: dict[str, History]
     ranks: dict[str, np.ndarray]
 
@@ -105,23 +103,14 @@ def train_retrievers(
     return RetrievalResult(items, collaborative, retriever, index, curves, ranks)
 
 
-def build_index(recipe: Recipe, retriever: Retriever, catalogue: Catalogue) -> DenseIndex:
-    """The index over the retriever's item vectors, checked to fit it."""
-    cls: Any = components.get("index", recipe.index.name)
+def build_index(recipe: Recipe, retriever: Retriever, catalogue: Catalogue) -> Index:
+    """The index over the retriever's items, checked to fit it."""
+    cls: type[Index] = components.get("index", recipe.index.name)
     check_pair(retriever, cls)
-    with torch.no_grad():
-        vectors = retriever.eval().item_vectors()
-    index: DenseIndex = cls.build(recipe.index, vectors, catalogue.snapshot(), model_hash=model_hash(retriever))
-    return index
+    return cls.over(recipe.index, retriever, catalogue.snapshot())
 
 
-def model_hash(model: nn.Module) -> str:
-    """A hash over all weights of a model, by which an index knows what its vectors come from."""
-    digests = {k: hashlib.sha256(v.detach().contiguous().numpy().tobytes()).hexdigest() for k, v in model.state_dict().items()}
-    return sha256_json(digests)
-
-
-def model_scorer(model: Retriever) -> Scorer:
+def model_scorer(model: VectorRetriever) -> Scorer:
     """Scores ``[B, N]`` of all items; those that the model cannot score get -inf."""
     with torch.no_grad():
         items_nd = model.eval().item_vectors()
@@ -161,10 +150,12 @@ def _train(
     run_dir: Path,
     tracker: Tracker,
     collaborative: SASRec | None = None,
-) -> tuple[Retriever, History]:
+) -> tuple[VectorRetriever, History]:
     seed: int = context["seed"]
     torch.manual_seed(seed)
-    model: Retriever = components.get("retriever", recipe.model.name)(recipe.model, items)
+    model = components.get("retriever", recipe.model.name)(recipe.model, items)
+    if not isinstance(model, VectorRetriever):
+        raise ConfigError(f"retriever {recipe.model.name!r}: the pipeline takes models with item vectors so far, and this one has codes")
     if isinstance(model, SETRec) and model.config.warm_start:
         if collaborative is None:
             raise ConfigError("setrec: warm_start: there is no collaborative model to start from")
@@ -173,7 +164,7 @@ def _train(
     steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
 
     def validate(module: nn.Module) -> dict[str, float]:
-        assert isinstance(module, Retriever)
+        assert isinstance(module, VectorRetriever)
         ranks = event_ranks(model_scorer(module), histories.data, steps, module.max_length)
         return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
 
@@ -181,7 +172,7 @@ def _train(
     return model.eval(), history
 
 
-def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Histories, seed: int) -> None:
+def _choose_beta(retriever: VectorRetriever, betas: tuple[float, ...], histories: Histories, seed: int) -> None:
     """Set the weight of the semantic slots to the one with the best NDCG@10 on the validation period."""
     if not isinstance(retriever, SETRec):
         return

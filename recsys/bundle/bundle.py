@@ -36,7 +36,7 @@ from recsys.data.encode import Encoder
 from recsys.ranking.calibration import Calibrator, NoCalibration, from_state
 from recsys.ranking.model import Ranker
 from recsys.retrieval.base import Retriever
-from recsys.retrieval.catalogue import Catalogue, DenseIndex
+from recsys.retrieval.catalogue import Catalogue, Index, load_index
 from recsys.retrieval.items import ItemTable
 
 
@@ -74,7 +74,7 @@ class Bundle:
     ranker: Ranker
     retriever: Retriever
     item_table: ItemTable
-    index: DenseIndex
+    index: Index
     calibration: Calibrator = field(default_factory=lambda: NoCalibration(NoCalibration.Config()))
 
     def save(self, directory: Path) -> Manifest:
@@ -125,7 +125,7 @@ class Bundle:
             ranker=ranker,
             retriever=retriever,
             item_table=items,
-            index=DenseIndex.load(directory / "index", catalogue.snapshot()),
+            index=load_index(directory / "index", catalogue.snapshot()),
             calibration=_load_calibration(directory / "calibration.json"),
         )
 

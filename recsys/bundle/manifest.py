@@ -37,7 +37,7 @@ class Manifest(Config):
         files: every file below the bundle's directory, but this manifest.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str
     created: datetime
     code_commit: str

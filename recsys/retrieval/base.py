@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every retriever offers to training, to the index and to serving."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from recsys.core.errors import BundleError
+from recsys.core.errors import BundleError, ConfigError, DataError
+from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
-from recsys.retrieval.state import SlotVectors
+from recsys.retrieval.code_table import CodeTable
+from recsys.retrieval.items import ItemTable
+from recsys.retrieval.state import EncoderMemory, SlotLogProbs, SlotVectors
 
 
 class Retriever(nn.Module, ABC):
     """A model from histories to items.
 
     Subclasses are built as ``cls(config, items)`` where ``items`` is an `ItemTable` (the catalogue's rows with whatever the model
-    needs of them) and registered with ``@register("retriever", name)``.
+    needs of them) and registered with ``@register("retriever", name)``. They are `VectorRetriever` or `CodeRetriever`, by what an index
+    over their items holds.
     """
 
     max_length: int
@@ -25,7 +31,7 @@ class Retriever(nn.Module, ABC):
         """The training loss, a scalar, and its detached parts by name."""
 
     @abstractmethod
-    def encode(self, batch: SequenceBatch) -> SlotVectors:
+    def encode(self, batch: SequenceBatch) -> SlotVectors | SlotLogProbs | EncoderMemory:
         """The state after the whole history of each row (only its last ``max_length`` events count). Empty histories are allowed."""
 
     @property
@@ -33,9 +39,10 @@ class Retriever(nn.Module, ABC):
     def scorable(self) -> Tensor:
         """bool ``[N]``: the items that the model can tell apart. A model bound to the items of its training leaves the others out."""
 
-    @abstractmethod
-    def item_vectors(self) -> Tensor:
-        """float ``[N, K * d]``: the concatenated slot vectors of all catalogue rows."""
+    def fingerprint(self) -> str:
+        """SHA-256 over all weights and buffers, by which an index knows what its content came from."""
+        digests = {k: hashlib.sha256(v.detach().cpu().contiguous().numpy().tobytes()).hexdigest() for k, v in self.state_dict().items()}
+        return sha256_json(digests)
 
     def extra_state(self) -> dict[str, Any]:
         """JSON-serialisable values, besides the weights and the config, that rebuild the model (none by default)."""
@@ -45,3 +52,68 @@ class Retriever(nn.Module, ABC):
         """Take back what `extra_state` returned."""
         if state:
             raise BundleError(f"{type(self).__name__} has no extra state, but got {sorted(state)}")
+
+
+class VectorRetriever(Retriever):
+    """A model whose items are vectors, compared with the user's by inner products."""
+
+    @abstractmethod
+    def encode(self, batch: SequenceBatch) -> SlotVectors:
+        """See `Retriever.encode`."""
+
+    @abstractmethod
+    def item_vectors(self) -> Tensor:
+        """float ``[N, K * d]``: the concatenated slot vectors of all catalogue rows."""
+
+
+class CodeRetriever(Retriever):
+    """A model whose items are codes, so that an item appended later needs codes and nothing else.
+
+    Args:
+        items: with codes.
+
+    Attributes:
+        table: the codes of all catalogue rows.
+        tokens: int64 ``[N, L]``, see `tokens_of`.
+
+    Raises:
+        ConfigError: the items have no codes.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, items: ItemTable) -> None:
+        super().__init__()
+        self.table = _codes_of(self, items)
+
+    @property
+    def scorable(self) -> Tensor:
+        """bool ``[N]``: all items, since a new one has codes as soon as the tokenizer has seen it."""
+        return torch.ones(len(self.table), dtype=torch.bool)
+
+    @abstractmethod
+    def tokens_of(self, table: CodeTable) -> Tensor:
+        """int64 ``[N, L]``: where the codes of each item stand in the model's own table of embeddings."""
+
+    def replace_items(self, items: ItemTable) -> None:
+        """Take another catalogue, such as one with new items appended or one never seen, without training.
+
+        Raises:
+            ConfigError: the items have no codes.
+            DataError: the codes are of another tokenizer or of other levels.
+        """
+        table = _codes_of(self, items)
+        for what in ("tokenizer", "level_sizes"):
+            if getattr(table, what) != getattr(self.table, what):
+                raise DataError(f"codes: {what}: expected {getattr(self.table, what)} as in training, got {getattr(table, what)}")
+        self.table, self.tokens = table, self.tokens_of(table).to(self.tokens.device)
+
+    def _take_codes(self) -> None:
+        """Keep `tokens_of` the catalogue's items beside the weights, but not among them."""
+        self.register_buffer("tokens", self.tokens_of(self.table), persistent=False)
+
+
+def _codes_of(model: CodeRetriever, items: ItemTable) -> CodeTable:
+    if items.codes is None:
+        raise ConfigError(f"{type(model).__name__}: expected items with codes; name an item tokenizer in the recipe")
+    return items.codes

@@ -108,6 +108,31 @@ class CausalTransformer(Transformer):
         return normed
 
 
+class HybridTransformer(Transformer):
+    """Groups of K tokens: a token sees all tokens of the groups before its own, and those of its own (RecGPT, arXiv 2506.06270).
+
+    Groups take the place of the items in a history for their position ids.
+    """
+
+    def forward(self, groups_blkd: Tensor, bidirectional: bool = True) -> Tensor:
+        """``[B, L, K, d]`` to ``[B, L, K, d]``. Right padding needs no mask: it comes after everything that matters.
+
+        Args:
+            groups_blkd: at most ``max_length + 1`` groups.
+            bidirectional: whether a token sees the later ones of its own group.
+        """
+        length, tokens = groups_blkd.shape[1:3]
+        x_btd = self.dropout(groups_blkd + self.position.weight[:length, None]).flatten(1, 2)
+        place = torch.arange(length * tokens, device=x_btd.device)
+        seen = place // tokens if bidirectional else place
+        mask = seen[None, :] <= seen[:, None]
+        for block in self._layers():
+            query, key, value = block.project(x_btd)
+            x_btd = block.update(x_btd, F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+        normed: Tensor = self.norm(x_btd).unflatten(1, (length, tokens))
+        return normed
+
+
 class SetTransformer(Transformer):
     """Histories whose items are sets of n tokens, and groups of n queries that read them (SETRec).
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recsys.core.components import register
 from recsys.data.batch import SequenceBatch
-from recsys.retrieval.base import Retriever
+from recsys.retrieval.base import VectorRetriever
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy
@@ -17,7 +17,7 @@ from recsys.retrieval.transformer import CausalTransformer, TransformerConfig
 
 
 @register("retriever", "sasrec")
-class SASRec(Retriever):
+class SASRec(VectorRetriever):
     """A causal transformer over item embeddings, whose state is compared with the same embeddings.
 
     Follows the paper: causal self-attention, learned positions, one embedding table for input and output, raw inner products.

@@ -2,7 +2,7 @@
 """SETRec (SIGIR 2025, arXiv 2502.10833): an item is a set of continuous tokens, and all tokens of the next item come from one pass."""
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recsys.core.components import register
 from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import SequenceBatch
-from recsys.retrieval.base import Retriever
+from recsys.retrieval.base import VectorRetriever
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
@@ -39,6 +39,16 @@ class SemanticTokenizer(nn.Module):
         tokens: Tensor = self.encoder(text).unflatten(-1, (self.tokens, -1))
         return tokens
 
+    def factors(self, text: Tensor) -> Tensor:
+        """``[M, D_text]`` to what the last layer reads, ``[M, H]``: all tokens of an item are affine in it."""
+        hidden: Tensor = self.encoder[:-1](text)
+        return hidden
+
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Weight ``[N, d, H]`` and bias ``[N, d]`` of the last layer, token by token."""
+        layer = cast(nn.Linear, self.encoder[-1])
+        return layer.weight.unflatten(0, (self.tokens, -1)), layer.bias.unflatten(0, (self.tokens, -1))
+
     def reconstruct(self, tokens_mnd: Tensor) -> Tensor:
         """The tokens ``[M, N, d]`` back to text embeddings ``[M, D_text]``."""
         text: Tensor = self.decoder(tokens_mnd.flatten(1))
@@ -56,7 +66,7 @@ def _mlp(widths: tuple[int, ...]) -> nn.Sequential:
 
 
 @register("retriever", "setrec")
-class SETRec(Retriever):
+class SETRec(VectorRetriever):
     """Items as one collaborative and N semantic tokens, generated all at once by n = N + 1 learned queries.
 
     Follows the paper: e_0 = W x + b on frozen collaborative vectors; the semantic tokenizer above; tokens of one item share their
@@ -85,6 +95,9 @@ class SETRec(Retriever):
             reconstruction_weight: alpha.
             beta: the weight of each semantic slot; the collaborative slot has 1 - beta. To be chosen on validation data: `SETRec.set_beta`.
             cold_in_softmax: whether items that are not warm are candidates of the training softmax, as in the authors' code.
+            compress: whether users and items are compared in the factors that an item's tokens are affine in: the collaborative vector and
+                the H values before the tokenizer's last layer. An index then holds ``D_cf + H + 1`` numbers for each item and not ``n d``,
+                and gives the same scores. It pays for a wide transformer.
             warm_start: whether the pipeline calls `SETRec.warm_start` with the collaborative model before training.
         """
 
@@ -94,6 +107,7 @@ class SETRec(Retriever):
         reconstruction_weight: float = Field(default=0.7, ge=0.0)
         beta: float = Field(default=0.5, ge=0.0, le=1.0)
         cold_in_softmax: bool = False
+        compress: bool = False
         warm_start: bool = False
 
     warm: Tensor
@@ -150,6 +164,8 @@ class SETRec(Retriever):
     def encode(self, batch: SequenceBatch) -> SlotVectors:
         """The n slot vectors after the last ``max_length`` events of each row, times the slot weights: ``[B, n, d]``.
 
+        With ``compress`` a single one in the space of the factors, ``[B, 1, D_cf + H + 1]``.
+
         Raises:
             CannotScoreNewItems: a row beyond the catalogue; see `replace_items`.
         """
@@ -158,10 +174,13 @@ class SETRec(Retriever):
         used = SequenceBatch(inverse, batch.offsets)
         tokens_und = self.tokenize(self.text[rows], self.collaborative[rows])
         seen = batch.lengths.clamp(max=self.max_length)[:, None]
-        return SlotVectors(self._states(used, tokens_und, seen)[:, 0] * self.slot_weights()[:, None])
+        states_bnd = self._states(used, tokens_und, seen)[:, 0] * self.slot_weights()[:, None]
+        return SlotVectors(self._compressed(states_bnd)[:, None] if self.config.compress else states_bnd)
 
     def item_vectors(self) -> Tensor:
-        """float ``[N, n * d]``: the concatenated tokens of all catalogue rows."""
+        """float ``[N, n * d]``: the concatenated tokens of all catalogue rows; with ``compress`` their factors and a 1."""
+        if self.config.compress:
+            return F.pad(torch.cat((self.collaborative, self.semantic.factors(self.text)), 1), (0, 1), value=1.0)
         return self.tokenize(self.text, self.collaborative).flatten(1)
 
     def slot_weights(self) -> Tensor:
@@ -223,6 +242,17 @@ class SETRec(Retriever):
         history_blnd = F.embedding(padded, tokens_cnd.flatten(1)).unflatten(-1, (self.slots, -1))
         outputs: Tensor = self.transformer(history_blnd, self.queries, seen_bp)
         return outputs
+
+    def _compressed(self, states_bnd: Tensor) -> Tensor:
+        """``[B, D_cf + H + 1]``: the maps from factors to tokens, taken to the side of the user.
+
+        ``Σ_k ⟨q_k, A_k h + b_k⟩ = ⟨Σ_k A_kᵀ q_k, h⟩ + Σ_k ⟨q_k, b_k⟩``, and likewise for the collaborative token.
+        """
+        first, rest = states_bnd[:, 0], states_bnd[:, 1:]
+        weight_ndh, bias_nd = self.semantic.last()
+        constant = first @ self.collaborative_token.bias + (rest * bias_nd).sum((1, 2))
+        factors = torch.einsum("bnd,ndh->bh", rest, weight_ndh)
+        return torch.cat((first @ self.collaborative_token.weight, factors, constant[:, None]), 1)
 
     def _reconstruction(self, tokens_cnd: Tensor, rows: Tensor) -> Tensor:
         """MSE between the text embeddings of ``rows`` and their reconstructions; zero where there are no rows."""

@@ -121,6 +121,19 @@ def test_one_inner_product_is_the_weighted_sum_of_the_slots(beta):
     assert torch.equal(scores.topk(5).indices, expected.topk(5).indices)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_compressed_vectors_give_the_same_scores(beta):
+    plain, compressed = build(beta=beta), build(beta=beta, compress=True)
+    with torch.no_grad():
+        for model in (plain, compressed):  # biases are zero at first, and would hide a constant that is missing
+            torch.manual_seed(7)
+            for bias in (model.collaborative_token.bias, model.semantic.encoder[-1].bias):
+                bias.copy_(torch.randn_like(bias))
+    scores = [model.encode(batch_of(HISTORIES)).flat() @ model.item_vectors().T for model in (plain, compressed)]
+    assert compressed.item_vectors().shape == (N, D_CF + 4 + 1) and plain.item_vectors().shape == (N, 4 * 8)
+    torch.testing.assert_close(scores[1], scores[0], atol=1e-12, rtol=1e-12)
+
+
 def test_beta_one_ignores_the_collaborative_slot_and_beta_zero_the_semantic_ones():
     model = build()
     other = item_table(seed=1)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From items to a table of codes, and what becomes of items that a tokenizer gives the same ones."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.core.errors import BundleError, ConfigError, DataError
+from recsys.retrieval.code_table import CodeTable, Repair
+from recsys.retrieval.items import ItemTable
+from recsys.retrieval.tokenizers import CodeTokenizer
+
+
+def code_items(tokenizer: CodeTokenizer, items: ItemTable, repair: Repair = "keep", suffix_size: int = 256) -> CodeTable:
+    """The codes of a catalogue's items.
+
+    Args:
+        tokenizer: fitted.
+        items: all rows.
+        repair: of collisions; the smaller row keeps what it has.
+        suffix_size: how many codes the level has that ``suffix`` adds.
+
+    Raises:
+        ConfigError: the tokenizer is not fitted, or the rule is unknown.
+        DataError: more items share their codes than the rule can tell apart; or see `CodeTokenizer.encode`.
+    """
+    if repair not in get_args(Repair):
+        raise ConfigError(f"repair: expected one of {', '.join(get_args(Repair))}, got {repair!r}")
+    sizes = (*tokenizer.level_sizes, suffix_size) if repair == "suffix" else tokenizer.level_sizes
+    nothing = CodeTable(torch.empty(0, len(sizes), dtype=torch.int64), sizes, tokenizer.fingerprint, repair)
+    return extend(nothing, tokenizer, items)
+
+
+def extend(table: CodeTable, tokenizer: CodeTokenizer, items: ItemTable) -> CodeTable:
+    """Codes for the items that were appended to a catalogue; those of the first ``len(table)`` rows stay.
+
+    Args:
+        table: the codes of the first rows.
+        tokenizer: the one that made them.
+        items: all rows, the new ones last.
+
+    Raises:
+        BundleError: the tokenizer is another one.
+        DataError: the catalogue has fewer rows than the table; or see `code_items`.
+    """
+    if tokenizer.fingerprint != table.tokenizer:
+        raise BundleError(f"codes: made by the tokenizer {table.tokenizer}, but got the tokenizer {tokenizer.fingerprint}")
+    first = len(table)
+    if items.count < first:
+        raise DataError(f"items: expected at least the {first} rows that have codes, got {items.count}")
+    new = tokenizer.encode(items)[first:]
+    if table.repair == "suffix":
+        new = _numbered(table, new)
+    elif table.repair == "nearest_free":
+        new = _moved(table.codes, new, tokenizer, tokenizer.features(items)[first:])
+    return replace(table, codes=torch.cat((table.codes, new)))
+
+
+def prefix_ids(codes_nl: Tensor, level_sizes: Sequence[int]) -> np.ndarray:
+    """int64 ``[N]``: equal numbers for equal rows, from 0, in the lexicographic order of the rows."""
+    ids = np.zeros(len(codes_nl), np.int64)
+    for level, size in enumerate(level_sizes):
+        ids = np.unique(ids * size + codes_nl[:, level].numpy(), return_inverse=True)[1].reshape(-1)
+    return ids
+
+
+def _numbered(table: CodeTable, new_ml: Tensor) -> Tensor:
+    """``[M, L + 1]``: the new codes, and how many items had the same before."""
+    *sizes, size = table.level_sizes
+    ids = prefix_ids(torch.cat((table.codes[:, :-1], new_ml)), sizes)
+    order = np.argsort(ids, kind="stable")
+    starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
+    number = np.empty(len(ids), np.int64)
+    number[order] = np.arange(len(ids)) - np.repeat(starts, np.diff(starts, append=len(ids)))
+    number = number[len(table) :]
+    if len(number) and number.max() >= size:
+        most = int(number.argmax())
+        raise DataError(f"suffix: {int(number.max()) + 1} items share the codes {new_ml[most].tolist()}, expected at most {size}")
+    return torch.cat((new_ml, torch.from_numpy(number)[:, None]), 1)
+
+
+def _moved(old_nl: Tensor, new_ml: Tensor, tokenizer: CodeTokenizer, features_md: Tensor) -> Tensor:
+    """``[M, L]``: the new codes, the last one changed where somebody has them already."""
+    taken = {tuple(codes) for codes in old_nl.tolist()}
+    level = new_ml.shape[1] - 1
+    moved = new_ml.clone()
+    for row, codes in enumerate(new_ml.tolist()):
+        if tuple(codes) in taken:
+            ranked = tokenizer.nearest_codes(features_md[row], new_ml[row], level).tolist()
+            free = next((code for code in ranked if (*codes[:-1], code) not in taken), None)
+            if free is None:
+                raise DataError(
+                    f"nearest_free: all {len(ranked)} codes of level {level} after {codes[:-1]} are taken; use the rule 'suffix' instead"
+                )
+            codes[-1] = moved[row, level] = free
+        taken.add(tuple(codes))
+    return moved
