@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The retrievers that ship with the framework. Importing this package registers them."""
 
+from recsys.retrieval.models.recgpt import RecGPT
+from recsys.retrieval.models.rpg import RPG
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.models.setrec import SETRec
+from recsys.retrieval.models.tiger import TIGER
 
-__all__ = ["SASRec", "SETRec"]
+__all__ = ["RPG", "TIGER", "RecGPT", "SASRec", "SETRec"]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RPG (KDD 2025): long item codes without order, all of them predicted at once from one state."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from recsys.core.components import register
+from recsys.core.errors import ConfigError
+from recsys.data.batch import SequenceBatch
+from recsys.retrieval.base import CodeRetriever
+from recsys.retrieval.code_table import CodeTable
+from recsys.retrieval.items import ItemTable
+from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
+from recsys.retrieval.state import SlotLogProbs
+from recsys.retrieval.transformer import CausalTransformer, TransformerConfig
+
+
+class ResidualHeads(nn.Module):
+    """One residual block for each slot: ``h_k = h + W_k' silu(W_k h)``.
+
+    Args:
+        slots: K.
+        dim: d.
+        init_std: of the weights.
+    """
+
+    def __init__(self, slots: int, dim: int, init_std: float) -> None:
+        super().__init__()
+        self.inner, self.outer = (nn.Parameter(torch.randn(slots, dim, dim) * init_std) for _ in range(2))
+
+    def forward(self, states_sd: Tensor) -> Tensor:
+        """``[S, d] → [K, S, d]``."""
+        return states_sd + F.silu(states_sd @ self.inner) @ self.outer
+
+
+@register("retriever", "rpg")
+class RPG(CodeRetriever):
+    """An item is the mean of its codes' embeddings; a causal transformer reads the history; each slot has a head of its own.
+
+    Follows the authors' release where it says more than the paper: the history's length stays L items whatever the number of codes; the
+    probability of a slot's code is a softmax of cosines at temperature ``tau``, with the embeddings that the input has; the loss is the
+    mean of the slots' cross-entropies; an item's score is the mean of its codes' log-probabilities.
+
+    Differs from it: the transformer is this project's (pre-norm, learned positions, a learned start token, so that an empty history has a
+    state), with a feed-forward part of an integer multiple of d; a head has two matrices with SiLU between them; lists are exact
+    (`recsys.retrieval.catalogue.GatherIndex`), in the place of a walk over a graph of items that has to be built anew when items come.
+
+    Raises:
+        ConfigError: the items have no codes, or the levels have different sizes.
+    """
+
+    class Config(TransformerConfig):
+        """Besides the `TransformerConfig`.
+
+        Attributes:
+            tau: temperature of the cosines.
+        """
+
+        name: Literal["rpg"] = "rpg"
+        dim: int = Field(448, ge=1)
+        heads: int = Field(4, ge=1)
+        ffn_multiplier: int = Field(2, ge=1)
+        dropout: float = Field(0.5, ge=0.0, lt=1.0)
+        tau: float = Field(0.03, gt=0)
+
+    def __init__(self, config: Config, items: ItemTable) -> None:
+        super().__init__(items)
+        self.config, self.max_length = config, config.max_length
+        self.slots, self.codes = self.table.levels, self.table.level_sizes[0]
+        if len(set(self.table.level_sizes)) > 1:
+            raise ConfigError(f"rpg: expected codes of equally large levels, got {list(self.table.level_sizes)}")
+        self.embedding = nn.Parameter(torch.randn(self.slots, self.codes, config.dim) * config.init_std)
+        self.start = nn.Parameter(torch.randn(config.dim) * config.init_std)
+        self.transformer = CausalTransformer(config)
+        self.head = ResidualHeads(self.slots, config.dim, config.init_std)
+        self._take_codes()
+
+    def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over targets and slots of cross-entropies.
+
+        Raises:
+            DataError: no targets, a row longer than ``max_length``, or a target outside its history.
+            CannotScoreNewItems: a row without codes.
+        """
+        require_known_rows(batch, len(self.tokens))
+        targets, states = training_targets(batch, self.max_length, known=None)
+        padded, _ = pad_last(batch, self.max_length)
+        log_probs_ksv = self._log_probs(self._states(padded)[states.row, states.position])
+        wanted_km = self.table.codes.to(targets.device)[targets].T
+        taken = log_probs_ksv[torch.arange(self.slots, device=targets.device)[:, None], states.of_target, wanted_km]
+        loss = -taken.mean() if taken.numel() else log_probs_ksv.sum() * 0.0
+        return loss, {"cross_entropy": loss.detach()}
+
+    def encode(self, batch: SequenceBatch) -> SlotLogProbs:
+        """The codes' log-probabilities after the last ``max_length`` events of each row, divided by K: ``[B, K, V]``.
+
+        Raises:
+            CannotScoreNewItems: a row without codes.
+        """
+        require_known_rows(batch, len(self.tokens))
+        padded, lengths = pad_last(batch, self.max_length)
+        last_bd = self._states(padded)[torch.arange(len(batch), device=lengths.device), lengths]
+        return SlotLogProbs(self._log_probs(last_bd).transpose(0, 1) / self.slots, self.table.tokenizer)
+
+    def tokens_of(self, table: CodeTable) -> Tensor:
+        """See `CodeRetriever.tokens_of`."""
+        return table.codes + torch.arange(self.slots) * self.codes
+
+    def _states(self, padded_bl: Tensor) -> Tensor:
+        """``[B, L + 1, d]``: the state after 0, 1, … L events."""
+        table = self.embedding.flatten(0, 1)
+        items_bld = F.embedding_bag(self.tokens[padded_bl.flatten()], table, mode="mean").unflatten(0, padded_bl.shape)
+        start = self.start.expand(len(padded_bl), 1, -1)
+        states: Tensor = self.transformer(torch.cat((start, items_bld), 1))
+        return states
+
+    def _log_probs(self, states_sd: Tensor) -> Tensor:
+        """``[K, S, V]``, in float32."""
+        with torch.autocast(states_sd.device.type, enabled=False):
+            heads_ksd = F.normalize(self.head(states_sd.to(self.embedding.dtype)), dim=-1)
+            cosines_ksv = heads_ksd @ F.normalize(self.embedding, dim=-1).transpose(1, 2)
+            return (cosines_ksv / self.config.tau).log_softmax(-1)
