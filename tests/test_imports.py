@@ -27,7 +27,7 @@ MAY_IMPORT = {
 LEVELS = (
     {"core"},
     {"data"},
-    {"embedding"},
+    {"embedding", "layers"},
     {"ranking", "retrieval", "text"},
     {"training", "evaluation"},
     {"bundle", "scaling"},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full cross-entropy over a catalogue, slot by slot, without ever holding the logits of all states."""
+"""Cross-entropy over a catalogue: in full, slot by slot, without ever holding the logits of all states; or by a sample of it."""
 
 from typing import Any
 
@@ -35,6 +35,35 @@ def catalogue_cross_entropy(states_snd: Tensor, items_cnd: Tensor, targets: Tens
         log_partition: Tensor = _WeightedLogPartition.apply(states_snd, items_cnd, weights, differentiate)
         target_logit = (states_snd[of_target] * items_cnd[targets]).sum(-1)
         return log_partition - target_logit.sum(0) * share
+
+
+def sampled_cross_entropy(
+    states_sd: Tensor, items_cd: Tensor, targets: Tensor, of_target: Tensor, drawn: Tensor, probability_c: Tensor
+) -> Tensor:
+    """Mean cross-entropy of the targets against a sample of the candidates, for catalogues whose logits are too many.
+
+    The other candidates' sum ``Σ_{c ≠ t} exp⟨s, c⟩`` is estimated without bias by ``(1 / n) Σ_j exp⟨s, c_j⟩ / q(c_j)`` over the drawn ones
+    that are not the target: the logQ correction (Bengio & Senécal 2008; Yi et al., RecSys 2019). The logarithm of an estimate is below
+    that of the sum on average, the less so the more are drawn. Computed in float32 at least, also under autocast.
+
+    Args:
+        states_sd: ``[S, d]``.
+        items_cd: ``[C, d]`` the candidates.
+        targets: int64 ``[M]`` rows of ``items_cd``.
+        of_target: int64 ``[M]`` the state of each target.
+        drawn: int64 ``[n]`` rows of ``items_cd``, drawn with replacement.
+        probability_c: ``[C]``: q, the probability of a candidate to be the one drawn.
+
+    Returns:
+        A scalar; zero where M = 0.
+    """
+    with torch.autocast(states_sd.device.type, enabled=False):
+        states_sd, items_cd = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (states_sd, items_cd))
+        target_m = (states_sd[of_target] * items_cd[targets]).sum(-1)
+        logits_sn = states_sd @ items_cd[drawn].T - (probability_c[drawn] * len(drawn)).log()
+        others_mn = logits_sn[of_target].masked_fill(drawn == targets[:, None], -torch.inf)
+        partition_m = torch.logsumexp(torch.cat((target_m[:, None], others_mn), 1), 1)
+        return (partition_m - target_m).sum() / max(len(targets), 1)
 
 
 class _WeightedLogPartition(torch.autograd.Function):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """HSTU: a history encoded by itself, so that it becomes several vectors."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,54 +13,9 @@ from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.data.spec import SequenceSpec
+from recsys.layers.hstu import HSTULayer
 from recsys.ranking.history.attention import TargetAttention
 from recsys.ranking.history.base import Events, HistoryEncoder
-from recsys.ranking.part import NORM_EPS
-
-
-class HSTULayer(nn.Module):
-    """One layer of HSTU (Zhai et al., arXiv 2402.17152, eqs. 1-3) over padded rows: ``[B, L, d] → [B, L, d]``.
-
-    ::
-
-        U, V, Q, K = split(SiLU(Norm(X) W + b))
-        A = SiLU(Q Kᵀ / √d_h + rab) / N ⊙ causal mask          for each head, d_h = d / heads
-        Y = X + dropout(Norm(A V) ⊙ U) W_o
-
-    The weights are not normalised over the events, which keeps the intensity of an interest; N is a constant. ``rab`` is one number
-    for each distance between two events, shared by the heads.
-
-    Args:
-        dim: d.
-        heads: a divisor of d.
-        max_length: N, and how many distances there are.
-        dropout: before W_o.
-    """
-
-    def __init__(self, dim: int, heads: int, max_length: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.max_length = heads, max_length
-        self.norm_in, self.norm_out = nn.LayerNorm(dim, eps=NORM_EPS), nn.LayerNorm(dim, eps=NORM_EPS)
-        self.project, self.out = nn.Linear(dim, 4 * dim), nn.Linear(dim, dim, bias=False)
-        self.distance = nn.Parameter(torch.zeros(max_length))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x_bld: Tensor) -> Tensor:
-        """Each event sees itself and what stands before it."""
-        u_bld, *vqk = functional.silu(self.project(self.norm_in(x_bld))).chunk(4, dim=2)
-        v_bhlc, q_bhlc, k_bhlc = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in vqk)
-        back_ll = _distances(x_bld.shape[1], x_bld.device)
-        scores_bhll = q_bhlc @ k_bhlc.transpose(2, 3) / math.sqrt(k_bhlc.shape[3]) + self.distance[back_ll.clamp(min=0)]
-        weights_bhll = torch.where(back_ll >= 0, functional.silu(scores_bhll) / self.max_length, 0.0)
-        pooled_bld = (weights_bhll @ v_bhlc).transpose(1, 2).flatten(2)
-        y_bld: Tensor = x_bld + self.out(self.dropout(self.norm_out(pooled_bld) * u_bld))
-        return y_bld
-
-
-def _distances(length: int, device: torch.device) -> Tensor:
-    """int64 ``[L, L]``: how far before event i event j stands; negative where it stands behind."""
-    place = torch.arange(length, device=device)
-    return place[:, None] - place[None, :]
 
 
 @register("history", "hstu")

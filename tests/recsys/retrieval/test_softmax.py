@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from recsys.retrieval import softmax
-from recsys.retrieval.softmax import catalogue_cross_entropy
+from recsys.retrieval.softmax import catalogue_cross_entropy, sampled_cross_entropy
 
 
 def example(states=40, slots=3, dim=4, items=11, targets=60, dtype=torch.float64):
@@ -68,3 +68,52 @@ def test_computes_in_float32_under_autocast():
     assert half.dtype == torch.float32
     half.sum().backward()
     assert s.grad.isfinite().all()
+
+
+def one_slot():
+    s, e, targets, of_target = example(slots=1)
+    return s[:, 0], e[:, 0], targets, of_target
+
+
+def test_every_candidate_once_is_the_full_softmax():
+    s, e, targets, of_target = one_slot()
+    drawn = torch.randperm(11)
+    ours = sampled_cross_entropy(s, e, targets, of_target, drawn, torch.full((11,), 1 / 11, dtype=torch.float64))
+    theirs = brute_force(s[:, None], e[:, None], targets, of_target)[0]
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, (s, e)), torch.autograd.grad(theirs, (s, e)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_the_partition_is_estimated_without_bias_whatever_the_candidates_are_drawn_by():
+    """Over all single draws, weighted by their probability, of one state and one target."""
+    s, e, _, _ = one_slot()
+    q = torch.rand(11, dtype=torch.float64).softmax(0)
+    for state, target in ((0, 3), (5, 10)):
+        logits = s[state] @ e.T
+        zero, of = torch.tensor([target]), torch.tensor([state])
+        losses = torch.stack([sampled_cross_entropy(s, e, zero, of, torch.tensor([j]), q) for j in range(11)])
+        partitions = (losses + logits[target]).exp()  # of the target and the drawn one
+        torch.testing.assert_close((q * partitions).sum(), logits.exp().sum())
+
+
+def test_a_sample_without_another_candidate_or_without_targets_is_a_loss_of_zero():
+    s, e, _, _ = one_slot()
+    evenly = torch.full((11,), 1 / 11, dtype=torch.float64)
+    hit = sampled_cross_entropy(s, e, torch.tensor([4]), torch.tensor([2]), torch.tensor([4, 4]), evenly)
+    nothing = sampled_cross_entropy(s, e, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.tensor([1]), evenly)
+    for loss in (hit, nothing):
+        gradients = torch.autograd.grad(loss, (s, e))
+        assert float(loss.detach()) == 0.0 and all(bool(g.isfinite().all()) for g in gradients)
+
+
+def test_many_draws_come_near_the_full_softmax():
+    s, e, targets, of_target = one_slot()
+    exact = brute_force(s[:, None], e[:, None], targets, of_target)[0]
+    evenly, generator = torch.full((11,), 1 / 11, dtype=torch.float64), torch.Generator().manual_seed(0)
+    gaps = []
+    for count in (20, 20_000):
+        drawn = torch.randint(11, (count,), generator=generator)
+        gaps.append(abs(float((sampled_cross_entropy(s, e, targets, of_target, drawn, evenly) - exact).detach())))
+    assert gaps[1] < 0.01 < gaps[0]

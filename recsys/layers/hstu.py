@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of HSTU, for histories in a ranker and in a retriever."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_NORM_EPS = 1e-6
+
+
+class HSTULayer(nn.Module):
+    """One layer of HSTU (Zhai et al., arXiv 2402.17152, eqs. 1-3) over padded rows: ``[B, L, d] → [B, L, d]``.
+
+    ::
+
+        U, V, Q, K = split(SiLU(Norm(X) W + b))
+        A = SiLU(Q Kᵀ / √d_h + rab) / N ⊙ causal mask          for each head, d_h = d / heads
+        Y = X + dropout(Norm(A V) ⊙ U) W_o
+
+    The weights are not normalised over the events, which keeps the intensity of an interest; N is a constant. ``rab`` is one number
+    for each distance between two events, shared by the heads.
+
+    Args:
+        dim: d.
+        heads: a divisor of d.
+        max_length: N, and how many distances there are.
+        dropout: before W_o.
+    """
+
+    def __init__(self, dim: int, heads: int, max_length: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.max_length = heads, max_length
+        self.norm_in, self.norm_out = nn.LayerNorm(dim, eps=_NORM_EPS), nn.LayerNorm(dim, eps=_NORM_EPS)
+        self.project, self.out = nn.Linear(dim, 4 * dim), nn.Linear(dim, dim, bias=False)
+        self.distance = nn.Parameter(torch.zeros(max_length))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_bld: Tensor) -> Tensor:
+        """Each event sees itself and what stands before it."""
+        u_bld, *vqk = functional.silu(self.project(self.norm_in(x_bld))).chunk(4, dim=2)
+        v_bhlc, q_bhlc, k_bhlc = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in vqk)
+        back_ll = _distances(x_bld.shape[1], x_bld.device)
+        scores_bhll = q_bhlc @ k_bhlc.transpose(2, 3) / math.sqrt(k_bhlc.shape[3]) + self.distance[back_ll.clamp(min=0)]
+        weights_bhll = torch.where(back_ll >= 0, functional.silu(scores_bhll) / self.max_length, 0.0)
+        pooled_bld = (weights_bhll @ v_bhlc).transpose(1, 2).flatten(2)
+        y_bld: Tensor = x_bld + self.out(self.dropout(self.norm_out(pooled_bld) * u_bld))
+        return y_bld
+
+
+def _distances(length: int, device: torch.device) -> Tensor:
+    """int64 ``[L, L]``: how far before event i event j stands; negative where it stands behind."""
+    place = torch.arange(length, device=device)
+    return place[:, None] - place[None, :]
