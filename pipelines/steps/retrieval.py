@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train SASRec and SETRec, and compare them with popularity and item-kNN over the whole catalogue."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from pipelines.recipe import Recipe, RetrieverRecipe
 from pipelines.steps.data import Prepared
 from recsys.core import components
 from recsys.core.errors import ConfigError
-from recsys.data.batch import SequenceBatch
-from recsys.data.jagged import Jagged
-from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_steps, histories
+from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_steps
 from recsys.data.windows import SequenceLoader
-from recsys.evaluation.full_ranking import target_ranks
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
+from recsys.evaluation.retrieval import Scorer, event_ranks, vector_scorer
 from recsys.retrieval.base import Retriever, VectorRetriever
 from recsys.retrieval.baselines import ItemKNN, Popularity
 from recsys.retrieval.catalogue import Catalogue, Index, check_pair
@@ -30,10 +27,8 @@ from recsys.text import encode_cached, item_text
 from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
 
-_CHUNK = 256
 _VALIDATION_STEPS = 2000  # of the validation period, drawn by seed; 600 chose the wrong epoch (docs/results/quickstart.md)
 _DECAYS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of item-kNN: how much less an older event of the history counts
-Scorer = Callable[[SequenceBatch], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ def train_retrievers(
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
     index = build_index(recipe, retriever, histories.catalogue)
     names = {recipe.retriever.model.name: retriever, recipe.collaborative.model.name: collaborative}
-    ranks = {name: event_ranks(model_scorer(model), histories.data, histories.test, model.max_length) for name, model in names.items()}
+    ranks = {name: event_ranks(vector_scorer(model), histories.data, histories.test, model.max_length) for name, model in names.items()}
     longest = max(model.max_length for model in names.values())
     for name, scorer in _baselines(histories, recipe.seed, longest).items():
         ranks[name] = event_ranks(scorer, histories.data, histories.test, longest)
@@ -108,31 +103,6 @@ def build_index(recipe: Recipe, retriever: Retriever, catalogue: Catalogue) -> I
     cls: type[Index] = components.get("index", recipe.index.name)
     check_pair(retriever, cls)
     return cls.over(recipe.index, retriever, catalogue.snapshot())
-
-
-def model_scorer(model: VectorRetriever) -> Scorer:
-    """Scores ``[B, N]`` of all items; those that the model cannot score get -inf."""
-    with torch.no_grad():
-        items_nd = model.eval().item_vectors()
-    unscorable = ~model.scorable
-
-    @torch.inference_mode()
-    def score(batch: SequenceBatch) -> np.ndarray:
-        scores = model.encode(batch).flat() @ items_nd.T
-        return scores.masked_fill_(unscorable, -torch.inf).numpy()
-
-    return score
-
-
-def event_ranks(scorer: Scorer, data: SequenceData, steps: EvaluationSteps, max_length: int) -> np.ndarray:
-    """The rank of every target of every step among all items that the user has not seen: float64 ``[targets]``, 1 is best."""
-    ranks, done = [], 0
-    for batch, seen in histories(data, steps, max_length, _CHUNK):
-        offsets = steps.targets.offsets[done : done + len(batch) + 1]
-        targets = Jagged(steps.targets.values[offsets[0] : offsets[-1]], offsets - offsets[0])
-        ranks.append(target_ranks(scorer(batch), targets, exclude=seen))
-        done += len(batch)
-    return np.concatenate(ranks)
 
 
 def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSteps:
@@ -165,7 +135,7 @@ def _train(
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, VectorRetriever)
-        ranks = event_ranks(model_scorer(module), histories.data, steps, module.max_length)
+        ranks = event_ranks(vector_scorer(module), histories.data, steps, module.max_length)
         return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
 
     history = Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)
@@ -180,7 +150,7 @@ def _choose_beta(retriever: VectorRetriever, betas: tuple[float, ...], histories
     quality = {}
     for beta in betas:
         retriever.set_beta(beta)
-        ranks = event_ranks(model_scorer(retriever), histories.data, steps, retriever.max_length)
+        ranks = event_ranks(vector_scorer(retriever), histories.data, steps, retriever.max_length)
         quality[beta] = float(ndcg_at(ranks, 10).mean())
     retriever.set_beta(max(betas, key=lambda beta: quality[beta]))
 

@@ -39,7 +39,7 @@ def retell(data: SequenceData, augmentation: Augmentation, seed: int, epoch: int
     key = place + augmentation.jitter * noise if augmentation.jitter else data.seen + random.random(events) * 0.5
     backwards = random.random(len(data.users)) < augmentation.reverse
     order = np.lexsort((np.where(backwards[data.owner], -key, key), data.owner))
-    return SequenceData(data.users, data.offsets, data.items[order], np.arange(events), data.times[order])
+    return SequenceData(data.users, data.offsets, data.items[order], np.arange(events), None if data.times is None else data.times[order])
 
 
 def shown(events: int, augmentation: Augmentation, seed: int, epoch: int) -> np.ndarray:

@@ -5,7 +5,7 @@ Events of one user in one second are one *step*: none of them predicts another, 
 the events of the earlier steps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -33,14 +33,31 @@ class SequenceData:
         offsets: int64 ``[U + 1]``: user u has the events ``offsets[u]`` to ``offsets[u + 1]``.
         items: int64 ``[E]`` catalogue rows.
         steps: int64 ``[E]``: equal for two events of a user that are of one step.
-        times: int64 ``[E]``, microseconds since 1970.
+        times: int64 ``[E]``, microseconds since 1970; None where only the order of events is known.
     """
 
     users: pa.StringArray
     offsets: np.ndarray
     items: np.ndarray
     steps: np.ndarray
-    times: np.ndarray
+    times: np.ndarray | None = None
+
+    @classmethod
+    def from_order(cls, users: Sequence[str], histories: Jagged) -> "SequenceData":
+        """Events of which only the order is known; each is a step of its own.
+
+        Args:
+            users: the id of each.
+            histories: for each user the catalogue rows, oldest first.
+
+        Raises:
+            DataError: there is not one history for each user.
+        """
+        offsets = np.asarray(histories.offsets, np.int64)
+        if len(offsets) != len(users) + 1:
+            raise DataError(f"histories: expected one for each of {len(users)} users, got {len(offsets) - 1}")
+        items = np.asarray(histories.values, np.int64)
+        return cls(pa.array(users, pa.string()), offsets, items, np.arange(len(items)))
 
     @classmethod
     def from_events(cls, ordered: pa.Table, rows: Callable[[pa.ChunkedArray], np.ndarray]) -> "SequenceData":
@@ -89,11 +106,22 @@ class SequenceData:
         seen: np.ndarray = np.maximum.accumulate(np.where(first, place, 0)) - user_start
         return seen
 
+    @property
+    def known_times(self) -> np.ndarray:
+        """``times``, where there are any.
+
+        Raises:
+            DataError: only the order of the events is known.
+        """
+        if self.times is None:
+            raise DataError("events: only their order is known, and this needs their times; `leave_one_out` does without")
+        return self.times
+
     def before(self, time: datetime) -> "SequenceData":
         """The events before ``time``; users stay, also those left without any."""
-        kept = self.times < microseconds(time)
+        kept = self.known_times < microseconds(time)
         offsets = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
-        return SequenceData(self.users, offsets, self.items[kept], self.steps[kept], self.times[kept])
+        return SequenceData(self.users, offsets, self.items[kept], self.steps[kept], self.known_times[kept])
 
 
 def _check_order(codes: np.ndarray, steps: np.ndarray, times: np.ndarray, users: pa.StringArray) -> None:
@@ -112,7 +140,7 @@ class EvaluationSteps:
 
     Attributes:
         user_id: string ``[S]``.
-        request_time: timestamp[us, UTC] ``[S]``: the second less 1 µs, so that features know nothing of it.
+        request_time: timestamp[us, UTC] ``[S]``: the second less 1 µs, so that features know nothing of it; null where there are no times.
         start: int64 ``[S]``: the first event of the user.
         event: int64 ``[S]``: the first event of the step; the user's events from ``start`` to before it are the history.
         targets: the catalogue rows of the step's events within the period.
@@ -144,13 +172,13 @@ def evaluation_steps(data: SequenceData, from_time: datetime, to_time: datetime 
 
     An earlier event of a second that ``from_time`` cuts is neither a target nor part of the step's history.
     """
-    chosen = data.times >= microseconds(from_time)
+    chosen = data.known_times >= microseconds(from_time)
     if to_time is not None:
-        chosen &= data.times < microseconds(to_time)
+        chosen &= data.known_times < microseconds(to_time)
     events = np.flatnonzero(chosen)
     start = data.offsets[data.owner[events]]
     event, first = np.unique(start + data.seen[events], return_index=True)  # ascending already: one entry for each step
-    request = data.times[event] // _SECOND * _SECOND - 1
+    request = data.known_times[event] // _SECOND * _SECOND - 1
     return EvaluationSteps(
         user_id=data.users.take(pa.array(data.owner[event])),
         request_time=pa.array(request, pa.int64()).cast(TIME),

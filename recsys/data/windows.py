@@ -35,7 +35,7 @@ def _cut(data: SequenceData, max_length: int, stride: int, first_target: int | N
     With an offset for each user, every user has as many windows as the largest offset could need, whatever the offsets are, so that some
     may be empty.
     """
-    targets = np.arange(len(data.items)) if first_target is None else np.flatnonzero(data.times >= first_target)
+    targets = np.arange(len(data.items)) if first_target is None else np.flatnonzero(data.known_times >= first_target)
     seen, owner = data.seen[targets], data.owner[targets]
     longest = np.diff(data.offsets) - 1  # the most events that a target of the user has seen
     late = np.where(longest > max_length, offset, 0) if offset is not None else np.zeros_like(longest)

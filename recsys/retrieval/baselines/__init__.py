@@ -9,8 +9,9 @@ from recsys.data.batch import SequenceBatch
 from recsys.data.sequences import SequenceData
 from recsys.retrieval.baselines.item_knn import ItemKNN
 from recsys.retrieval.baselines.popularity import Popularity
+from recsys.retrieval.baselines.repeat_last import RepeatLast
 
-__all__ = ["Baseline", "ItemKNN", "Popularity"]
+__all__ = ["Baseline", "ItemKNN", "Popularity", "RepeatLast"]
 
 
 class Baseline(Protocol):

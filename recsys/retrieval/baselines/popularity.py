@@ -39,7 +39,7 @@ class Popularity:
             raise DataError("popularity: expected at least one training event, got none")
         items = data.items
         if self.config.window_days is not None:
-            items = items[data.times > data.times.max() - self.config.window_days * _DAY]
+            items = items[data.known_times > data.known_times.max() - self.config.window_days * _DAY]
         self._counts = np.bincount(items, minlength=count).astype(np.float32)
         return self
 
