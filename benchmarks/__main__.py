@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks.frame import Result
 from recsys.core.errors import unknown
 
-NAMES = ("catalogue_decoding", "ranking_depth", "ranking_mfu", "ranking_quality", "ranking_training", "sparse_moe")
+NAMES = ("catalogue_decoding", "ranking_depth", "ranking_mfu", "ranking_quality", "ranking_training", "retrieval_quality", "sparse_moe")
 
 
 def show(result: Result, console: Console) -> None:

@@ -23,7 +23,7 @@ from recsys.retrieval.catalogue import Catalogue, Index, check_pair
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.models.setrec import SETRec
-from recsys.text import encode_cached, item_text
+from recsys.text import item_vectors
 from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
 
@@ -71,8 +71,7 @@ def build_histories(prepared: Prepared) -> Histories:
 def text_vectors(recipe: Recipe, prepared: Prepared, cache: Path) -> Tensor:
     """Frozen text embeddings of all items, float32 ``[N, D_text]``, in the order of the catalogue's rows."""
     encoder = components.get("text_encoder", recipe.text.encoder.name)(recipe.text.encoder)
-    texts = item_text(prepared.dataset.items, recipe.text.columns)
-    return torch.from_numpy(encode_cached(encoder, texts, cache))
+    return torch.from_numpy(item_vectors(encoder, prepared.dataset.items, recipe.text.columns, cache))
 
 
 def train_retrievers(

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.core.errors import SchemaError, unknown
+from recsys.core.schema import ITEM
 
 Vectors = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -30,6 +31,31 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str], progress: Progress | None = None) -> Vectors:
         """float32 ``[N, D]``, row i for text i; ``progress(done, total)`` is called as texts are done."""
         ...
+
+
+@runtime_checkable
+class ItemVectors(Protocol):
+    """What knows items by their ids and not by their text. Also of kind ``text_encoder``."""
+
+    @property
+    def identity(self) -> str:
+        """See `TextEncoder.identity`."""
+        ...
+
+    def vectors_of(self, ids: Sequence[str]) -> Vectors:
+        """float32 ``[N, D]``: the vector of each item."""
+        ...
+
+
+def item_vectors(encoder: TextEncoder | ItemVectors, items: pa.Table, columns: Sequence[str], cache_dir: Path) -> Vectors:
+    """float32 ``[N, D]``: the vectors of a catalogue's items, by their ids or by the text in these columns; texts are cached.
+
+    Raises:
+        SchemaError: a column is absent.
+    """
+    if isinstance(encoder, ItemVectors):
+        return encoder.vectors_of(items.column(ITEM).to_pylist())
+    return encode_cached(encoder, item_text(items, columns), cache_dir)
 
 
 def encode_cached(encoder: TextEncoder, texts: Sequence[str], cache_dir: Path, progress: Progress | None = None) -> Vectors:
