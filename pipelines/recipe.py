@@ -6,12 +6,17 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from feature_store.definitions import FeatureRepo
+from recsys.core import components
 from recsys.core.components import component_config
 from recsys.core.config import Config
+from recsys.core.errors import ConfigError
 from recsys.data.encoding.config import EncoderConfig
 from recsys.data.windows import SequenceLoader
 from recsys.ranking.calibration import NoCalibration, Undersampling
 from recsys.registry.gates import Gate
+from recsys.retrieval.base import CodeRetriever
+from recsys.retrieval.catalogue import check_pair
+from recsys.retrieval.code_table import Repair
 from recsys.training.trainer import Trainer
 
 
@@ -75,6 +80,20 @@ class Text(Config):
     columns: tuple[str, ...]
 
 
+class ItemCodes(Config):
+    """The codes of items, for a retriever that speaks in codes.
+
+    Attributes:
+        tokenizer: what makes them of the items' text, fitted on the training period.
+        repair: what becomes of items with the same codes, see `recsys.retrieval.code_table.Repair`.
+        suffix_size: how many items ``suffix`` can tell apart.
+    """
+
+    tokenizer: component_config("item_tokenizer")  # type: ignore[valid-type]
+    repair: Repair = "keep"
+    suffix_size: int = Field(256, ge=1)
+
+
 class Lists(Config):
     """How retrieved candidates become a list.
 
@@ -118,6 +137,7 @@ class Recipe(Config):
         ranker: what scores candidates.
         text: item text for the semantic tokens.
         collaborative: the model whose item vectors become collaborative tokens; also the baseline that the retriever is compared with.
+        codes: of items; null where no model speaks in them.
         retriever: what finds candidates.
         index: where it finds them.
         lists: how the two become one list.
@@ -136,8 +156,20 @@ class Recipe(Config):
     ranker: RankerRecipe
     text: Text
     collaborative: RetrieverRecipe
+    codes: ItemCodes | None = None
     retriever: RetrieverRecipe
     index: component_config("index")  # type: ignore[valid-type]
     lists: Lists
     evaluation: Evaluation = Evaluation()
     gates: tuple[Gate, ...]
+
+    @model_validator(mode="after")
+    def _retriever_fits(self) -> Self:
+        retriever = components.get("retriever", self.retriever.model.name)
+        if issubclass(retriever, CodeRetriever) and self.codes is None:
+            raise ValueError(f"codes: the retriever {self.retriever.model.name!r} speaks in codes of items; expected a tokenizer, got none")
+        try:
+            check_pair(retriever, components.get("index", self.index.name))
+        except ConfigError as error:
+            raise ValueError(f"index: {error}") from None
+        return self

@@ -66,6 +66,7 @@ def assemble(recipe: Recipe, prepared: Prepared, ranking: RankingResult, histori
         retriever=retrieval.retriever,
         item_table=retrieval.items,
         index=retrieval.index,
+        tokenizer=retrieval.tokenizer,
         calibration=ranking.calibration,
     )
 

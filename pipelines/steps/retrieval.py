@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train SASRec and SETRec, and compare them with popularity and item-kNN over the whole catalogue."""
+"""Train the collaborative model and the retriever, and compare them with popularity and item-kNN over the whole catalogue."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines.recipe import Recipe, RetrieverRecipe
+from pipelines.recipe import ItemCodes, Recipe, RetrieverRecipe
 from pipelines.steps.data import Prepared
 from recsys.core import components
+from recsys.core.config import Config
 from recsys.core.errors import ConfigError
 from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_steps
 from recsys.data.windows import SequenceLoader
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
-from recsys.evaluation.retrieval import Scorer, event_ranks, vector_scorer
+from recsys.evaluation.retrieval import Scorer, event_ranks, gather_scorer, list_ranks, vector_scorer
 from recsys.retrieval.base import Retriever, VectorRetriever
 from recsys.retrieval.baselines import ItemKNN, Popularity
-from recsys.retrieval.catalogue import Catalogue, Index, check_pair
+from recsys.retrieval.catalogue import Catalogue, DenseIndex, GatherIndex, Index, check_pair
+from recsys.retrieval.codes import code_items
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.models.setrec import SETRec
+from recsys.retrieval.tokenizers import CodeTokenizer
 from recsys.text import item_vectors
+from recsys.training.progress import counted
 from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
 
+_LIST = 100  # places of a list, where a model's scores of all items would cost too much
 _VALIDATION_STEPS = 2000  # of the validation period, drawn by seed; 600 chose the wrong epoch (docs/results/quickstart.md)
 _DECAYS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of item-kNN: how much less an older event of the history counts
 
@@ -47,8 +52,9 @@ class RetrievalResult:
     """Trained retrievers, and the rank of every test event under each model, in the order of the test steps' targets."""
 
     items: ItemTable
+    tokenizer: CodeTokenizer | None
     collaborative: VectorRetriever
-    retriever: VectorRetriever
+    retriever: Retriever
     index: Index
     curves: dict[str, History]
     ranks: dict[str, np.ndarray]
@@ -82,26 +88,49 @@ def train_retrievers(
     warm = torch.zeros(histories.catalogue.snapshot().count, dtype=torch.bool)
     warm[torch.from_numpy(np.unique(histories.train.items))] = True
     plain = ItemTable(count=len(warm), warm=warm)
-    collaborative, first = _train(recipe.collaborative, plain, histories, context, run_dir / "collaborative", tracker)
+    by_vectors = DenseIndex.Config()
+    collaborative, first = _train(recipe.collaborative, by_vectors, plain, histories, context, run_dir / "collaborative", tracker)
     assert isinstance(collaborative, SASRec)
     items = ItemTable(count=len(warm), warm=warm, text=text, collaborative=collaborative.collaborative_vectors())
-    retriever, second = _train(recipe.retriever, items, histories, context, run_dir / "retriever", tracker, collaborative)
+    tokenizer = None if recipe.codes is None else fit_tokenizer(recipe.codes, items, recipe.seed)
+    if recipe.codes is not None and tokenizer is not None:
+        items = replace(items, codes=code_items(tokenizer, items, recipe.codes.repair, recipe.codes.suffix_size))
+    retriever, second = _train(recipe.retriever, recipe.index, items, histories, context, run_dir / "retriever", tracker, collaborative)
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
-    index = build_index(recipe, retriever, histories.catalogue)
-    names = {recipe.retriever.model.name: retriever, recipe.collaborative.model.name: collaborative}
-    ranks = {name: event_ranks(vector_scorer(model), histories.data, histories.test, model.max_length) for name, model in names.items()}
-    longest = max(model.max_length for model in names.values())
+    index = build_index(recipe.index, retriever, histories.catalogue)
+    ranks = {
+        recipe.retriever.model.name: model_ranks(retriever, recipe.index, histories, histories.test),
+        recipe.collaborative.model.name: model_ranks(collaborative, by_vectors, histories, histories.test),
+    }
+    longest = max(retriever.max_length, collaborative.max_length)
     for name, scorer in _baselines(histories, recipe.seed, longest).items():
         ranks[name] = event_ranks(scorer, histories.data, histories.test, longest)
     curves = {recipe.collaborative.model.name: first, recipe.retriever.model.name: second}
-    return RetrievalResult(items, collaborative, retriever, index, curves, ranks)
+    return RetrievalResult(items, tokenizer, collaborative, retriever, index, curves, ranks)
 
 
-def build_index(recipe: Recipe, retriever: Retriever, catalogue: Catalogue) -> Index:
+def fit_tokenizer(recipe: ItemCodes, items: ItemTable, seed: int) -> CodeTokenizer:
+    """The item tokenizer, fitted on the items of the training period."""
+    tokenizer: CodeTokenizer = components.build("item_tokenizer", recipe.tokenizer)
+    with counted(f"item tokenizer {recipe.tokenizer.name}") as progress:
+        return tokenizer.fit(items, seed, progress)
+
+
+def build_index(config: Config, retriever: Retriever, catalogue: Catalogue) -> Index:
     """The index over the retriever's items, checked to fit it."""
-    cls: type[Index] = components.get("index", recipe.index.name)
+    cls: type[Index] = components.get("index", vars(config)["name"])
     check_pair(retriever, cls)
-    return cls.over(recipe.index, retriever, catalogue.snapshot())
+    return cls.over(config, retriever, catalogue.snapshot())
+
+
+def model_ranks(model: Retriever, index: Config, histories: Histories, steps: EvaluationSteps) -> np.ndarray:
+    """The rank of every target: among all items where that is cheap, else in lists that an index makes."""
+    if isinstance(model, VectorRetriever):
+        return event_ranks(vector_scorer(model), histories.data, steps, model.max_length)
+    built, view = build_index(index, model, histories.catalogue), histories.catalogue.snapshot()
+    if isinstance(built, GatherIndex):
+        return event_ranks(gather_scorer(model, built), histories.data, steps, model.max_length)
+    return list_ranks(model, built, view, histories.data, steps, _LIST)
 
 
 def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSteps:
@@ -113,18 +142,17 @@ def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSte
 
 def _train(
     recipe: RetrieverRecipe,
+    index: Config,
     items: ItemTable,
     histories: Histories,
     context: dict[str, Any],
     run_dir: Path,
     tracker: Tracker,
     collaborative: SASRec | None = None,
-) -> tuple[VectorRetriever, History]:
+) -> tuple[Retriever, History]:
     seed: int = context["seed"]
     torch.manual_seed(seed)
-    model = components.get("retriever", recipe.model.name)(recipe.model, items)
-    if not isinstance(model, VectorRetriever):
-        raise ConfigError(f"retriever {recipe.model.name!r}: the pipeline takes models with item vectors so far, and this one has codes")
+    model: Retriever = components.build("retriever", recipe.model, items)
     if isinstance(model, SETRec) and model.config.warm_start:
         if collaborative is None:
             raise ConfigError("setrec: warm_start: there is no collaborative model to start from")
@@ -133,15 +161,15 @@ def _train(
     steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
 
     def validate(module: nn.Module) -> dict[str, float]:
-        assert isinstance(module, VectorRetriever)
-        ranks = event_ranks(vector_scorer(module), histories.data, steps, module.max_length)
+        assert isinstance(module, Retriever)
+        ranks = model_ranks(module, index, histories, steps)
         return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
 
     history = Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)
     return model.eval(), history
 
 
-def _choose_beta(retriever: VectorRetriever, betas: tuple[float, ...], histories: Histories, seed: int) -> None:
+def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Histories, seed: int) -> None:
     """Set the weight of the semantic slots to the one with the best NDCG@10 on the validation period."""
     if not isinstance(retriever, SETRec):
         return

@@ -37,7 +37,11 @@ from recsys.ranking.calibration import Calibrator, NoCalibration, from_state
 from recsys.ranking.model import Ranker
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.catalogue import Catalogue, Index, load_index
+from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.items import ItemTable
+from recsys.retrieval.tokenizers import CodeTokenizer, load_tokenizer
+
+_CODES = "codes.safetensors"
 
 
 class Settings(Config):
@@ -75,6 +79,7 @@ class Bundle:
     retriever: Retriever
     item_table: ItemTable
     index: Index
+    tokenizer: CodeTokenizer | None = None
     calibration: Calibrator = field(default_factory=lambda: NoCalibration(NoCalibration.Config()))
 
     def save(self, directory: Path) -> Manifest:
@@ -95,6 +100,8 @@ class Bundle:
             _save_module(root / "retriever", self.retriever, extra=self.retriever.extra_state())
             _save_item_table(root / "retriever" / "items.safetensors", self.item_table)
             self.index.save(root / "index")
+            if self.tokenizer is not None:
+                self.tokenizer.save(root / "tokenizer")
             manifest = self.manifest.model_copy(update={"files": hash_files(root)})
             write_json(root / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
@@ -126,6 +133,7 @@ class Bundle:
             retriever=retriever,
             item_table=items,
             index=load_index(directory / "index", catalogue.snapshot()),
+            tokenizer=_load_tokenizer(directory / "tokenizer", items),
             calibration=_load_calibration(directory / "calibration.json"),
         )
 
@@ -184,9 +192,22 @@ def _load_calibration(path: Path) -> Calibrator:
 def _save_item_table(path: Path, items: ItemTable) -> None:
     tensors = {"warm": items.warm, "text": items.text, "collaborative": items.collaborative}
     save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
+    if items.codes is not None:
+        items.codes.save(path.with_name(_CODES))
 
 
 def _load_item_table(path: Path) -> ItemTable:
     tensors = load_file(path)
     warm: torch.Tensor = tensors["warm"]
-    return ItemTable(count=warm.shape[0], warm=warm, text=tensors.get("text"), collaborative=tensors.get("collaborative"))
+    codes = CodeTable.load(path.with_name(_CODES)) if path.with_name(_CODES).is_file() else None
+    return ItemTable(warm.shape[0], warm, tensors.get("text"), tensors.get("collaborative"), codes)
+
+
+def _load_tokenizer(directory: Path, items: ItemTable) -> CodeTokenizer | None:
+    """What made the items' codes, so that items that come later can have some."""
+    if items.codes is None:
+        return None
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.fingerprint != items.codes.tokenizer:
+        raise BundleError(f"{directory}: the tokenizer is {tokenizer.fingerprint}, but the codes are of {items.codes.tokenizer}")
+    return tokenizer

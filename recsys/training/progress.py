@@ -2,7 +2,8 @@
 """How far a long step has come: a bar in a terminal, one line for each epoch or step elsewhere."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -118,6 +119,30 @@ def track(iterable: Iterable[T], description: str, total: int | None = None, con
         count += 1
     seconds = time.perf_counter() - started
     console.print(f"{description}: {count:,} in {seconds:.1f} s", highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def counted(description: str, console: Console | None = None) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+    """What a loop elsewhere may call with how much is done, of how much, and figures: a bar in a terminal, elsewhere one line at the end.
+
+    Args:
+        description: what is being done.
+        console: where to write; standard error by default.
+    """
+    console = console or _console()
+    started, last = time.perf_counter(), ""
+    with _bar(console, "{task.fields[figures]}") if console.is_terminal else nullcontext() as bar:
+        task = bar.add_task(description, total=None, figures="") if bar else TaskID(0)
+
+        def tell(done: int, total: int, figures: Mapping[str, float]) -> None:
+            nonlocal last
+            last = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            if bar:
+                bar.update(task, completed=done, total=total, figures=last)
+
+        yield tell
+    seconds = time.perf_counter() - started
+    console.print(f"{description}: {seconds:.1f} s  {last}".rstrip(), highlight=False, soft_wrap=True, markup=False)
 
 
 def _bar(console: Console, fields: str) -> Progress:

@@ -2,7 +2,7 @@
 """Item tokenizers: from items to codes."""
 
 from recsys.retrieval.tokenizers.atomic import Atomic
-from recsys.retrieval.tokenizers.base import CodeTokenizer, Progress
+from recsys.retrieval.tokenizers.base import CodeTokenizer, Progress, load_tokenizer
 from recsys.retrieval.tokenizers.fsq import FSQ
 from recsys.retrieval.tokenizers.health import Health, LevelHealth, health
 from recsys.retrieval.tokenizers.opq import OPQ
@@ -22,4 +22,5 @@ __all__ = [
     "ResidualKMeans",
     "SlicedFSQ",
     "health",
+    "load_tokenizer",
 ]

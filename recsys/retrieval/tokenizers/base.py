@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from recsys.core import components
 from recsys.core.config import Config as BaseConfig
 from recsys.core.config import parse
-from recsys.core.errors import BundleError, ConfigError, DataError
+from recsys.core.errors import BundleError, ComponentError, ConfigError, DataError
 from recsys.core.files import new_directory, read_json, sha256_json, write_json
 from recsys.retrieval.code_table import check_codes
 from recsys.retrieval.items import ItemTable
@@ -204,6 +205,19 @@ class CodeTokenizer(nn.Module, ABC):
     def _require_fitted(self) -> None:
         if not self.fitted:
             raise ConfigError(f"tokenizer {self.config.name!r}: not fitted yet")
+
+
+def load_tokenizer(directory: Path) -> CodeTokenizer:
+    """Read a tokenizer of whatever class; see `CodeTokenizer.load`.
+
+    Raises:
+        BundleError: it names no known class; or see `CodeTokenizer.load`.
+    """
+    try:
+        cls: type[CodeTokenizer] = components.get("item_tokenizer", str(read_json(directory / _JSON)["config"]["name"]))
+    except (OSError, ValueError, KeyError, TypeError, ComponentError) as error:
+        raise BundleError(f"{directory}: cannot read the tokenizer: {error}") from None
+    return cls.load(directory)
 
 
 def _digest(tensor: Tensor) -> str:
