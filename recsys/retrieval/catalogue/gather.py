@@ -20,7 +20,7 @@ from recsys.core.config import Config as BaseConfig
 from recsys.retrieval.catalogue.code_index import CodeIndex
 from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, IndexMeta, check_k, parts
 from recsys.retrieval.catalogue.live import CatalogueView
-from recsys.retrieval.catalogue.topk import best, keys_of
+from recsys.retrieval.catalogue.topk import best, keys_of, scores_of
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.state import SlotLogProbs
 
@@ -51,7 +51,7 @@ class GatherIndex(CodeIndex):
         """
 
         name: Literal["gather"] = "gather"
-        tile: int = Field(8192, ge=_BLOCK, multiple_of=_BLOCK)
+        tile: int = Field(16384, ge=_BLOCK, multiple_of=_BLOCK)
 
     config: Config
 
@@ -133,7 +133,8 @@ def _tiles(count: int, largest: int) -> Iterator[tuple[int, int]]:
 class _Best:
     """The k best of each of B users so far.
 
-    A tile's items are looked at only where their score is above the user's k-th best; and that is asked first of whole blocks.
+    A tile's items are looked at only where their score is above the user's k-th best; and that is asked first of whole blocks. What passes
+    waits until it is k for each user, and then moves the k-th best up.
 
     Args:
         users: B.
@@ -144,25 +145,33 @@ class _Best:
         self._k = k
         self._keys = np.zeros((users, k), np.uint64)
         self._threshold = torch.full((users,), -torch.inf)
+        self._waiting: list[Hits] = []
+        self._room = users * k
 
     def add(self, scores_nb: Tensor, first: int) -> None:
         """Take in the scores ``[n, B]`` of the items ``first`` and following; an item of -inf never comes back."""
         user, place, score = self._hits(scores_nb)
-        if not len(user):
-            return
-        keys = keys_of(score, place + first)
-        counts = np.bincount(user, minlength=len(self._keys))
+        if len(user):
+            self._waiting.append((user, place + first, score))
+            if sum(len(hits[0]) for hits in self._waiting) >= self._room:
+                self._merge()
+
+    def lists(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places and scores ``[B, k]``, best first; -1 and -inf where there are no more."""
+        if self._waiting:
+            self._merge()
+        return best(self._keys, self._k)
+
+    def _merge(self) -> None:
+        user, place, score = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting = []
+        keys, counts = keys_of(score, place), np.bincount(user, minlength=len(self._keys))
         order = np.argsort(user, kind="stable")
         column = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
         found = np.zeros((len(self._keys), counts.max()), np.uint64)
         found[user[order], column] = keys[order]
         self._keys = _largest(np.concatenate((self._keys, found), axis=1), self._k)
-        kth = best(self._keys.min(axis=1, keepdims=True), 1)[1][:, 0]
-        self._threshold = torch.from_numpy(kth)
-
-    def lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places and scores ``[B, k]``, best first; -1 and -inf where there are no more."""
-        return best(self._keys, self._k)
+        self._threshold = torch.from_numpy(scores_of(self._keys.min(axis=1)))
 
     def _hits(self, scores_nb: Tensor) -> Hits:
         """User, place and score of what is above the user's threshold: at the same score, the items before have smaller rows."""
