@@ -7,11 +7,12 @@ from typing import ClassVar, Literal, TypeAlias
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
-from recsys.retrieval.catalogue.beam_search import BeamSearch, Open, next_log_probs
+from recsys.retrieval.catalogue.beam_search import BeamSearch, Open, alive_of, next_log_probs
 from recsys.retrieval.catalogue.code_index import CodeIndex, check_log_probs
 from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, IndexMeta, check_k
 from recsys.retrieval.catalogue.live import CatalogueView
@@ -69,7 +70,7 @@ class BeamIndex(CodeIndex):
         if config.widths is not None and (len(config.widths) != table.levels or min(config.widths) < 1):
             raise ConfigError(f"index 'beam': widths: expected {table.levels} of at least 1, one for each level, got {config.widths}")
         self.trie = trie or CodeTrie.build(table.codes.numpy(), table.level_sizes)
-        self._counted: tuple[np.ndarray, tuple[np.ndarray, ...]] | None = None
+        self._counted: tuple[np.ndarray, tuple[np.ndarray, ...], tuple[Tensor | None, ...]] | None = None
 
     @torch.no_grad()
     def search(
@@ -86,7 +87,7 @@ class BeamIndex(CodeIndex):
         users = np.flatnonzero(wanted)
         while len(users):
             own = excluded.of(users, batch)
-            search = BeamSearch(self.trie, Open.of(self.trie, self._counts(allowed), own), self.config.renormalise)
+            search = BeamSearch(self.trie, Open.of(self.trie, *self._counts(allowed), own), self.config.renormalise)
             leaves, found, cut = search.run(_of(state, users).begin(), users, widths, children)
             rows[users], scores[users] = self._items(leaves.numpy(), found.numpy(), k, allowed, own)
             users = users[(np.count_nonzero(rows[users] >= 0, axis=1) < wanted[users]) & cut.numpy()]
@@ -147,12 +148,13 @@ class BeamIndex(CodeIndex):
         padded[user, np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)] = keys
         return best(padded, k)
 
-    def _counts(self, allowed: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The items below each node that may be recommended; those of the mask before are kept, as it seldom changes."""
+    def _counts(self, allowed: np.ndarray) -> tuple[tuple[np.ndarray, ...], tuple[Tensor | None, ...]]:
+        """The items below each node that may be recommended, and `alive_of` them; kept from the mask before, as it seldom changes."""
         counted = self._counted
         if counted is None or not np.array_equal(counted[0], allowed):
-            self._counted = counted = (allowed, self.trie.counts(allowed))
-        return counted[1]
+            counts = self.trie.counts(allowed)
+            self._counted = counted = (allowed, counts, alive_of(counts))
+        return counted[1:]
 
 
 def _of(state: State, users: np.ndarray) -> State:

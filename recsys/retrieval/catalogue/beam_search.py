@@ -31,16 +31,21 @@ class Open:
     closed: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     @classmethod
-    def of(cls, trie: CodeTrie, counts: Sequence[np.ndarray], excluded: Excluded) -> Self:
-        """From how many items may be recommended below each node, and the pairs (user, row) of them that are excluded."""
-        closed = []
-        for depth, count in enumerate(counts):
+    def of(cls, trie: CodeTrie, counts: Sequence[np.ndarray], alive: tuple[Tensor | None, ...], excluded: Excluded) -> Self:
+        """From how many items may be recommended below each node, `alive_of` them, and the pairs (user, row) that are excluded."""
+        nothing = np.zeros(0, np.int64)
+        closed = [(nothing, nothing)] * len(counts)
+        for depth, count in enumerate(counts if len(excluded.row) else ()):
             pairs = excluded.query * len(count) + trie.nodes_of(excluded.row, depth)
             pairs, below = np.unique(pairs, return_counts=True)
             pairs = pairs[below == count[pairs % max(len(count), 1)]]
-            closed.append((pairs // max(len(count), 1), pairs % max(len(count), 1)))
-        alive = tuple(None if count.all() else torch.from_numpy(count > 0) for count in counts)
+            closed[depth] = (pairs // max(len(count), 1), pairs % max(len(count), 1))
         return cls(alive, tuple(closed))
+
+
+def alive_of(counts: Sequence[np.ndarray]) -> tuple[Tensor | None, ...]:
+    """`Open.alive` of how many items may be recommended below each node."""
+    return tuple(None if count.all() else torch.from_numpy(count > 0) for count in counts)
 
 
 class BeamSearch:
@@ -77,12 +82,13 @@ class BeamSearch:
         cut = torch.zeros(len(users), dtype=torch.bool)
         for level, width in enumerate(widths):
             log_probs = next_log_probs(scorer, parents, codes, level, self._trie.level_sizes[level])
-            candidates, child = self._candidates(level, nodes, scores, log_probs, users)
+            candidates, child = self._candidates(level, nodes, scores, log_probs)
             if children is not None and children < candidates.shape[2]:
                 candidates, place = _top(candidates, child, children)
                 child = child.gather(2, place)
                 cut |= (candidates[..., -1] > -torch.inf).any(1)
             scores, place = _top(candidates.flatten(1), child.flatten(1), width)
+            check_log_probs(scores[:, :1], f"level {level}", users)  # NaN and infinity come first
             if scores.shape[1] == width:
                 cut |= scores[:, -1] > -torch.inf
             parents = place // candidates.shape[2]
@@ -90,9 +96,7 @@ class BeamSearch:
             codes = self._trie.code_of[level][nodes]
         return nodes, scores, cut
 
-    def _candidates(
-        self, level: int, nodes_bw: Tensor, scores_bw: Tensor, log_probs_bwv: Tensor, users: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
+    def _candidates(self, level: int, nodes_bw: Tensor, scores_bw: Tensor, log_probs_bwv: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``[B, W, C]`` of the children of each beam, -inf where there is none, and the children's nodes."""
         starts, codes = self._trie.first_child[level], self._trie.code_of[level]
         first = starts[nodes_bw]
@@ -105,7 +109,6 @@ class BeamSearch:
             valid &= alive[child]
         self._close(level, nodes_bw, first, valid)
         found = log_probs_bwv.gather(2, codes[child]).masked_fill_(~valid, -torch.inf)
-        check_log_probs(found, f"level {level}", users)
         if self._renormalise:
             found -= found.logsumexp(2, keepdim=True).nan_to_num(neginf=0.0)
         return found + scores_bw[..., None], child
@@ -144,13 +147,13 @@ def next_log_probs(scorer: PrefixScorer, parents_bw: Tensor, codes_bw: Tensor, l
 
 def _top(scores: Tensor, nodes: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The ``width`` best of the last dimension, best first, and their places; of equal scores that do not all fit, the smaller nodes."""
-    width = min(width, scores.shape[-1])
-    best, place = scores.topk(width)
-    last = best[..., -1:]
-    if bool((((scores >= last).sum(-1, keepdim=True) > width) & (last > -torch.inf)).any()):  # which of equal ones are the last is open
-        place = _keys(scores, nodes).topk(width).indices
-        return scores.gather(-1, place), place
-    return best, place
+    best, place = scores.topk(min(width + 1, scores.shape[-1]))
+    if best.shape[-1] > width:
+        last, next_one = best[..., width - 1], best[..., width]
+        if bool(((last == next_one) & (last > -torch.inf)).any()):  # which of equal ones are the last is open
+            place = _keys(scores, nodes).topk(width).indices
+            return scores.gather(-1, place), place
+    return best[..., :width], place[..., :width]
 
 
 def _keys(scores: Tensor, nodes: Tensor) -> Tensor:

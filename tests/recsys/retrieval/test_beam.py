@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from recsys.core.errors import ConfigError, DataError
 from recsys.retrieval.catalogue import BeamIndex, Catalogue, CatalogueView, GatherIndex
-from recsys.retrieval.catalogue.beam_search import BeamSearch, Open
+from recsys.retrieval.catalogue.beam_search import BeamSearch, Open, alive_of
 from recsys.retrieval.catalogue.index import Excluded
 from recsys.retrieval.catalogue.trie import CodeTrie
 from recsys.retrieval.code_table import CodeTable
@@ -289,7 +289,8 @@ def run(codes: np.ndarray, sizes: Any, state: State, widths: Any, children: int 
     """The codes at the leaves that one search reaches, best first."""
     trie = CodeTrie.build(codes, sizes)
     nothing = np.zeros(0, np.int64)
-    where = Open.of(trie, trie.counts(np.ones(len(codes), bool)), Excluded(nothing, nothing))
+    counts = trie.counts(np.ones(len(codes), bool))
+    where = Open.of(trie, counts, alive_of(counts), Excluded(nothing, nothing))
     leaves, scores, _ = BeamSearch(trie, where, False).run(state.begin(), np.arange(len(state.values)), widths, children)
     first = codes[trie.order[trie.starts[-1][:-1]]]
     return [first[own[score > -np.inf]].tolist() for own, score in zip(leaves.numpy(), scores.numpy(), strict=True)]
