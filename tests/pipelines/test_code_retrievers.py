@@ -18,19 +18,9 @@ from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.catalogue import BeamIndex, GatherIndex
 from recsys.retrieval.codes import extend
 from recsys.retrieval.items import ItemTable
+from tests.pipelines.small import SMALL
 
-SMALL = (
-    "dataset={name: synthetic}",
-    "text.encoder={name: hashing}",
-    "ranker.training.trainer.epochs=1",
-    "collaborative.training.trainer.epochs=1",
-    "retriever.training.trainer.epochs=1",
-    "lists.candidates=10",
-    "lists.validation_steps=50",
-    "evaluation.resamples=100",
-    "evaluation.explained_requests=3",
-    "gates=[{kind: bound, metric: parity.max_difference, at_most: 0.0001}]",
-)
+GATE = "gates=[{kind: bound, metric: parity.max_difference, at_most: 0.0001}]"
 OWN = {
     "tiger": (
         "codes.tokenizer={name: residual_kmeans, levels: 2, codes: 8}",
@@ -52,7 +42,7 @@ OWN = {
     ],
 )
 def test_a_run_ends_in_a_bundle_that_serves_its_lists(name: str, index: type, tmp_path: Path) -> None:
-    run = execute(load_recipe(Recipe, name, (*SMALL, *OWN[name])), tmp_path, Console(quiet=True))
+    run = execute(load_recipe(Recipe, name, (*SMALL, GATE, *OWN[name])), tmp_path, Console(quiet=True))
     assert run.results["champion"]["promoted"] and len(run.results["served"]["known_user"]["items"]) == 10
     bundle = registry.load("models:/recsys@champion", run.location)
     assert isinstance(bundle.retriever, CodeRetriever) and isinstance(bundle.index, index)

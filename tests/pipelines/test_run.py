@@ -16,18 +16,7 @@ from recsys.core.config import load_recipe, parse
 from recsys.core.errors import ConfigError
 from recsys.data.encode import Encoder
 from recsys.registry import Location, PromotionLog
-
-SECOND = (
-    "dataset={name: synthetic}",
-    "text.encoder={name: hashing}",
-    "ranker.training.trainer.epochs=1",
-    "collaborative.training.trainer.epochs=1",
-    "retriever.training.trainer.epochs=1",
-    "lists.candidates=10",
-    "lists.validation_steps=50",
-    "evaluation.resamples=100",
-    "evaluation.explained_requests=3",
-)
+from tests.pipelines.small import SMALL
 
 
 def with_open_ids(recipe: Recipe) -> Recipe:
@@ -78,7 +67,7 @@ def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.C
     accept = "gates=[{kind: against_champion, metric: list.ndcg@10, margin: 1.0}]"
     sampled = ("ranker.negatives=0.25", "ranker.calibration={name: undersampling, rate: 0.25}")
     other = ("ranker.model.name=unimixer", "ranker.model.embedding.managed={item_id: {interval: 5}}", *sampled)
-    run = execute(with_open_ids(load_recipe(Recipe, "quickstart", (*SECOND, accept, *other))), home, Console(quiet=True))
+    run = execute(with_open_ids(load_recipe(Recipe, "quickstart", (*SMALL, accept, *other))), home, Console(quiet=True))
     (gate,) = run.results["champion"]["gates"]
     assert promoted(run)
     assert gate["gate"] == "champion:list.ndcg@10"
@@ -100,7 +89,7 @@ def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.C
 
 def test_a_failed_gate_ends_with_status_1_and_a_report(home: Path) -> None:
     refuse = "gates=[{kind: bound, metric: ranking.tokenmixer_large.auc, at_least: 0.999}]"
-    overrides = [part for override in (*SECOND, refuse) for part in ("--set", override)]
+    overrides = [part for override in (*SMALL, refuse) for part in ("--set", override)]
     assert main(["run", "quickstart", "--home", str(home), *overrides]) == 1
     log = PromotionLog(Location.under(home).log)
     assert log.champion("recsys").to_version == 1

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Impressions as plain rows, and the batches made of them, so that a test can take rows away and compare."""
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +10,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
-
-sys.path.insert(0, str(Path(__file__).parent))  # for field_vectors.py
 
 Row = dict[str, Any]
 

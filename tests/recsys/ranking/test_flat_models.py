@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from field_vectors import flat
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +29,7 @@ from recsys.ranking.flops import (
 )
 from recsys.ranking.models import DIN, FinalMLP
 from recsys.ranking.part import split_fields
+from tests.recsys.ranking.field_vectors import flat
 
 Build = Callable[..., FlatRanker]
 LENGTHS = [3, 0, 6, 1, 2]

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from field_vectors import flat
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +12,7 @@ from recsys.core import components
 from recsys.core.errors import ConfigError
 from recsys.ranking.tokenizers import AutoSplitTokenizer, Fields, PermutedTokenizer, Tokenizer
 from recsys.ranking.tokenizers.permuted import shuffled
+from tests.recsys.ranking.field_vectors import flat
 
 WIDTHS = {"user": 3, "age": 1, "item": 3, "history": 3, "price": 1}  # F = 11
 DIM = 4

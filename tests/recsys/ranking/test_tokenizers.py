@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from field_vectors import flat
 from torch import nn
 
 from recsys.core.errors import ConfigError
 from recsys.ranking.tokenizers import Fields, GroupTokenizer
+from tests.recsys.ranking.field_vectors import flat
 
 WIDTHS = {"user": 3, "age": 1, "item": 3, "history": 3}
 GROUPS = {"past": ("history",), "who": ("age", "user"), "what": ("item",)}

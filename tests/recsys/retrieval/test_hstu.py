@@ -5,22 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys.core.components import get
-from recsys.data.batch import SequenceBatch
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models import HSTU, SASRec
+from tests.recsys.retrieval.coded import batch_of
 
 N, COLD = 12, (3, 11)
 HISTORIES = [[1, 2, 4], [], [5, 6, 7, 8, 9, 10], [0]]
 TARGETS = [(0, 0, 1), (0, 2, 4), (0, 2, 5), (2, 5, 10), (1, 0, 6), (3, 1, 8)]
-
-
-def batch_of(histories: list[list[int]], targets: list[tuple[int, int, int]] | None = None) -> SequenceBatch:
-    items = torch.tensor([i for h in histories for i in h], dtype=torch.int64)
-    offsets = torch.tensor([0, *(len(h) for h in histories)]).cumsum(0)
-    if targets is None:
-        return SequenceBatch(items, offsets)
-    rows, positions, wanted = (torch.tensor(column, dtype=torch.int64) for column in zip(*targets, strict=True))
-    return SequenceBatch(items, offsets, wanted, rows, positions)
 
 
 def build(cls: type = HSTU, **config: object) -> HSTU:

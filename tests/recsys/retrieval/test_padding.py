@@ -5,19 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.core.errors import CannotScoreNewItems, DataError
-from recsys.data.batch import SequenceBatch
 from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
+from tests.recsys.retrieval.coded import batch_of
 
 HISTORIES = st.lists(st.lists(st.integers(1, 9), max_size=7), min_size=1, max_size=6)
-
-
-def batch_of(histories, targets=None):
-    items = torch.tensor([i for h in histories for i in h], dtype=torch.int64)
-    offsets = torch.tensor([0, *(len(h) for h in histories)]).cumsum(0)
-    if targets is None:
-        return SequenceBatch(items, offsets)
-    rows, positions, wanted = (torch.tensor(column, dtype=torch.int64) for column in zip(*targets, strict=True))
-    return SequenceBatch(items, offsets, wanted, rows, positions)
 
 
 @given(HISTORIES, st.integers(1, 8))

@@ -7,23 +7,14 @@ from torch.func import functional_call
 from recsys.core.components import get
 from recsys.core.config import parse
 from recsys.core.errors import CannotScoreNewItems, ConfigError, DataError
-from recsys.data.batch import SequenceBatch
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models import SASRec, SETRec
 from recsys.retrieval.models.setrec import alignment
+from tests.recsys.retrieval.coded import batch_of
 
 N, COLD, D_TEXT, D_CF = 12, (3, 11), 7, 5
 HISTORIES = [[1, 2, 4], [], [5, 6, 7, 8, 9, 10], [5]]  # item 5 twice: it is reconstructed once
 TARGETS = [(0, 0, 1), (0, 2, 4), (0, 2, 5), (2, 5, 10), (2, 5, 10), (1, 0, 6), (3, 1, 8)]
-
-
-def batch_of(histories, targets=None):
-    items = torch.tensor([i for h in histories for i in h], dtype=torch.int64)
-    offsets = torch.tensor([0, *(len(h) for h in histories)]).cumsum(0)
-    if targets is None:
-        return SequenceBatch(items, offsets)
-    rows, positions, wanted = (torch.tensor(column, dtype=torch.int64) for column in zip(*targets, strict=True))
-    return SequenceBatch(items, offsets, wanted, rows, positions)
 
 
 def item_table(count=N, seed=0):
