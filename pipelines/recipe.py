@@ -165,9 +165,18 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _retriever_fits(self) -> Self:
-        retriever = components.get("retriever", self.retriever.model.name)
+        first, name = self.collaborative.model.name, self.retriever.model.name
+        if first != "sasrec":
+            raise ValueError(f"collaborative.model: expected sasrec, got {first!r}")
+        if name == first:
+            raise ValueError(f"retriever.model: {name!r} is the collaborative model, beside which the retriever is measured")
+        retriever = components.get("retriever", name)
         if issubclass(retriever, CodeRetriever) and self.codes is None:
-            raise ValueError(f"codes: the retriever {self.retriever.model.name!r} speaks in codes of items; expected a tokenizer, got none")
+            raise ValueError(f"codes: the retriever {name!r} speaks in codes of items; expected a tokenizer, got none")
+        if self.codes is not None and not issubclass(retriever, CodeRetriever):
+            raise ValueError(f"codes: the retriever {name!r} does not speak in codes; expected null")
+        if self.codes is not None and retriever.equal_levels and self.codes.repair == "suffix":
+            raise ValueError(f"codes.repair: {name!r} wants levels of one size; expected keep or nearest_free, got 'suffix'")
         try:
             check_pair(retriever, components.get("index", self.index.name))
         except ConfigError as error:

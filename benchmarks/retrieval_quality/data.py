@@ -11,6 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from recsys.core.errors import DataError
 from recsys.core.files import sha256_file
 from recsys.data.datasets.impressions import data_folder
 from recsys.data.jagged import Jagged
@@ -81,7 +82,7 @@ def load(name: str, cache: Path = CACHE) -> Dataset:
 
     Raises:
         ValueError: there is none of this name.
-        DataError: its files are not there.
+        DataError: its files are not there, or an event's item is not among the items.
     """
     if name not in SOURCES:
         raise ValueError(f"data: expected one of {', '.join(SOURCES)}, got {name!r}")
@@ -90,7 +91,10 @@ def load(name: str, cache: Path = CACHE) -> Dataset:
     files = [folder / file for file in ("interactions.parquet", "items.parquet")]
     events = pl.read_parquet(files[0]).sort("user_id", "position")
     items = pl.read_parquet(files[1]).sort("item_id")
-    rows = np.searchsorted(items["item_id"].to_numpy(), events["item_id"].to_numpy())
+    ids, wanted = items["item_id"].to_numpy(), events["item_id"].to_numpy()
+    rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    if (ids[rows] != wanted).any():
+        raise DataError(f"{files[0]}: item {wanted[ids[rows] != wanted][0]} is not in {files[1].name}")
     users, lengths = np.unique(events["user_id"].to_numpy(), return_counts=True)
     data = SequenceData.from_order([str(user) for user in users], Jagged(rows, np.concatenate([[0], np.cumsum(lengths)])))
     return Dataset(name, "+".join(sha256_file(file)[:16] for file in files), data, tuple(item_text(items.to_arrow(), source.text)), cache)

@@ -93,7 +93,12 @@ def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Pa
         predicted = undersampling_correction(_predict(model, batches["valid"]), recipe.ranker.negatives)
         return {"auc": auc(labels["valid"], predicted), "logloss": log_loss(labels["valid"], predicted)}
 
-    trainer = Trainer(training.trainer, run_dir, tracker=tracker, context=prepared.context(recipe.seed))
+    trainer = Trainer(
+        training.trainer,
+        run_dir,
+        tracker=tracker,
+        context=prepared.context(recipe.seed) | {"groups": recipe.encoder.model_dump(mode="json").get("groups", {})},
+    )
     history = trainer.fit(ranker, loader, validate)
     base_rate = float(labels["train"].mean())
     calibration: Calibrator = components.build("calibration", recipe.ranker.calibration)

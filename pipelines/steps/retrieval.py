@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the collaborative model and the retriever, and compare them with popularity and item-kNN over the whole catalogue."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipelines.steps.data import Prepared
 from recsys.core import components
 from recsys.core.config import Config
 from recsys.core.errors import ConfigError
+from recsys.core.files import sha256_json
 from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_steps
 from recsys.data.windows import SequenceLoader
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
@@ -153,6 +155,7 @@ def _train(
     seed: int = context["seed"]
     torch.manual_seed(seed)
     model: Retriever = components.build("retriever", recipe.model, items)
+    context = context | {"windows": recipe.windows.model_dump(mode="json"), "items": _items_digest(items)}
     if isinstance(model, SETRec) and model.config.warm_start:
         if collaborative is None:
             raise ConfigError("setrec: warm_start: there is no collaborative model to start from")
@@ -167,6 +170,13 @@ def _train(
 
     history = Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)
     return model.eval(), history
+
+
+def _items_digest(items: ItemTable) -> str:
+    """SHA-256 of all that a model is told of its items, so that no checkpoint goes on with other texts or codes."""
+    codes = None if items.codes is None else items.codes.codes
+    parts = [None if x is None else x.contiguous().numpy().tobytes() for x in (items.warm, items.text, items.collaborative, codes)]
+    return sha256_json([part and hashlib.sha256(part).hexdigest() for part in parts])
 
 
 def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Histories, seed: int) -> None:

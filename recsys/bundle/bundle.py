@@ -36,7 +36,7 @@ from recsys.data.encode import Encoder
 from recsys.ranking.calibration import Calibrator, NoCalibration, from_state
 from recsys.ranking.model import Ranker
 from recsys.retrieval.base import Retriever
-from recsys.retrieval.catalogue import Catalogue, Index, load_index
+from recsys.retrieval.catalogue import Catalogue, CodeIndex, Index, check_pair, load_index
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.tokenizers import CodeTokenizer, load_tokenizer
@@ -86,8 +86,10 @@ class Bundle:
         """Write the bundle whole or not at all; returns the manifest with the files' hashes.
 
         Raises:
+            BundleError: the parts do not belong together.
             FileExistsError: the directory is there already: a bundle never changes.
         """
+        self._check_together(directory)
         with new_directory(directory) as root:
             write_json(root / "features.json", self.features)
             write_json(root / "settings.json", self.settings.model_dump(mode="json"))
@@ -121,7 +123,7 @@ class Bundle:
         items = _load_item_table(directory / "retriever" / "items.safetensors")
         ranker = _load_module(directory / "ranker", "ranker", encoder.spec)
         retriever = _load_module(directory / "retriever", "retriever", items)
-        return cls(
+        bundle = cls(
             manifest=manifest,
             features=read_json(directory / "features.json"),
             settings=parse(Settings, read_json(directory / "settings.json"), source=str(directory / "settings.json")),
@@ -133,9 +135,25 @@ class Bundle:
             retriever=retriever,
             item_table=items,
             index=load_index(directory / "index", catalogue.snapshot()),
-            tokenizer=_load_tokenizer(directory / "tokenizer", items),
+            tokenizer=None if items.codes is None else load_tokenizer(directory / "tokenizer"),
             calibration=_load_calibration(directory / "calibration.json"),
         )
+        bundle._check_together(directory)
+        return bundle
+
+    def _check_together(self, directory: Path) -> None:
+        """Hold that the index is over this retriever's items, and that the tokenizer is the one of their codes."""
+        check_pair(self.retriever, self.index)
+        codes, tokenizer = self.item_table.codes, None if self.tokenizer is None else self.tokenizer.fingerprint
+        if (None if codes is None else codes.tokenizer) != tokenizer:
+            raise BundleError(f"{directory}: the codes are of the tokenizer {codes and codes.tokenizer}, but the bundle has {tokenizer}")
+        if isinstance(self.index, CodeIndex):
+            if codes is None or not torch.equal(self.index.table.codes, codes.codes):
+                raise BundleError(f"{directory}: the index does not hold the codes of the items")
+        elif self.index.meta.content_hash != self.retriever.fingerprint():
+            raise BundleError(
+                f"{directory}: the index is of the model {self.index.meta.content_hash}, expected {self.retriever.fingerprint()}"
+            )
 
 
 def new_manifest(
@@ -201,13 +219,3 @@ def _load_item_table(path: Path) -> ItemTable:
     warm: torch.Tensor = tensors["warm"]
     codes = CodeTable.load(path.with_name(_CODES)) if path.with_name(_CODES).is_file() else None
     return ItemTable(warm.shape[0], warm, tensors.get("text"), tensors.get("collaborative"), codes)
-
-
-def _load_tokenizer(directory: Path, items: ItemTable) -> CodeTokenizer | None:
-    """What made the items' codes, so that items that come later can have some."""
-    if items.codes is None:
-        return None
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.fingerprint != items.codes.tokenizer:
-        raise BundleError(f"{directory}: the tokenizer is {tokenizer.fingerprint}, but the codes are of {items.codes.tokenizer}")
-    return tokenizer

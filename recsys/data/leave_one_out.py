@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from recsys.core.schema import TIME
 from recsys.data.jagged import Jagged
-from recsys.data.sequences import EvaluationSteps, SequenceData
+from recsys.data.sequences import EvaluationSteps, SequenceData, request_times
 
 
 class LeaveOneOut(NamedTuple):
@@ -44,7 +44,7 @@ def leave_one_out(data: SequenceData) -> LeaveOneOut:
 
 def _steps(data: SequenceData, users: np.ndarray, events: np.ndarray) -> EvaluationSteps:
     """One step for each of the users: its target is the given event."""
-    request = pa.nulls(len(users), TIME) if data.times is None else pa.array(data.times[events] - 1, pa.int64()).cast(TIME)
+    request = pa.nulls(len(users), TIME) if data.times is None else request_times(data.times[events])
     return EvaluationSteps(
         user_id=data.users.take(pa.array(users)),
         request_time=request,

@@ -178,14 +178,18 @@ def evaluation_steps(data: SequenceData, from_time: datetime, to_time: datetime 
     events = np.flatnonzero(chosen)
     start = data.offsets[data.owner[events]]
     event, first = np.unique(start + data.seen[events], return_index=True)  # ascending already: one entry for each step
-    request = data.known_times[event] // _SECOND * _SECOND - 1
     return EvaluationSteps(
         user_id=data.users.take(pa.array(data.owner[event])),
-        request_time=pa.array(request, pa.int64()).cast(TIME),
+        request_time=request_times(data.known_times[event]),
         start=start[first],
         event=event,
         targets=Jagged(data.items[events], np.append(first, len(events))),
     )
+
+
+def request_times(times: np.ndarray) -> pa.TimestampArray:
+    """When the events of these times are asked for: their second less 1 µs, so that nothing of it is known."""
+    return pa.array(times // _SECOND * _SECOND - 1, pa.int64()).cast(TIME)
 
 
 def histories(data: SequenceData, steps: EvaluationSteps, max_length: int, chunk: int) -> Iterator[tuple[SequenceBatch, Jagged]]:

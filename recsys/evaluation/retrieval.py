@@ -3,7 +3,7 @@
 
 Ranking is over the whole catalogue, in chunks of histories, so that memory holds the scores of one chunk at a time. Repeats (targets that
 are in their history already) are a slice of their own: a list that leaves out what was seen misses them all, one that does not may
-win by them alone, so both ways are asked for and both are reported.
+win by them alone. Whoever ranks data that have some should ask both ways (``exclude_seen``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,12 +35,12 @@ def vector_scorer(model: VectorRetriever) -> Scorer:
     """Scores of all items by inner products; those that the model cannot score get -inf."""
     with torch.no_grad():
         items_nd = model.eval().item_vectors()
-    unscorable = ~model.scorable
+    unscorable = ~model.scorable.to(items_nd.device)
 
     @torch.inference_mode()
     def score(batch: SequenceBatch) -> np.ndarray:
-        scores = model.encode(batch).flat() @ items_nd.T
-        found: np.ndarray = scores.masked_fill_(unscorable, -torch.inf).numpy()
+        scores = model.encode(batch.to(items_nd.device)).flat() @ items_nd.T
+        found: np.ndarray = scores.masked_fill_(unscorable, -torch.inf).cpu().numpy()
         return found
 
     return score
@@ -48,14 +48,13 @@ def vector_scorer(model: VectorRetriever) -> Scorer:
 
 def gather_scorer(model: Retriever, index: GatherIndex) -> Scorer:
     """Scores of all items by an index of codes."""
-    model.eval()
-    everything = np.arange(index.meta.rows)
+    device = _device(model.eval())
 
     @torch.inference_mode()
     def score(batch: SequenceBatch) -> np.ndarray:
-        state = model.encode(batch)
+        state = model.encode(batch.to(device))
         assert isinstance(state, SlotLogProbs)
-        return index.score(state, np.broadcast_to(everything, (len(batch), len(everything))))
+        return index.score_all(state)
 
     return score
 
@@ -97,16 +96,22 @@ def list_ranks(
 
     For models whose scores of all items would cost too much, such as those that decode code by code; metrics up to k are as in serving.
     """
-    model.eval()
+    device = _device(model.eval())
     ranks, done = [], 0
     for batch, seen in histories(data, steps, model.max_length, chunk):
         targets = _targets(steps, done, len(batch))
-        rows, _ = index.search(model.encode(batch), k, view, exclude=tuple(seen) if exclude_seen else None, scorable=model.scorable)
+        rows, _ = index.search(
+            model.encode(batch.to(device)), k, view, exclude=tuple(seen) if exclude_seen else None, scorable=model.scorable
+        )
         lists = rows[np.repeat(np.arange(len(batch)), np.diff(targets.offsets))]
         hit = lists == targets.values[:, None]
         ranks.append(np.where(hit.any(1), hit.argmax(1) + 1.0, np.inf))
         done += len(batch)
     return np.concatenate(ranks) if ranks else np.zeros(0)
+
+
+def _device(model: Retriever) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _targets(steps: EvaluationSteps, begin: int, count: int) -> Jagged:
@@ -187,7 +192,7 @@ class Row:
 
 
 def compare(
-    ranks: Mapping[str, np.ndarray],
+    ranks: Mapping[str, Sequence[np.ndarray]],
     steps: EvaluationSteps,
     chosen: Mapping[str, np.ndarray],
     *,
@@ -199,7 +204,7 @@ def compare(
     """The figures of every model on every slice that has targets.
 
     Args:
-        ranks: of every target, by model.
+        ranks: of every target, by model: one array for each seed, of whose metrics the means over seeds are compared.
         steps: whose targets they are.
         chosen: masks over the targets, by slice.
         baseline: the model that all others are compared with.
@@ -226,6 +231,6 @@ def compare(
     return rows
 
 
-def _values(ranks: np.ndarray, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
-    found = {f"recall@{k}": recall_at(ranks, k) for k in cutoffs}
-    return found | {f"ndcg@{k}": ndcg_at(ranks, k) for k in cutoffs}
+def _values(ranks: Sequence[np.ndarray], cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
+    metrics = {"recall": recall_at, "ndcg": ndcg_at}
+    return {f"{name}@{k}": np.mean([at(own, k) for own in ranks], axis=0) for name, at in metrics.items() for k in cutoffs}

@@ -3,7 +3,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,16 +75,20 @@ class CodeRetriever(Retriever):
     Attributes:
         table: the codes of all catalogue rows.
         tokens: int64 ``[N, L]``, see `tokens_of`.
+        equal_levels: whether all levels must have as many codes.
 
     Raises:
-        ConfigError: the items have no codes.
+        ConfigError: the items have no codes, or of levels that the model does not take.
     """
 
     tokens: Tensor
+    equal_levels: ClassVar[bool] = False
 
     def __init__(self, items: ItemTable) -> None:
         super().__init__()
         self.table = _codes_of(self, items)
+        if self.equal_levels and len(set(self.table.level_sizes)) > 1:
+            raise ConfigError(f"{type(self).__name__}: expected codes of equally large levels, got {list(self.table.level_sizes)}")
 
     @property
     def scorable(self) -> Tensor:

@@ -30,7 +30,7 @@ class PrefixScorer(Protocol):
         """Take one more code into each beam, and score what may follow.
 
         Args:
-            parents_bw: int64 ``[B, W]``: which beam of the step before each beam goes on from.
+            parents_bw: int64 ``[B, W]``, on the CPU like the codes: which beam of the step before each beam goes on from.
             codes_bw: int64 ``[B, W]``: the code that each took. The first step has W = 1 and empty prefixes: both are -1.
 
         Returns:

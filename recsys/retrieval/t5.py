@@ -8,11 +8,11 @@ attention, where they are usually repeated for every beam.
 
 from collections.abc import Mapping
 from math import log
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.core.config import Config
@@ -40,6 +40,12 @@ class T5Config(Config):
     dropout: float = Field(0.1, ge=0, lt=1)
     buckets: int = Field(32, ge=4, multiple_of=4)
     max_distance: int = Field(128, ge=2)
+
+    @model_validator(mode="after")
+    def _distances_beyond_the_exact_buckets(self) -> Self:
+        if self.max_distance <= self.buckets // 2:
+            raise ValueError(f"max_distance: expected more than half of buckets={self.buckets}, got {self.max_distance}")
+        return self
 
 
 class RelativeBias(nn.Module):

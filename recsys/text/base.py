@@ -4,10 +4,11 @@
 import hashlib
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,18 +34,17 @@ class TextEncoder(Protocol):
         ...
 
 
-@runtime_checkable
-class ItemVectors(Protocol):
+class ItemVectors(ABC):
     """What knows items by their ids and not by their text. Also of kind ``text_encoder``."""
 
     @property
+    @abstractmethod
     def identity(self) -> str:
         """See `TextEncoder.identity`."""
-        ...
 
+    @abstractmethod
     def vectors_of(self, ids: Sequence[str]) -> Vectors:
         """float32 ``[N, D]``: the vector of each item."""
-        ...
 
 
 def item_vectors(encoder: TextEncoder | ItemVectors, items: pa.Table, columns: Sequence[str], cache_dir: Path) -> Vectors:

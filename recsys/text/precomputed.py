@@ -14,11 +14,11 @@ from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import DataError, SchemaError, unknown
 from recsys.core.files import sha256_file
-from recsys.text.base import Vectors
+from recsys.text.base import ItemVectors, Vectors
 
 
 @register("text_encoder", "precomputed")
-class Precomputed:
+class Precomputed(ItemVectors):
     """A Parquet file with a column of item ids and one of vectors (lists of numbers, all of one length).
 
     Raises:

@@ -77,7 +77,7 @@ class SentenceEncoder(ABC):
 
 @register("text_encoder", "sentence_transformers")
 class SentenceTransformersEncoder(SentenceEncoder):
-    """Any model of sentence-transformers, its remote code never run and its weights read from safetensors alone.
+    """Any model of sentence-transformers; its remote code is never run, and its transformer's weights are read from safetensors alone.
 
     A folder is known by the SHA-256 of its files; a name by itself and its revision, which should be a commit.
 

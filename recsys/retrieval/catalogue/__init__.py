@@ -10,6 +10,7 @@ from recsys.core.files import read_json
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.catalogue.approximate import HNSWIndex, IVFIndex
 from recsys.retrieval.catalogue.beam import BeamIndex
+from recsys.retrieval.catalogue.code_index import CodeIndex
 from recsys.retrieval.catalogue.dense import DenseIndex
 from recsys.retrieval.catalogue.gather import GatherIndex
 from recsys.retrieval.catalogue.index import INDEX_FILE, Index, IndexMeta
@@ -19,6 +20,7 @@ __all__ = [
     "BeamIndex",
     "Catalogue",
     "CatalogueView",
+    "CodeIndex",
     "DenseIndex",
     "GatherIndex",
     "HNSWIndex",

@@ -43,7 +43,8 @@ class Effort(BaseConfig):
 class ApproximateIndex(DenseIndex):
     """A `DenseIndex` whose longer searches go through a FAISS structure over the same vectors, which it holds beside them.
 
-    Scores are exact; a list may miss items. k live unseen items come back wherever they exist, as from every index.
+    Scores are exact; a list may miss items. k live unseen items come back wherever they exist, as from every index. `extended` makes the
+    whole structure anew.
 
     Args:
         config: see `Effort`.
@@ -53,6 +54,7 @@ class ApproximateIndex(DenseIndex):
     """
 
     Config: ClassVar[type[Any]] = Effort
+    structure: ClassVar[type]
     config: Any
 
     def __init__(self, config: Any, flat: faiss.IndexFlatIP, meta: IndexMeta, structure: faiss.Index | None = None) -> None:
@@ -86,6 +88,8 @@ class ApproximateIndex(DenseIndex):
         if not len(queries):
             raise DataError("states: expected at least one user to choose the effort by, got none")
         self._allowed(view, None)
+        if not view.count:
+            return self
         few = np.random.default_rng(seed).random(view.count) < max(self.config.exact_below, k / max(view.count, 1))
         cases = [(None, 1.0), (np.packbits(few, bitorder="little"), float(few.mean()))]
         exact = [DenseIndex._nearest(self, queries, k, *case)[1] for case in cases]
@@ -111,6 +115,8 @@ class ApproximateIndex(DenseIndex):
             structure = faiss.read_index(str(directory / _STRUCTURE))
         except RuntimeError as error:
             raise BundleError(f"{directory}: cannot read the index: {error}") from None
+        if not isinstance(structure, cls.structure):
+            raise BundleError(f"{directory / _STRUCTURE}: expected an {cls.structure.__name__}, got {type(structure).__name__}")
         same(directory, _STRUCTURE, (structure.ntotal, structure.d), (meta.rows, meta.width))
         return cls(config, flat, meta, structure)
 
@@ -148,6 +154,7 @@ class IVFIndex(ApproximateIndex):
         seed: int = 0
 
     accepts: ClassVar[tuple[type, ...]] = (SlotVectors,)
+    structure: ClassVar[type] = faiss.IndexIVFFlat
 
     def _make(self) -> Any:
         lists = min(self.config.lists or max(1, int(4 * self.meta.rows**0.5)), max(self.meta.rows, 1))
@@ -183,6 +190,7 @@ class HNSWIndex(ApproximateIndex):
         construction: int = Field(128, ge=1)
 
     accepts: ClassVar[tuple[type, ...]] = (SlotVectors,)
+    structure: ClassVar[type] = faiss.IndexHNSWFlat
 
     def _make(self) -> Any:
         made = _faiss.IndexHNSWFlat(self.meta.width, self.config.neighbours, faiss.METRIC_INNER_PRODUCT)

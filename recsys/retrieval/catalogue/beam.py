@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
-from recsys.retrieval.catalogue.beam_search import BeamSearch, Open, alive_of, next_log_probs
+from recsys.retrieval.catalogue.beam_search import BeamSearch, Open, alive_of, children_log_sum, next_log_probs
 from recsys.retrieval.catalogue.code_index import CodeIndex, check_log_probs
 from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, IndexMeta, check_k
 from recsys.retrieval.catalogue.live import CatalogueView
@@ -53,8 +53,8 @@ class BeamIndex(CodeIndex):
             widths: beams kept at each level, where they differ; in the place of ``width``. RecGPT's published search is (10, 20, 20, 20)
                 with 5 ``children``.
             children: at most so many children of each beam; null for all.
-            renormalise: whether a level's probabilities are divided by their sum over the children that may be taken; else they are the
-                model's own, over all codes.
+            renormalise: whether a level's probabilities are divided by their sum over the children that the catalogue has, live or not;
+                else they are the model's own, over all codes.
         """
 
         name: Literal["beam"] = "beam"
@@ -96,7 +96,7 @@ class BeamIndex(CodeIndex):
 
     @torch.no_grad()
     def score(self, state: State, rows: np.ndarray) -> np.ndarray:
-        """See `Index.score`: the model's own log-probability of the codes, whatever may be recommended."""
+        """See `Index.score`: what `search` gives, whatever may be recommended."""
         state = self._checked(state)
         rows = self._check_lists(rows, len(state.values))
         if not rows.size:
@@ -109,13 +109,21 @@ class BeamIndex(CodeIndex):
             taken = codes_bcl[..., level]
             found = log_probs.gather(2, taken[..., None])[..., 0]
             check_log_probs(found, f"level {level}")
+            if self.config.renormalise and len(self.table):
+                nodes = torch.from_numpy(self.trie.nodes_of(np.maximum(rows, 0), level))
+                found = found - children_log_sum(self.trie, level, nodes, log_probs)
             scores += found
         return np.where(rows >= 0, scores.numpy(), np.float32(-np.inf))
 
     def log_partition(self, state: State, view: CatalogueView, scorable: Array | None = None) -> np.ndarray:
-        """float32 ``[B]`` zeros: a product of codes' probabilities is an item's already; what falls on codes of no item is not known."""
-        state = self._checked(state)
-        self._allowed(view, scorable)
+        """See `Index.log_partition`; zeros for an `EncoderMemory`.
+
+        There the sum over the live items would take a pass of the decoder for each of them: a score is the log-probability of an item's
+        codes among all codes, whether or not they are of a live item, or of several.
+        """
+        state, allowed = self._checked(state), self._allowed(view, scorable)
+        if isinstance(state, SlotLogProbs) and not self.config.renormalise:
+            return self._slot_log_partition(state.values, allowed)
         return np.zeros(len(state.values), np.float32)
 
     def _checked(self, state: State) -> State:

@@ -54,7 +54,7 @@ class BeamSearch:
     Args:
         trie: the codes.
         where: which nodes are open.
-        renormalise: whether probabilities are divided by their sum over the open children.
+        renormalise: whether probabilities are divided by their sum over the children that the catalogue has.
     """
 
     def __init__(self, trie: CodeTrie, where: Open, renormalise: bool) -> None:
@@ -98,19 +98,15 @@ class BeamSearch:
 
     def _candidates(self, level: int, nodes_bw: Tensor, scores_bw: Tensor, log_probs_bwv: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``[B, W, C]`` of the children of each beam, -inf where there is none, and the children's nodes."""
-        starts, codes = self._trie.first_child[level], self._trie.code_of[level]
-        first = starts[nodes_bw]
-        count = (starts[nodes_bw + 1] - first).masked_fill(scores_bw == -torch.inf, 0)
-        offset = torch.arange(max(1, int(count.max()) if count.numel() else 1))
-        valid = offset < count[..., None]
-        child = (first[..., None] + offset).clamp_(max=len(codes) - 1)
+        first, child, valid = _children(self._trie, level, nodes_bw)
+        valid &= (scores_bw > -torch.inf)[..., None]
         alive = self._open.alive[level + 1]
         if alive is not None:
             valid &= alive[child]
         self._close(level, nodes_bw, first, valid)
-        found = log_probs_bwv.gather(2, codes[child]).masked_fill_(~valid, -torch.inf)
+        found = log_probs_bwv.gather(2, self._trie.code_of[level][child]).masked_fill_(~valid, -torch.inf)
         if self._renormalise:
-            found -= found.logsumexp(2, keepdim=True).nan_to_num(neginf=0.0)
+            found -= children_log_sum(self._trie, level, nodes_bw, log_probs_bwv)[..., None]
         return found + scores_bw[..., None], child
 
     def _close(self, level: int, nodes_bw: Tensor, first_bw: Tensor, valid_bwc: Tensor) -> None:
@@ -131,6 +127,22 @@ class BeamSearch:
         offset = torch.from_numpy(child[repeated]) - first_bw.reshape(-1)[beam]
         inside = offset < valid_bwc.shape[2]
         valid_bwc.flatten(0, 1)[beam[inside], offset[inside]] = False
+
+
+def _children(trie: CodeTrie, level: int, nodes_bw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first child ``[B, W]`` of each node of a depth, its children ``[B, W, C]``, and which of these there are."""
+    starts = trie.first_child[level]
+    first = starts[nodes_bw]
+    count = starts[nodes_bw + 1] - first
+    offset = torch.arange(max(1, int(count.max()) if count.numel() else 1))
+    return first, (first[..., None] + offset).clamp_(max=len(trie.code_of[level]) - 1), offset < count[..., None]
+
+
+def children_log_sum(trie: CodeTrie, level: int, nodes_bw: Tensor, log_probs_bwv: Tensor) -> Tensor:
+    """``[B, W]``: the logarithm of the probability that falls on the children which the catalogue has; 0 where it is none."""
+    _, child, valid = _children(trie, level, nodes_bw)
+    found = log_probs_bwv.gather(2, trie.code_of[level][child]).masked_fill_(~valid, -torch.inf)
+    return found.logsumexp(2).nan_to_num(neginf=0.0)
 
 
 def next_log_probs(scorer: PrefixScorer, parents_bw: Tensor, codes_bw: Tensor, level: int, size: int) -> Tensor:

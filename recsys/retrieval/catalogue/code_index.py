@@ -7,12 +7,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import BundleError, ConfigError, DataError
 from recsys.core.files import new_directory
 from recsys.retrieval.base import CodeRetriever, Retriever
-from recsys.retrieval.catalogue.index import Index, IndexMeta, same
+from recsys.retrieval.catalogue.index import Index, IndexMeta, parts, same
 from recsys.retrieval.catalogue.live import CatalogueView
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.state import SlotLogProbs
@@ -105,10 +106,29 @@ class CodeIndex(Index):
             check_log_probs(values[:, slot, :size], f"slot {slot}")
         return values[:, :, :widest]
 
+    def _slot_log_partition(self, values_bkv: Tensor, allowed: np.ndarray) -> np.ndarray:
+        """float32 ``[B]``: ``log Σ_i exp Σ_k values[k, c_k(i)]`` over the rows of a mask."""
+        weights, bags = users_of_codes(values_bkv), bags_of(self.table)
+        total = torch.full((len(values_bkv),), -torch.inf)
+        for part in parts(np.flatnonzero(allowed), max(len(values_bkv), 1)):
+            scores_nb = functional.embedding_bag(bags[torch.from_numpy(part)], weights, mode="sum")
+            total = torch.logaddexp(total, scores_nb.logsumexp(0))
+        return total.numpy()
+
     def _codes_of(self, rows: np.ndarray) -> Tensor:
         """int64 ``[B, C, L]``: the codes of rows ``[B, C]``; any for the row -1."""
         codes = self.table.codes if len(self.table) else torch.zeros(1, self.table.levels, dtype=torch.int64)
         return codes[torch.from_numpy(np.maximum(rows, 0))]
+
+
+def bags_of(table: CodeTable) -> Tensor:
+    """int32 ``[N, K]``: where each item's codes stand among those of all slots, which have as many as the largest level."""
+    return (table.codes + torch.arange(table.levels) * max(table.level_sizes)).to(torch.int32)
+
+
+def users_of_codes(values_bkv: Tensor) -> Tensor:
+    """``[K V, B]``: the users' log-probabilities of each code of each slot, for bags of `bags_of`."""
+    return values_bkv.flatten(1).T.contiguous()
 
 
 def check_log_probs(values: Tensor, where: str, users: np.ndarray | None = None) -> None:

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
-from recsys.retrieval.catalogue.code_index import CodeIndex
-from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, IndexMeta, check_k, parts
+from recsys.retrieval.catalogue.code_index import CodeIndex, bags_of, users_of_codes
+from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, IndexMeta, check_k
 from recsys.retrieval.catalogue.live import CatalogueView
 from recsys.retrieval.catalogue.topk import best, keys_of, scores_of
 from recsys.retrieval.code_table import CodeTable
@@ -57,8 +57,7 @@ class GatherIndex(CodeIndex):
 
     def __init__(self, config: Config, table: CodeTable, meta: IndexMeta) -> None:
         super().__init__(config, table, meta)
-        offsets = torch.arange(table.levels) * max(table.level_sizes)
-        self._bags = (table.codes + offsets).to(torch.int32)  # the rows of each item's codes among those of all slots
+        self._bags = bags_of(table)
 
     def search(
         self, state: SlotLogProbs, k: int, view: CatalogueView, exclude: Exclude | None = None, scorable: Array | None = None
@@ -87,25 +86,23 @@ class GatherIndex(CodeIndex):
             scores += values_bkv[users, slot, codes_bck[..., slot]]
         return np.where(rows >= 0, scores.numpy(), np.float32(-np.inf))
 
+    def score_all(self, state: SlotLogProbs) -> np.ndarray:
+        """float32 ``[B, N]``: the scores of all rows, live or not. Errors as for `search`."""
+        weights = users_of_codes(self._log_probs(state))
+        scores_bn = np.empty((weights.shape[1], len(self._bags)), np.float32)
+        for start in range(0, len(self._bags), self.config.tile):
+            part = slice(start, start + self.config.tile)
+            scores_bn[:, part] = functional.embedding_bag(self._bags[part], weights, mode="sum").T.numpy()
+        return scores_bn
+
     def log_partition(self, state: SlotLogProbs, view: CatalogueView, scorable: Array | None = None) -> np.ndarray:
         """See `Index.log_partition`."""
-        values_bkv, allowed = self._log_probs(state), self._allowed(view, scorable)
-        live = np.flatnonzero(allowed)
-        weights = self._weights(values_bkv)
-        total = torch.full((len(values_bkv),), -torch.inf)
-        for part in parts(live, max(len(values_bkv), 1)):
-            scores_nb = functional.embedding_bag(self._bags[torch.from_numpy(part)], weights, mode="sum")
-            total = torch.logaddexp(total, scores_nb.logsumexp(0))
-        return total.numpy()
-
-    def _weights(self, values_bkv: Tensor) -> Tensor:
-        """``[K V, B]``: the users' log-probabilities of each code of each slot."""
-        return values_bkv.flatten(1).T.contiguous()
+        return self._slot_log_partition(self._log_probs(state), self._allowed(view, scorable))
 
     def _search(self, values_bkv: Tensor, k: int, live: Tensor | None, excluded: Excluded) -> tuple[np.ndarray, np.ndarray]:
         """Rows and scores ``[B, k]``, among the rows in ``live`` (ascending), or all."""
         users, count = len(values_bkv), len(self._bags) if live is None else len(live)
-        weights, kept = self._weights(values_bkv), _Best(users, k)
+        weights, kept = users_of_codes(values_bkv), _Best(users, k)
         places = excluded.row if live is None else np.searchsorted(live.numpy(), excluded.row)
         order = np.argsort(places, kind="stable")
         places, whose = places[order], torch.from_numpy(excluded.query[order])

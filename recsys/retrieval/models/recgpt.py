@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RecGPT (EMNLP 2025, arXiv 2506.06270): codes of item text, so that a model trained on some catalogues recommends in another."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -58,13 +58,12 @@ class RecGPT(CodeRetriever):
         temperature: float = Field(0.1, gt=0)
 
     text: Tensor
+    equal_levels: ClassVar[bool] = True
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(items)
         self.config, self.max_length = config, config.max_length
         self.slots, self.codes = self.table.levels, self.table.level_sizes[0]
-        if len(set(self.table.level_sizes)) > 1:
-            raise ConfigError(f"recgpt: expected codes of equally large levels, got {list(self.table.level_sizes)}")
         self.embedding = nn.Embedding(self.codes, config.dim)
         self.token_norm = nn.LayerNorm(config.dim)
         self.slot = nn.Parameter(torch.randn(self.slots, config.dim) * config.init_std)

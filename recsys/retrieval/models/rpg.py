@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RPG (KDD 2025): long item codes without order, all of them predicted at once from one state."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.core.components import register
-from recsys.core.errors import ConfigError
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
@@ -67,12 +66,14 @@ class RPG(CodeRetriever):
         dropout: float = Field(0.5, ge=0.0, lt=1.0)
         tau: float = Field(0.03, gt=0)
 
+    _first: Tensor
+    equal_levels: ClassVar[bool] = True
+
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(items)
         self.config, self.max_length = config, config.max_length
         self.slots, self.codes = self.table.levels, self.table.level_sizes[0]
-        if len(set(self.table.level_sizes)) > 1:
-            raise ConfigError(f"rpg: expected codes of equally large levels, got {list(self.table.level_sizes)}")
+        self.register_buffer("_first", torch.arange(self.slots) * self.codes, persistent=False)  # of each slot's embeddings
         self.embedding = nn.Parameter(torch.randn(self.slots, self.codes, config.dim) * config.init_std)
         self.start = nn.Parameter(torch.randn(config.dim) * config.init_std)
         self.transformer = CausalTransformer(config)
@@ -90,7 +91,7 @@ class RPG(CodeRetriever):
         targets, states = training_targets(batch, self.max_length, known=None)
         padded, _ = pad_last(batch, self.max_length)
         log_probs_ksv = self._log_probs(self._states(padded)[states.row, states.position])
-        wanted_km = self.table.codes.to(targets.device)[targets].T
+        wanted_km = (self.tokens[targets] - self._first).T
         taken = log_probs_ksv[torch.arange(self.slots, device=targets.device)[:, None], states.of_target, wanted_km]
         loss = -taken.mean() if taken.numel() else log_probs_ksv.sum() * 0.0
         return loss, {"cross_entropy": loss.detach()}
@@ -108,7 +109,7 @@ class RPG(CodeRetriever):
 
     def tokens_of(self, table: CodeTable) -> Tensor:
         """See `CodeRetriever.tokens_of`."""
-        return table.codes + torch.arange(self.slots) * self.codes
+        return table.codes + self._first.cpu()
 
     def _states(self, padded_bl: Tensor) -> Tensor:
         """``[B, L + 1, d]``: the state after 0, 1, … L events."""

@@ -69,7 +69,8 @@ class TIGER(CodeRetriever):
         start = tokens_ml.new_zeros(len(tokens_ml), 1)
         states_mld = self.t5.decode(torch.cat((start, tokens_ml[:, :-1]), 1), memory[states.of_target], valid[states.of_target])
         losses = [
-            F.cross_entropy(self._logits(states_mld[:, level], level), tokens_ml[:, level] - self._base(level))
+            F.cross_entropy(self._logits(states_mld[:, level], level), tokens_ml[:, level] - self._base(level), reduction="sum")
+            / max(len(tokens_ml), 1)
             for level in range(self.table.levels)
         ]
         loss = torch.stack(losses).sum()
@@ -129,7 +130,8 @@ class _Scorer:
 
     def step(self, parents_bw: Tensor, codes_bw: Tensor) -> Tensor:
         """See `PrefixScorer.step`."""
-        level = self._level
+        level, device = self._level, self._model.tokens.device
+        parents_bw, codes_bw = parents_bw.to(device), codes_bw.to(device)
         if level == self._model.table.levels:
             raise DataError(f"step: all {level} levels are generated already")
         tokens = torch.zeros_like(codes_bw) if level == 0 else self._model.token_of(codes_bw, level - 1)

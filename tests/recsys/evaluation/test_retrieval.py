@@ -124,7 +124,9 @@ def test_models_are_compared_on_every_slice_with_paired_intervals(data: Sequence
     popular = event_ranks(Popularity(Popularity.Config()).fit(split.train, N).scores, data, split.test, LENGTH)
     perfect = np.ones(len(popular))
     chosen = slices(data, split.train, split.test, N)
-    rows = compare({"popularity": popular, "perfect": perfect}, split.test, chosen, baseline="popularity", cutoffs=(1, 5), resamples=200)
+    rows = compare(
+        {"popularity": [popular], "perfect": [perfect, perfect]}, split.test, chosen, baseline="popularity", cutoffs=(1, 5), resamples=200
+    )
     assert {row.slice for row in rows} == {name for name, mask in chosen.items() if mask.any()}
     for row in rows:
         mask = chosen[row.slice]
@@ -139,4 +141,4 @@ def test_models_are_compared_on_every_slice_with_paired_intervals(data: Sequence
             assert row.differences["recall@5"] == expected
             assert set(row.as_json()) >= {"model", "slice", "targets", "recall@1", "differences"}
     with pytest.raises(KeyError):
-        compare({"perfect": perfect}, split.test, chosen, baseline="popularity")
+        compare({"perfect": [perfect]}, split.test, chosen, baseline="popularity")

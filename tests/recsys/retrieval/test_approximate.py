@@ -111,7 +111,7 @@ def test_it_is_saved_with_its_structure(index: ApproximateIndex, tmp_path: Path,
     for ours, theirs in zip(loaded.search(states(3), K, view_of(0.6)), calibrated.search(states(3), K, view_of(0.6)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     faiss.write_index(faiss.IndexFlatIP(DIM), str(tmp_path / "index" / "structure.faiss"))
-    with pytest.raises(BundleError, match=r"structure.faiss: the index has \(0, 16\), expected \(3000, 16\)"):
+    with pytest.raises(BundleError, match=f"structure.faiss: expected an {index.structure.__name__}, got IndexFlatIP"):
         type(index).load(tmp_path / "index", view_of(1.0))
     (tmp_path / "index" / "structure.faiss").write_bytes(b"IxFI")
     with pytest.raises(BundleError, match="cannot read the index"):

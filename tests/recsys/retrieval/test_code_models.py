@@ -135,6 +135,15 @@ def test_an_index_of_vectors_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_target_at_all_is_a_loss_of_zero(name: str) -> None:
+    model, batch = build(name), batch_of(HISTORIES, TARGETS)
+    nothing = (torch.empty(0, dtype=torch.int64) for _ in range(3))
+    loss, _ = model.loss(type(batch)(batch.items, batch.offsets, *nothing))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_bad_targets_are_an_error(name: str) -> None:
     model = build(name)
     with pytest.raises(DataError, match="the batch has no targets"):

@@ -252,3 +252,14 @@ def test_no_reader_ever_sees_a_dead_item_or_one_of_another_catalogue(kind: str) 
         stop.set()
         writer.join()
     assert len(counts) > 3
+
+
+@pytest.mark.parametrize("tile", [32, 64, 1024])
+def test_the_scores_of_all_items_are_those_of_each(tile: int) -> None:
+    rng = np.random.default_rng(9)
+    codes, values = rng.integers(0, (7, 5), (150, 2)), rng.normal(size=(6, 2, 7)).astype(np.float32)
+    index = build(codes, (7, 5), catalogue_of(rng.random(150) < 0.5), tile)
+    everything = index.score_all(state_of(values))
+    assert everything.dtype == np.float32 and everything.shape == (6, 150)
+    np.testing.assert_allclose(everything, summed(values, codes), rtol=1e-6)
+    np.testing.assert_allclose(everything, index.score(state_of(values), np.tile(np.arange(150), (6, 1))), rtol=1e-6)

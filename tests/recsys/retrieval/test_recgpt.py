@@ -133,5 +133,5 @@ def test_text_that_does_not_fit_is_an_error() -> None:
     model = recgpt()
     with pytest.raises(DataError, match=r"items.text: expected 12 columns as in training, got 9"):
         model.replace_items(replace(items, text=items.text[:, :9]))
-    with pytest.raises(ConfigError, match="recgpt: expected codes of equally large levels"):
+    with pytest.raises(ConfigError, match="RecGPT: expected codes of equally large levels"):
         build("recgpt", table_of(sizes=(5, 4, 6)))

@@ -8,7 +8,7 @@ from recsys.core.errors import ConfigError
 from recsys.retrieval.catalogue import Catalogue, DenseIndex, GatherIndex
 from recsys.retrieval.models import RPG
 from recsys.retrieval.state import SlotVectors
-from tests.recsys.retrieval.coded import HISTORIES, TARGETS, N, batch_of, build, table_of
+from tests.recsys.retrieval.coded import HISTORIES, N, batch_of, build, table_of
 
 
 def rpg(**config: object) -> RPG:
@@ -83,14 +83,5 @@ def test_the_order_of_codes_does_not_matter() -> None:
 
 
 def test_levels_of_different_sizes_are_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"rpg: expected codes of equally large levels, got \[5, 4, 6\]"):
+    with pytest.raises(ConfigError, match=r"RPG: expected codes of equally large levels, got \[5, 4, 6\]"):
         build("rpg", table_of(sizes=(5, 4, 6)))
-
-
-def test_no_target_at_all_is_a_loss_of_zero() -> None:
-    model = rpg()
-    batch = batch_of(HISTORIES, TARGETS)
-    empty = type(batch)(batch.items, batch.offsets, *(torch.empty(0, dtype=torch.int64) for _ in range(3)))
-    loss, _ = model.loss(empty)
-    loss.backward()
-    assert float(loss.detach()) == 0.0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from recsys.retrieval.t5 import T5, BeamDecoder, RelativeBias, T5Config
@@ -94,3 +95,10 @@ def test_buckets_are_those_of_transformers(causal):
     offset = places[None, :] - places[:, None]
     expected = modeling.T5Attention._relative_position_bucket(offset, bidirectional=not causal, num_buckets=32, max_distance=128)
     assert torch.equal(bias._bucket(offset), expected)
+
+
+def test_distances_must_reach_beyond_the_exact_buckets():
+    with pytest.raises(ValidationError, match="max_distance: expected more than half of buckets=32, got 16"):
+        T5Config(max_distance=16)
+    bias = RelativeBias(T5Config(max_distance=17), causal=True)
+    assert bias._bucket(-torch.arange(300)).max() == 31
