@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs whose retriever speaks in codes: tokenizer, codes and index travel in the bundle, and the server's lists are the run's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipelines.run import execute
 from pipelines.steps.retrieval import build_index
 from recsys import registry
 from recsys.core.config import load_recipe
-from recsys.core.errors import ConfigError
+from recsys.core.errors import BundleError, ConfigError
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.catalogue import BeamIndex, GatherIndex
@@ -56,6 +57,11 @@ def test_a_run_ends_in_a_bundle_that_serves_its_lists(name: str, index: type, tm
         assert (rows == rebuilt.search(state, 10, view)[0]).all() and (scores > -torch.inf).all()
     old = bundle.item_table
     assert old.text is not None and old.codes is not None
+    with pytest.raises(BundleError, match=r"the codes are of the tokenizer .*, but the bundle has None"):
+        replace(bundle, tokenizer=None).save(tmp_path / "other")
+    other = type(bundle.index).build(bundle.index.config, replace(old.codes, codes=old.codes.codes.flip(0)), view)
+    with pytest.raises(BundleError, match="the index does not hold the codes of the items"):
+        replace(bundle, index=other).save(tmp_path / "other")
     grown = ItemTable(old.count + 1, torch.cat((old.warm, torch.tensor([False]))), torch.cat((old.text, old.text[:1])))
     assert len(extend(old.codes, bundle.tokenizer, grown)) == old.count + 1, "the bundle can give a new item its codes"
 
@@ -67,6 +73,10 @@ def test_a_run_ends_in_a_bundle_that_serves_its_lists(name: str, index: type, tm
         ("index={name: gather}", "retriever 'tiger' gives EncoderMemory, but index 'gather' accepts SlotLogProbs"),
         ("codes.repair=drop", "codes.repair"),
         ("codes.tokenizer.name=rq_vea", "did you mean 'rq_vae'"),
+        ("retriever.model={name: rpg}", "codes.repair: 'rpg' wants levels of one size; expected keep or nearest_free, got 'suffix'"),
+        ("retriever.model={name: hstu}", "codes: the retriever 'hstu' does not speak in codes; expected null"),
+        ("collaborative.model={name: hstu}", "collaborative.model: expected sasrec, got 'hstu'"),
+        ("retriever.model={name: sasrec}", "retriever.model: 'sasrec' is the collaborative model, beside which"),
     ],
 )
 def test_parts_that_do_not_fit_are_an_error_before_anything_runs(override: str, message: str) -> None:
