@@ -20,9 +20,9 @@ from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_step
 from recsys.data.windows import SequenceLoader
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
 from recsys.evaluation.retrieval import Scorer, event_ranks, gather_scorer, list_ranks, vector_scorer
-from recsys.retrieval.base import Retriever, VectorRetriever
+from recsys.retrieval.base import CodeRetriever, Retriever, VectorRetriever
 from recsys.retrieval.baselines import ItemKNN, Popularity
-from recsys.retrieval.catalogue import Catalogue, DenseIndex, GatherIndex, Index, check_pair
+from recsys.retrieval.catalogue import Catalogue, GatherIndex, Index, check_pair
 from recsys.retrieval.codes import code_items
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
@@ -90,8 +90,7 @@ def train_retrievers(
     warm = torch.zeros(histories.catalogue.snapshot().count, dtype=torch.bool)
     warm[torch.from_numpy(np.unique(histories.train.items))] = True
     plain = ItemTable(count=len(warm), warm=warm)
-    by_vectors = DenseIndex.Config()
-    collaborative, first = _train(recipe.collaborative, by_vectors, plain, histories, context, run_dir / "collaborative", tracker)
+    collaborative, first = _train(recipe.collaborative, None, plain, histories, context, run_dir / "collaborative", tracker)
     assert isinstance(collaborative, SASRec)
     items = ItemTable(count=len(warm), warm=warm, text=text, collaborative=collaborative.collaborative_vectors())
     tokenizer = None if recipe.codes is None else fit_tokenizer(recipe.codes, items, recipe.seed)
@@ -101,8 +100,8 @@ def train_retrievers(
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
     index = build_index(recipe.index, retriever, histories.catalogue)
     ranks = {
-        recipe.retriever.model.name: model_ranks(retriever, recipe.index, histories, histories.test),
-        recipe.collaborative.model.name: model_ranks(collaborative, by_vectors, histories, histories.test),
+        recipe.retriever.model.name: model_ranks(retriever, index, histories, histories.test),
+        recipe.collaborative.model.name: model_ranks(collaborative, None, histories, histories.test),
     }
     longest = max(retriever.max_length, collaborative.max_length)
     for name, scorer in _baselines(histories, recipe.seed, longest).items():
@@ -125,14 +124,14 @@ def build_index(config: Config, retriever: Retriever, catalogue: Catalogue) -> I
     return cls.over(config, retriever, catalogue.snapshot())
 
 
-def model_ranks(model: Retriever, index: Config, histories: Histories, steps: EvaluationSteps) -> np.ndarray:
-    """The rank of every target: among all items where that is cheap, else in lists that an index makes."""
+def model_ranks(model: Retriever, index: Index | None, histories: Histories, steps: EvaluationSteps) -> np.ndarray:
+    """The rank of every target: among all items where that is cheap, else in lists that the index makes, which item vectors do without."""
     if isinstance(model, VectorRetriever):
         return event_ranks(vector_scorer(model), histories.data, steps, model.max_length)
-    built, view = build_index(index, model, histories.catalogue), histories.catalogue.snapshot()
-    if isinstance(built, GatherIndex):
-        return event_ranks(gather_scorer(model, built), histories.data, steps, model.max_length)
-    return list_ranks(model, built, view, histories.data, steps, _LIST)
+    assert index is not None
+    if isinstance(index, GatherIndex):
+        return event_ranks(gather_scorer(model, index), histories.data, steps, model.max_length)
+    return list_ranks(model, index, histories.catalogue.snapshot(), histories.data, steps, _LIST)
 
 
 def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSteps:
@@ -144,7 +143,7 @@ def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSte
 
 def _train(
     recipe: RetrieverRecipe,
-    index: Config,
+    index: Config | None,
     items: ItemTable,
     histories: Histories,
     context: dict[str, Any],
@@ -163,9 +162,12 @@ def _train(
     loader = SequenceLoader(histories.train, model.max_length, recipe.training.batch_size, seed, config=recipe.windows)
     steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
 
+    # Over codes, which training leaves as they are, so that one index serves every validation.
+    built = build_index(index, model, histories.catalogue) if index is not None and isinstance(model, CodeRetriever) else None
+
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Retriever)
-        ranks = model_ranks(module, index, histories, steps)
+        ranks = model_ranks(module, built, histories, steps)
         return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
 
     history = Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import VectorRetriever
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
+from recsys.retrieval.padding import after_all, known_histories, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy, sampled_cross_entropy
 from recsys.retrieval.state import SlotVectors
 from recsys.retrieval.transformer import TransformerConfig
@@ -72,9 +72,8 @@ class IdRetriever(VectorRetriever):
             DataError: no targets, a row longer than ``max_length``, or a target outside its history.
             CannotScoreNewItems: a row that the catalogue did not have when the model was built.
         """
-        require_known_rows(batch, self.count)
+        padded, _ = known_histories(batch, self.max_length, self.count)
         targets, states = training_targets(batch, self.max_length, known=self.warm)
-        padded, _ = pad_last(batch, self.max_length)
         hidden_sd = self._states(padded)[states.row, states.position]
         candidates_cd, rank = self._compared(self.item.weight[self.warm]), self.warm.cumsum(0) - 1
         loss = self._cross_entropy(hidden_sd, candidates_cd, rank[targets], states.of_target)
@@ -86,9 +85,8 @@ class IdRetriever(VectorRetriever):
         Raises:
             CannotScoreNewItems: a history holds a row that the catalogue did not have when the model was built.
         """
-        require_known_rows(batch, self.count)
-        padded, lengths = pad_last(batch, self.max_length)
-        return SlotVectors(self._states(padded)[torch.arange(len(batch), device=lengths.device), lengths][:, None])
+        padded, lengths = known_histories(batch, self.max_length, self.count)
+        return SlotVectors(after_all(self._states(padded), lengths)[:, None])
 
     def item_vectors(self) -> Tensor:
         """float ``[N, d]``: the item embeddings, of unit length under ``cosine``; zero for items that are not warm."""

@@ -87,6 +87,21 @@ def training_targets(batch: SequenceBatch, max_length: int, known: Tensor | None
     return targets, TargetStates(states // (max_length + 1), states % (max_length + 1), of_target)
 
 
+def known_histories(batch: SequenceBatch, max_length: int, count: int) -> tuple[Tensor, Tensor]:
+    """`pad_last` of a batch that names rows 0 to ``count`` - 1 only.
+
+    Raises:
+        CannotScoreNewItems: a history or a target holds another row.
+    """
+    require_known_rows(batch, count)
+    return pad_last(batch, max_length)
+
+
+def after_all(states_bld: Tensor, lengths: Tensor) -> Tensor:
+    """The last state ``[B, …]`` of each row, which has seen ``lengths`` events, of its states ``[B, L + 1, …]`` after 0, 1, … L events."""
+    return states_bld[torch.arange(len(lengths), device=lengths.device), lengths]
+
+
 def require_known_rows(batch: SequenceBatch, count: int) -> None:
     """Check that the batch names rows 0 to ``count`` - 1 only.
 

@@ -98,16 +98,15 @@ class BeamSearch:
 
     def _candidates(self, level: int, nodes_bw: Tensor, scores_bw: Tensor, log_probs_bwv: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``[B, W, C]`` of the children of each beam, -inf where there is none, and the children's nodes."""
-        first, child, valid = _children(self._trie, level, nodes_bw)
-        valid &= (scores_bw > -torch.inf)[..., None]
+        first, child, found = _children(self._trie, level, nodes_bw, log_probs_bwv)
+        if self._renormalise:
+            found -= _log_sum(found)[..., None]
+        valid = (scores_bw > -torch.inf)[..., None].expand_as(found).clone()
         alive = self._open.alive[level + 1]
         if alive is not None:
             valid &= alive[child]
         self._close(level, nodes_bw, first, valid)
-        found = log_probs_bwv.gather(2, self._trie.code_of[level][child]).masked_fill_(~valid, -torch.inf)
-        if self._renormalise:
-            found -= children_log_sum(self._trie, level, nodes_bw, log_probs_bwv)[..., None]
-        return found + scores_bw[..., None], child
+        return found.masked_fill_(~valid, -torch.inf) + scores_bw[..., None], child
 
     def _close(self, level: int, nodes_bw: Tensor, first_bw: Tensor, valid_bwc: Tensor) -> None:
         """Take out the children below which a user has seen everything."""
@@ -129,20 +128,23 @@ class BeamSearch:
         valid_bwc.flatten(0, 1)[beam[inside], offset[inside]] = False
 
 
-def _children(trie: CodeTrie, level: int, nodes_bw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first child ``[B, W]`` of each node of a depth, its children ``[B, W, C]``, and which of these there are."""
-    starts = trie.first_child[level]
+def _children(trie: CodeTrie, level: int, nodes_bw: Tensor, log_probs_bwv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first child ``[B, W]`` of each node, all its children, and their log-probabilities ``[B, W, C]``; -inf where there is none."""
+    starts, codes = trie.first_child[level], trie.code_of[level]
     first = starts[nodes_bw]
     count = starts[nodes_bw + 1] - first
     offset = torch.arange(max(1, int(count.max()) if count.numel() else 1))
-    return first, (first[..., None] + offset).clamp_(max=len(trie.code_of[level]) - 1), offset < count[..., None]
+    child = (first[..., None] + offset).clamp_(max=len(codes) - 1)
+    return first, child, log_probs_bwv.gather(2, codes[child]).masked_fill_(offset >= count[..., None], -torch.inf)
 
 
 def children_log_sum(trie: CodeTrie, level: int, nodes_bw: Tensor, log_probs_bwv: Tensor) -> Tensor:
     """``[B, W]``: the logarithm of the probability that falls on the children which the catalogue has; 0 where it is none."""
-    _, child, valid = _children(trie, level, nodes_bw)
-    found = log_probs_bwv.gather(2, trie.code_of[level][child]).masked_fill_(~valid, -torch.inf)
-    return found.logsumexp(2).nan_to_num(neginf=0.0)
+    return _log_sum(_children(trie, level, nodes_bw, log_probs_bwv)[2])
+
+
+def _log_sum(found_bwc: Tensor) -> Tensor:
+    return found_bwc.logsumexp(2).nan_to_num(neginf=0.0)
 
 
 def next_log_probs(scorer: PrefixScorer, parents_bw: Tensor, codes_bw: Tensor, level: int, size: int) -> Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the indexes over the codes of items share: a table with a row of codes for each of the catalogue's."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,6 +92,11 @@ class CodeIndex(Index):
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise BundleError(f"{directory}: cannot read the index: {error}") from None
 
+    @cached_property
+    def _bags(self) -> Tensor:
+        """int32 ``[N, K]``: where each item's codes stand among those of all slots, which have as many as the largest level."""
+        return (self.table.codes + torch.arange(self.table.levels) * max(self.table.level_sizes)).to(torch.int32)
+
     def _check_tokenizer(self, state: Any) -> None:
         """Hold that a state speaks of the codes that the table holds."""
         self._require(state)
@@ -108,10 +114,10 @@ class CodeIndex(Index):
 
     def _slot_log_partition(self, values_bkv: Tensor, allowed: np.ndarray) -> np.ndarray:
         """float32 ``[B]``: ``log Σ_i exp Σ_k values[k, c_k(i)]`` over the rows of a mask."""
-        weights, bags = users_of_codes(values_bkv), bags_of(self.table)
+        weights = users_of_codes(values_bkv)
         total = torch.full((len(values_bkv),), -torch.inf)
         for part in parts(np.flatnonzero(allowed), max(len(values_bkv), 1)):
-            scores_nb = functional.embedding_bag(bags[torch.from_numpy(part)], weights, mode="sum")
+            scores_nb = functional.embedding_bag(self._bags[torch.from_numpy(part)], weights, mode="sum")
             total = torch.logaddexp(total, scores_nb.logsumexp(0))
         return total.numpy()
 
@@ -121,13 +127,8 @@ class CodeIndex(Index):
         return codes[torch.from_numpy(np.maximum(rows, 0))]
 
 
-def bags_of(table: CodeTable) -> Tensor:
-    """int32 ``[N, K]``: where each item's codes stand among those of all slots, which have as many as the largest level."""
-    return (table.codes + torch.arange(table.levels) * max(table.level_sizes)).to(torch.int32)
-
-
 def users_of_codes(values_bkv: Tensor) -> Tensor:
-    """``[K V, B]``: the users' log-probabilities of each code of each slot, for bags of `bags_of`."""
+    """``[K V, B]``: the users' log-probabilities of each code of each slot, for the bags of an index."""
     return values_bkv.flatten(1).T.contiguous()
 
 

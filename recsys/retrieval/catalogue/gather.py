@@ -17,11 +17,10 @@ from torch.nn import functional
 
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
-from recsys.retrieval.catalogue.code_index import CodeIndex, bags_of, users_of_codes
-from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, IndexMeta, check_k
+from recsys.retrieval.catalogue.code_index import CodeIndex, users_of_codes
+from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, check_k
 from recsys.retrieval.catalogue.live import CatalogueView
 from recsys.retrieval.catalogue.topk import best, keys_of, scores_of
-from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.state import SlotLogProbs
 
 _BLOCK = 32  # items whose best score is compared with the running k-th best at once
@@ -54,10 +53,6 @@ class GatherIndex(CodeIndex):
         tile: int = Field(16384, ge=_BLOCK, multiple_of=_BLOCK)
 
     config: Config
-
-    def __init__(self, config: Config, table: CodeTable, meta: IndexMeta) -> None:
-        super().__init__(config, table, meta)
-        self._bags = bags_of(table)
 
     def search(
         self, state: SlotLogProbs, k: int, view: CatalogueView, exclude: Exclude | None = None, scorable: Array | None = None

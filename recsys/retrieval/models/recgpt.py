@@ -13,7 +13,7 @@ from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
+from recsys.retrieval.padding import after_all, known_histories, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy
 from recsys.retrieval.state import SlotLogProbs
 from recsys.retrieval.transformer import HybridTransformer, TransformerConfig
@@ -85,9 +85,8 @@ class RecGPT(CodeRetriever):
             DataError: no targets, a row longer than ``max_length``, or a target outside its history.
             CannotScoreNewItems: a row without codes.
         """
-        require_known_rows(batch, len(self.tokens))
+        padded, _ = known_histories(batch, self.max_length, len(self.tokens))
         targets, states = training_targets(batch, self.max_length, known=None)
-        padded, _ = pad_last(batch, self.max_length)
         hidden_skd = self._states(padded)[states.row, states.position]
         slot = torch.arange(self.slots, device=targets.device)
         of_target = (states.of_target[:, None] * self.slots + slot).flatten()
@@ -100,9 +99,8 @@ class RecGPT(CodeRetriever):
         Raises:
             CannotScoreNewItems: a row without codes.
         """
-        require_known_rows(batch, len(self.tokens))
-        padded, lengths = pad_last(batch, self.max_length)
-        last_bkd = self._states(padded)[torch.arange(len(batch), device=lengths.device), lengths]
+        padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
+        last_bkd = after_all(self._states(padded), lengths)
         with torch.autocast(last_bkd.device.type, enabled=False):
             logits = last_bkd.to(self.head.dtype) @ self.head.T
             return SlotLogProbs((logits / self.config.temperature).log_softmax(-1), self.table.tokenizer)

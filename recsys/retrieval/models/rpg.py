@@ -13,7 +13,7 @@ from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
+from recsys.retrieval.padding import after_all, known_histories, training_targets
 from recsys.retrieval.state import SlotLogProbs
 from recsys.retrieval.transformer import CausalTransformer, TransformerConfig
 
@@ -87,9 +87,8 @@ class RPG(CodeRetriever):
             DataError: no targets, a row longer than ``max_length``, or a target outside its history.
             CannotScoreNewItems: a row without codes.
         """
-        require_known_rows(batch, len(self.tokens))
+        padded, _ = known_histories(batch, self.max_length, len(self.tokens))
         targets, states = training_targets(batch, self.max_length, known=None)
-        padded, _ = pad_last(batch, self.max_length)
         log_probs_ksv = self._log_probs(self._states(padded)[states.row, states.position])
         wanted_km = (self.tokens[targets] - self._first).T
         taken = log_probs_ksv[torch.arange(self.slots, device=targets.device)[:, None], states.of_target, wanted_km]
@@ -102,9 +101,8 @@ class RPG(CodeRetriever):
         Raises:
             CannotScoreNewItems: a row without codes.
         """
-        require_known_rows(batch, len(self.tokens))
-        padded, lengths = pad_last(batch, self.max_length)
-        last_bd = self._states(padded)[torch.arange(len(batch), device=lengths.device), lengths]
+        padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
+        last_bd = after_all(self._states(padded), lengths)
         return SlotLogProbs(self._log_probs(last_bd).transpose(0, 1) / self.slots, self.table.tokenizer)
 
     def tokens_of(self, table: CodeTable) -> Tensor:

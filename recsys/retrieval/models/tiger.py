@@ -14,7 +14,7 @@ from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
+from recsys.retrieval.padding import known_histories, training_targets
 from recsys.retrieval.state import EncoderMemory
 from recsys.retrieval.t5 import T5, BeamDecoder, T5Config
 
@@ -61,9 +61,8 @@ class TIGER(CodeRetriever):
             DataError: no targets, a row longer than ``max_length``, or a target outside its history.
             CannotScoreNewItems: a row without codes.
         """
-        require_known_rows(batch, len(self.tokens))
+        padded, _ = known_histories(batch, self.max_length, len(self.tokens))
         targets, states = training_targets(batch, self.max_length, known=None)
-        padded, _ = pad_last(batch, self.max_length)
         memory, valid = self._memory(padded[states.row], states.position)
         tokens_ml = self.tokens[targets]
         start = tokens_ml.new_zeros(len(tokens_ml), 1)
@@ -82,8 +81,7 @@ class TIGER(CodeRetriever):
         Raises:
             CannotScoreNewItems: a row without codes.
         """
-        require_known_rows(batch, len(self.tokens))
-        padded, lengths = pad_last(batch, self.max_length)
+        padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
         values, valid = self._memory(padded, lengths)
         return EncoderMemory(values, valid, self.table.tokenizer, lambda memory, there: _Scorer(self, memory, there))
 
