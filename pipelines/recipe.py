@@ -15,7 +15,7 @@ from recsys.data.windows import SequenceLoader
 from recsys.ranking.calibration import NoCalibration, Undersampling
 from recsys.registry.gates import Gate
 from recsys.retrieval.base import CodeRetriever
-from recsys.retrieval.catalogue import check_pair
+from recsys.retrieval.catalogue import BeamIndex, check_pair
 from recsys.retrieval.code_table import Repair
 from recsys.training.trainer import Trainer
 
@@ -92,6 +92,12 @@ class ItemCodes(Config):
     tokenizer: component_config("item_tokenizer")  # type: ignore[valid-type]
     repair: Repair = "keep"
     suffix_size: int = Field(256, ge=1)
+
+    @property
+    def levels(self) -> int:
+        """How many codes an item has."""
+        levels: int = components.build("item_tokenizer", self.tokenizer).levels
+        return levels + (self.repair == "suffix")
 
 
 class Lists(Config):
@@ -171,14 +177,18 @@ class Recipe(Config):
         if name == first:
             raise ValueError(f"retriever.model: {name!r} is the collaborative model, beside which the retriever is measured")
         retriever = components.get("retriever", name)
-        if issubclass(retriever, CodeRetriever) and self.codes is None:
-            raise ValueError(f"codes: the retriever {name!r} speaks in codes of items; expected a tokenizer, got none")
-        if self.codes is not None and not issubclass(retriever, CodeRetriever):
-            raise ValueError(f"codes: the retriever {name!r} does not speak in codes; expected null")
-        if self.codes is not None and retriever.equal_levels and self.codes.repair == "suffix":
+        reads = retriever.reads_codes(self.retriever.model)
+        if reads and self.codes is None:
+            raise ValueError(f"codes: the retriever {name!r} reads codes of items; expected a tokenizer, got none")
+        if not reads and self.codes is not None:
+            raise ValueError(f"codes: the retriever {name!r} does not read codes; expected null")
+        if issubclass(retriever, CodeRetriever) and retriever.equal_levels and self.codes and self.codes.repair == "suffix":
             raise ValueError(f"codes.repair: {name!r} wants levels of one size; expected keep or nearest_free, got 'suffix'")
         try:
             check_pair(retriever, components.get("index", self.index.name))
         except ConfigError as error:
             raise ValueError(f"index: {error}") from None
+        widths = self.index.widths if isinstance(self.index, BeamIndex.Config) else None
+        if widths is not None and self.codes is not None and len(widths) != self.codes.levels:
+            raise ValueError(f"index.widths: expected {self.codes.levels}, one for each level of the codes, got {list(widths)}")
         return self

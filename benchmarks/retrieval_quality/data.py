@@ -15,24 +15,25 @@ from recsys.core.errors import DataError
 from recsys.core.files import sha256_file
 from recsys.data.datasets.impressions import data_folder
 from recsys.data.jagged import Jagged
-from recsys.data.leave_one_out import LeaveOneOut, leave_one_out
+from recsys.data.leave_one_out import LeaveOneOut, hold_out, leave_one_out
 from recsys.data.sequences import SequenceData
-from recsys.text import encode_cached, item_text
-from recsys.text.minilm import MiniLM
+from recsys.text import item_text
 
 CACHE = Path(__file__).parents[2] / ".cache" / "retrieval_quality"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set stands below ``RECSYS_DATA``, and which columns say what an item is."""
+    """Where a data set stands below ``RECSYS_DATA``, which columns say what an item is, and the share of items that are new in test."""
 
     folder: str
     text: tuple[str, ...]
+    held_out: float = 0.0
 
 
 SOURCES: Mapping[str, Source] = {
     "beauty": Source("amazon2014_beauty", ("title", "brand", "categories")),
+    "beauty_new_items": Source("amazon2014_beauty", ("title", "brand", "categories"), held_out=0.05),
     "video_games": Source("amazon2018_video_games", ("title",)),
     "ml_1m": Source("ml_1m", ("title", "genres", "year")),
 }
@@ -48,6 +49,8 @@ class Dataset:
         data: all events.
         texts: one for each catalogue row.
         cache: for what is encoded.
+        held_out: the share of the items, drawn with seed 0, that are new in test.
+        users: the share of the users, drawn with seed 0, whose events train.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Dataset:
     data: SequenceData
     texts: tuple[str, ...]
     cache: Path = CACHE
+    held_out: float = 0.0
+    users: float = 1.0
 
     @property
     def count(self) -> int:
@@ -64,17 +69,20 @@ class Dataset:
     @cached_property
     def split(self) -> LeaveOneOut:
         """Training, validation and test."""
-        return leave_one_out(self.data)
+        split = leave_one_out(self.data)
+        if self.held_out:
+            drawn = np.random.default_rng(0).choice(self.count, int(self.held_out * self.count), replace=False)
+            split = hold_out(split, drawn)
+        if self.users < 1:
+            train = split.train
+            chosen = np.random.default_rng(0).random(len(train.users)) < self.users
+            split = split._replace(train=train.where(chosen[train.owner]))
+        return split
 
     @cached_property
     def warm(self) -> Tensor:
         """bool ``[N]``: items with training events."""
         return torch.from_numpy(np.bincount(self.split.train.items, minlength=self.count) > 0)
-
-    @cached_property
-    def text(self) -> Tensor:
-        """float32 ``[N, 384]``: the packaged encoder's embeddings."""
-        return torch.from_numpy(encode_cached(MiniLM(MiniLM.Config()), self.texts, self.cache / "text"))
 
 
 def load(name: str, cache: Path = CACHE) -> Dataset:
@@ -97,4 +105,5 @@ def load(name: str, cache: Path = CACHE) -> Dataset:
         raise DataError(f"{files[0]}: item {wanted[ids[rows] != wanted][0]} is not in {files[1].name}")
     users, lengths = np.unique(events["user_id"].to_numpy(), return_counts=True)
     data = SequenceData.from_order([str(user) for user in users], Jagged(rows, np.concatenate([[0], np.cumsum(lengths)])))
-    return Dataset(name, "+".join(sha256_file(file)[:16] for file in files), data, tuple(item_text(items.to_arrow(), source.text)), cache)
+    texts = tuple(item_text(items.to_arrow(), source.text))
+    return Dataset(name, "+".join(sha256_file(file)[:16] for file in files), data, texts, cache, source.held_out)

@@ -4,88 +4,46 @@
 A model is tuned on validation with seed 0; the best point is then trained with each seed and ranked on test. Each finished cell is a
 JSON line, so that the next call goes on with what is missing, and a training that was interrupted goes on from its checkpoint::
 
-    python -m benchmarks.retrieval_quality.grid --data beauty --models sasrec --seeds 1
+    python -m benchmarks.retrieval_quality.grid --data beauty --models sasrec --seeds 0
 """
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.retrieval_quality.data import CACHE, SOURCES, Dataset, load
+from benchmarks.retrieval_quality.items import items_of, keep, kept
+from benchmarks.retrieval_quality.plans import LENGTHS, PLANS, Plan
+from benchmarks.retrieval_quality.train import PLACES, Training, forget, metrics
 from recsys.bundle.environment import code_commit
-from recsys.core import components
-from recsys.core.config import Config, validate
 from recsys.core.files import sha256_json
-from recsys.data.windows import SequenceLoader
-from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
-from recsys.evaluation.retrieval import event_ranks, vector_scorer
-from recsys.retrieval.base import Retriever, VectorRetriever
+from recsys.evaluation.retrieval import event_ranks
 from recsys.retrieval.baselines import ItemKNN, Popularity, RepeatLast
-from recsys.retrieval.items import ItemTable
-from recsys.training.progress import NoProgress
-from recsys.training.trainer import Trainer
+from recsys.retrieval.models import SASRec
 
 RAW = Path(__file__).parents[2] / "docs" / "results" / "raw" / "retrieval_quality.jsonl"
 VERSION = 1  # of what a cell means
 EVERY = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a model is trained.
-
-    Attributes:
-        model: its configuration.
-        points: what is tuned: dotted keys of the cell's configuration and their values, one mapping for each point.
-        windows: of the histories.
-        training: batch size, and the trainer's configuration.
-    """
-
-    model: Mapping[str, Any]
-    points: Sequence[Mapping[str, Any]]
-    windows: Mapping[str, Any]
-    training: Mapping[str, Any]
-
-
-def _training(batch_size: int, epochs: int, rate: float, patience: int) -> dict[str, Any]:
-    trainer = {"epochs": epochs, "optimizer": {"name": "adamw", "learning_rate": rate, "weight_decay": 0.01}, "precision": "fp32"}
-    return {"batch_size": batch_size, "trainer": trainer | {"monitor": {"metric": "ndcg@10", "mode": "max", "patience": patience}}}
-
-
-_DROPOUTS = ({"model.dropout": 0.2}, {"model.dropout": 0.5})
-PLANS: Mapping[str, Plan] = {
-    "sasrec": Plan({"dim": 64, "blocks": 2, "heads": 2}, _DROPOUTS, {"stride": 50}, _training(256, 100, 1e-3, 8)),
-    "hstu": Plan({"dim": 64, "blocks": 2, "heads": 2}, _DROPOUTS, {"stride": 50}, _training(256, 100, 1e-3, 8)),
-}
-WINDOWS = {"ml_1m": 200}  # as the marks of the literature have it; 50 elsewhere
 # Their own few settings are tuned on validation inside the cell.
 BASELINES = ("popularity", "repeat_last", "item_knn")
 _DECAYS = (1.0, 0.9, 0.8, 0.7, 0.6)
 
 
-def validation(ranks: np.ndarray) -> dict[str, float]:
-    """Every metric of ranks."""
-    found = {f"recall@{k}": float(recall_at(ranks, k).mean()) for k in (5, 10)}
-    return found | {f"ndcg@{k}": float(ndcg_at(ranks, k).mean()) for k in (5, 10)}
-
-
 class Grid:
     """The finished cells in a file of JSON lines, and the runner of those that are missing.
 
+    Beside the file stands a folder with the ranks of every tested cell, from which intervals and slices are made.
+
     Args:
         raw: the file.
-        cache: where ranks, checkpoints and encoded texts are kept.
+        cache: where checkpoints, models that others read, and encoded texts are kept.
         epochs: of every training, in the place of the plan's.
     """
 
@@ -98,52 +56,74 @@ class Grid:
             return []
         return [json.loads(line) for line in self.raw.read_text(encoding="utf-8").splitlines() if line.strip()]
 
-    def fill(self, data: Dataset, model: str, seeds: int) -> None:
-        """Tune a model on a data set and rank the test events with each seed, where that is not done."""
+    def fill(self, data: Dataset, model: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """Tune a model on a data set and rank the test events with each seed, where that is not done; returns the records of the seeds."""
         if model in BASELINES:
-            self._cell(data, model, {}, 0, final=True)
-            return
+            return [self._cell(data, model, {}, 0, final=True)]
         plan = PLANS[model]
-        configs = [self._config(data.name, model, plan, point) for point in plan.points]
+        configs = [self._config(data, model, plan, point, 0) for point in plan.points]
         tuned = [self._cell(data, model, config, 0, final=False) for config in configs]
         best = max(range(len(tuned)), key=lambda i: tuned[i]["valid"]["ndcg@10"])
-        for seed in range(seeds):
-            self._cell(data, model, configs[best], seed, final=True)
+        found = [self._cell(data, model, self._config(data, model, plan, plan.points[best], seed), seed, final=True) for seed in seeds]
         for config in configs:
-            shutil.rmtree(self._folder(data, config, 0), ignore_errors=True)
+            forget(self._folder(data, config, 0))
+        return found
 
     def ranks(self, cell: str) -> Path:
-        """Where the ranks of a cell's test events stand: float64, in the order of the steps."""
-        return self.cache / "ranks" / f"{cell}.npy"
+        """Where the ranks of a cell's test events stand, in the order of the steps; see `read_ranks`."""
+        return self.raw.with_suffix("") / f"{cell}.npz"
+
+    def model(self, cell: str) -> Path:
+        """Where the model of a cell stands, where others read its item vectors."""
+        return self.cache / "models" / cell
 
     def _folder(self, data: Dataset, config: Mapping[str, Any], seed: int) -> Path:
         """Where a training keeps its checkpoints. What tuning trained with seed 0 is tested from there, and not trained again."""
         return self.cache / "training" / sha256_json([data.name, data.fingerprint, config, seed])[:16]
 
-    def _config(self, data: str, model: str, plan: Plan, point: Mapping[str, Any]) -> dict[str, Any]:
-        config = json.loads(json.dumps({"model": {"name": model, **plan.model}, "windows": plan.windows, "training": plan.training}))
-        if data in WINDOWS:
-            config["model"]["max_length"] = config["windows"]["stride"] = WINDOWS[data]
+    def _config(self, data: Dataset, model: str, plan: Plan, point: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """All that decides a cell's result but data and seed."""
+        name = model.split("_")[0]
+        parts = {"model": {"name": name, **plan.model}, "windows": plan.windows, "training": plan.training}
+        ranking = {"index": plan.index, "validation": plan.validation, "betas": list(plan.betas) or None}
+        items = {"text": plan.text, "codes": plan.codes, "collaborative": self._collaborative(data, plan, seed)}
+        for section, values in (("ranking", ranking), ("items", items)):
+            if given := {key: value for key, value in values.items() if value is not None}:
+                parts[section] = given
+        config = json.loads(json.dumps(parts))
+        if data.name in LENGTHS:
+            config["model"]["max_length"] = config["windows"]["stride"] = LENGTHS[data.name]
         if self._epochs is not None:
             config["training"]["trainer"]["epochs"] = self._epochs
         for key, value in point.items():
-            section, name = key.split(".")
-            config[section][name] = value
+            *sections, last = key.split(".")
+            section = config
+            for part in sections:
+                section = section[part]
+            section[last] = value
         return dict(config)
+
+    def _collaborative(self, data: Dataset, plan: Plan, seed: int) -> str | None:
+        """The cell of the model whose item vectors are read, trained where that is not done."""
+        if plan.collaborative is None:
+            return None
+        return str(self.fill(data, plan.collaborative, [seed])[0]["cell"])
 
     def _cell(self, data: Dataset, model: str, config: dict[str, Any], seed: int, *, final: bool) -> dict[str, Any]:
         """The record of a cell; the trained model's ranks of the test events are computed for a final one only."""
         identity = {"version": VERSION, "data": data.name, "fingerprint": data.fingerprint, "model": model, "seed": seed, "config": config}
         stage = "final" if final else "tune"
         key = _key(identity, stage)
+        whole = final and any(plan.collaborative == model for plan in PLANS.values())
         for record in self.records():
-            if record["cell"] == key and (not final or self.ranks(key).is_file()):
+            if record["cell"] == key and (not final or self.ranks(key).is_file()) and (not whole or self.model(key).is_dir()):
                 return record
-        outcome, ranks = self._baseline(data, model) if model in BASELINES else self._train(data, config, seed, final)
+        outcome, ranks = (
+            self._baseline(data, model) if model in BASELINES else self._train(data, config, seed, final, key if whole else None)
+        )
         if ranks is not None:
-            self.ranks(key).parent.mkdir(parents=True, exist_ok=True)
-            np.save(self.ranks(key), ranks)
-            outcome["test"] = validation(ranks)
+            write_ranks(self.ranks(key), ranks)
+            outcome["test"] = metrics(ranks)
         if final and (tuned := next((r for r in self.records() if r["cell"] == _key(identity, "tune")), None)):
             outcome["seconds"] = tuned["seconds"]  # it was trained then
         record = {"cell": key, **identity, "stage": stage, **outcome, "commit": code_commit()}
@@ -154,51 +134,46 @@ class Grid:
         say(record)
         return record
 
-    def _train(self, data: Dataset, config: dict[str, Any], seed: int, final: bool) -> tuple[dict[str, Any], np.ndarray | None]:
+    def _train(
+        self, data: Dataset, config: dict[str, Any], seed: int, final: bool, kept_as: str | None
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
         folder = self._folder(data, config, seed)
-        cls = components.get("retriever", config["model"]["name"])
-        torch.manual_seed(seed)
-        model: Retriever = cls(validate(cls.Config, config["model"]), ItemTable(data.count, data.warm))
-        assert isinstance(model, VectorRetriever)
-        windows = validate(SequenceLoader.Config, config["windows"])
-        loader = SequenceLoader(data.split.train, model.max_length, config["training"]["batch_size"], seed, config=windows)
-        training: Config = validate(Trainer.Config, config["training"]["trainer"])
-        assert isinstance(training, Trainer.Config)
-
-        def measure(module: nn.Module) -> dict[str, float]:
-            assert isinstance(module, VectorRetriever)
-            return validation(event_ranks(vector_scorer(module), data.data, data.split.valid, module.max_length))
-
-        started = perf_counter()
-        history = Trainer(training, folder, progress=NoProgress(), context={"cell": config, "seed": seed}).fit(model, loader, measure)
-        seconds = perf_counter() - started
-        best = max(history.epochs, key=lambda epoch: epoch.validation["ndcg@10"])
-        outcome = {
-            "valid": dict(best.validation),
-            "best_epoch": best.epoch,
-            "epochs": len(history.epochs),
-            "seconds": round(seconds, 1),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "curve": [round(epoch.validation["ndcg@10"], 5) for epoch in history.epochs],
-            "threads": torch.get_num_threads(),
-        }
-        ranks = event_ranks(vector_scorer(model), data.data, data.split.test, model.max_length) if final else None
+        wanted = config.get("items", {})
+        collaborative: SASRec | None = kept(data, self.model(wanted["collaborative"])) if "collaborative" in wanted else None
+        training = Training(data, config, seed, items_of(data, wanted, collaborative), collaborative)
+        outcome = training.fit(folder)
+        ranks = training.ranks(data.split.test) if final else None
         if final:
-            shutil.rmtree(folder, ignore_errors=True)
+            forget(folder)
+        if kept_as is not None:
+            keep(training.model, self.model(kept_as))
         return outcome, ranks
 
     def _baseline(self, data: Dataset, name: str) -> tuple[dict[str, Any], np.ndarray]:
         train, longest = data.split.train, 50
         if name == "item_knn":
             tried = [ItemKNN(ItemKNN.Config(neighbours=data.count, decay=decay)).fit(train, data.count) for decay in _DECAYS]
-            valid = [validation(event_ranks(model.scores, data.data, data.split.valid, longest)) for model in tried]
+            valid = [metrics(event_ranks(model.scores, data.data, data.split.valid, longest)) for model in tried]
             best = max(range(len(tried)), key=lambda i: valid[i]["ndcg@10"])
             ranks = event_ranks(tried[best].scores, data.data, data.split.test, longest)
             return {"valid": valid[best], "chosen": {"decay": _DECAYS[best]}}, ranks
         model = Popularity(Popularity.Config()) if name == "popularity" else RepeatLast(RepeatLast.Config())
         scorer = model.fit(train, data.count).scores
         valid_ranks, ranks = (event_ranks(scorer, data.data, steps, longest) for steps in (data.split.valid, data.split.test))
-        return {"valid": validation(valid_ranks)}, ranks
+        return {"valid": metrics(valid_ranks)}, ranks
+
+
+def write_ranks(file: Path, ranks: np.ndarray) -> None:
+    """Keep ranks in a byte each, as a number of halves, since ties have ranks between: those beyond `PLACES` as 0."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(file, ranks=np.where(ranks <= PLACES, 2 * ranks, 0).astype(np.uint8))
+
+
+def read_ranks(file: Path) -> np.ndarray:
+    """float64 ``[targets]``: what `write_ranks` kept; infinity beyond `PLACES`."""
+    with np.load(file, allow_pickle=False) as stored:
+        ranks: np.ndarray = stored["ranks"] / 2
+    return np.where(ranks == 0, np.inf, ranks)
 
 
 def _key(identity: Mapping[str, Any], stage: str) -> str:
@@ -219,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval_quality.grid", description=__doc__)
     parser.add_argument("--data", default="beauty", help=f"comma-separated: {', '.join(SOURCES)}")
     parser.add_argument("--models", help=f"comma-separated: {', '.join((*BASELINES, *PLANS))}; all by default")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2], help="comma-separated")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--raw", type=Path, default=RAW, help="the file of finished cells")
     arguments = parser.parse_args(argv)

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.frame import Check, Result
 from benchmarks.retrieval_quality.data import Dataset, load
-from benchmarks.retrieval_quality.grid import EVERY, VERSION, Grid
+from benchmarks.retrieval_quality.grid import EVERY, VERSION, Grid, read_ranks
 from recsys.evaluation.retrieval import compare, slices
 
 BASELINE = "sasrec"
@@ -44,14 +44,20 @@ class Scored:
 def scored(grid: Grid) -> dict[tuple[str, str], Scored]:
     """The finished models whose ranks are at hand; of a model on a data set, the newest configuration and files."""
     final = [r for r in grid.records() if r["stage"] == "final" and r["version"] == VERSION and grid.ranks(r["cell"]).is_file()]
-    newest = {(r["data"], r["model"]): (r["config"], r["fingerprint"]) for r in final}
+    newest = {(r["data"], r["model"]): (_shared(r["config"]), r["fingerprint"]) for r in final}
     found = {}
     for (data, model), setting in newest.items():
-        same = [r for r in final if (r["data"], r["model"]) == (data, model) and (r["config"], r["fingerprint"]) == setting]
+        same = [r for r in final if (r["data"], r["model"]) == (data, model) and (_shared(r["config"]), r["fingerprint"]) == setting]
         by_seed = {r["seed"]: r for r in same}
         records = tuple(by_seed[seed] for seed in sorted(by_seed))
-        found[data, model] = Scored(data, model, records, tuple(np.load(grid.ranks(r["cell"])) for r in records))
+        found[data, model] = Scored(data, model, records, tuple(read_ranks(grid.ranks(r["cell"])) for r in records))
     return found
+
+
+def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's configuration without the collaborative model, of which every seed has its own."""
+    items = {key: value for key, value in config.get("items", {}).items() if key != "collaborative"}
+    return {**config, "items": items}
 
 
 def tables(grid: Grid, datasets: Mapping[str, Dataset]) -> tuple[list[dict[str, Any]], list[Check]]:

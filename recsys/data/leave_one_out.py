@@ -37,9 +37,20 @@ def leave_one_out(data: SequenceData) -> LeaveOneOut:
     ends = data.offsets[1:][tested]
     kept = np.ones(len(data.items), bool)
     kept[ends - 1] = kept[ends - 2] = False
-    offsets = np.concatenate([[0], np.cumsum(kept)])[data.offsets]
-    train = SequenceData(data.users, offsets, data.items[kept], data.steps[kept], None if data.times is None else data.times[kept])
-    return LeaveOneOut(train, *(_steps(data, tested, ends - back) for back in (2, 1)))
+    return LeaveOneOut(data.where(kept), *(_steps(data, tested, ends - back) for back in (2, 1)))
+
+
+def hold_out(split: LeaveOneOut, items: np.ndarray) -> LeaveOneOut:
+    """A split in which these catalogue rows are new: nothing of them is in the training period, and they decide nothing in validation.
+
+    They stay in the histories before test events and among those, so that one test period says how well old and new items are found.
+
+    Args:
+        split: of all items.
+        items: int64, the rows.
+    """
+    valid = np.flatnonzero(~np.isin(split.valid.targets.values, items))
+    return LeaveOneOut(split.train.where(~np.isin(split.train.items, items)), split.valid.take(valid), split.test)
 
 
 def _steps(data: SequenceData, users: np.ndarray, events: np.ndarray) -> EvaluationSteps:

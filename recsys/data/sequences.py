@@ -119,9 +119,13 @@ class SequenceData:
 
     def before(self, time: datetime) -> "SequenceData":
         """The events before ``time``; users stay, also those left without any."""
-        kept = self.known_times < microseconds(time)
+        return self.where(self.known_times < microseconds(time))
+
+    def where(self, kept: np.ndarray) -> "SequenceData":
+        """The events for which bool ``kept [E]`` is true; users stay, also those left without any."""
         offsets = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
-        return SequenceData(self.users, offsets, self.items[kept], self.steps[kept], self.known_times[kept])
+        times = None if self.times is None else self.times[kept]
+        return SequenceData(self.users, offsets, self.items[kept], self.steps[kept], times)
 
 
 def _check_order(codes: np.ndarray, steps: np.ndarray, times: np.ndarray, users: pa.StringArray) -> None:

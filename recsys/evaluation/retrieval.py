@@ -110,6 +110,35 @@ def list_ranks(
     return np.concatenate(ranks) if ranks else np.zeros(0)
 
 
+def model_ranks(
+    model: Retriever,
+    data: SequenceData,
+    steps: EvaluationSteps,
+    view: CatalogueView,
+    index: Index | None = None,
+    *,
+    places: int = 100,
+    exclude_seen: bool = True,
+) -> np.ndarray:
+    """The rank of every target: among all items where that is cheap, else in lists of ``places`` items.
+
+    Args:
+        model: in whatever mode.
+        data: the events that the steps are of.
+        steps: what is to be predicted.
+        view: of the catalogue, for lists.
+        index: over the items, which a model of vectors does without.
+        places: of a list.
+        exclude_seen: whether items of the history are left out.
+    """
+    if isinstance(model, VectorRetriever):
+        return event_ranks(vector_scorer(model), data, steps, model.max_length, exclude_seen=exclude_seen)
+    assert index is not None
+    if isinstance(index, GatherIndex):
+        return event_ranks(gather_scorer(model, index), data, steps, model.max_length, exclude_seen=exclude_seen)
+    return list_ranks(model, index, view, data, steps, places, exclude_seen=exclude_seen)
+
+
 def _device(model: Retriever) -> torch.device:
     return next(model.parameters()).device
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from recsys.core.config import Config
 from recsys.core.errors import BundleError, ConfigError, DataError
 from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
@@ -38,6 +39,11 @@ class Retriever(nn.Module, ABC):
     @abstractmethod
     def scorable(self) -> Tensor:
         """bool ``[N]``: the items that the model can tell apart. A model bound to the items of its training leaves the others out."""
+
+    @classmethod
+    def reads_codes(cls, config: Config) -> bool:
+        """Whether a model of this configuration reads the codes of items, so that a recipe has to name what makes them."""
+        return False
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and buffers, by which an index knows what its content came from."""
@@ -86,9 +92,14 @@ class CodeRetriever(Retriever):
 
     def __init__(self, items: ItemTable) -> None:
         super().__init__()
-        self.table = _codes_of(self, items)
+        self.table = codes_of(self, items)
         if self.equal_levels and len(set(self.table.level_sizes)) > 1:
             raise ConfigError(f"{type(self).__name__}: expected codes of equally large levels, got {list(self.table.level_sizes)}")
+
+    @classmethod
+    def reads_codes(cls, config: Config) -> bool:
+        """See `Retriever.reads_codes`."""
+        return True
 
     @property
     def scorable(self) -> Tensor:
@@ -106,18 +117,32 @@ class CodeRetriever(Retriever):
             ConfigError: the items have no codes.
             DataError: the codes are of another tokenizer or of other levels.
         """
-        table = _codes_of(self, items)
-        for what in ("tokenizer", "level_sizes"):
-            if getattr(table, what) != getattr(self.table, what):
-                raise DataError(f"codes: {what}: expected {getattr(self.table, what)} as in training, got {getattr(table, what)}")
-        self.table, self.tokens = table, self.tokens_of(table).to(self.tokens.device)
+        self.table = require_same_codes(self.table, codes_of(self, items))
+        self.tokens = self.tokens_of(self.table).to(self.tokens.device)
 
     def _take_codes(self) -> None:
         """Keep `tokens_of` the catalogue's items beside the weights, but not among them."""
         self.register_buffer("tokens", self.tokens_of(self.table), persistent=False)
 
 
-def _codes_of(model: CodeRetriever, items: ItemTable) -> CodeTable:
+def codes_of(model: Retriever, items: ItemTable) -> CodeTable:
+    """The codes of items.
+
+    Raises:
+        ConfigError: there are none; names the model.
+    """
     if items.codes is None:
         raise ConfigError(f"{type(model).__name__}: expected items with codes; name an item tokenizer in the recipe")
     return items.codes
+
+
+def require_same_codes(trained: CodeTable, new: CodeTable) -> CodeTable:
+    """Codes of another catalogue, by the tokenizer that a model was trained with.
+
+    Raises:
+        DataError: they are of another tokenizer or of other levels.
+    """
+    for what in ("tokenizer", "level_sizes"):
+        if getattr(new, what) != getattr(trained, what):
+            raise DataError(f"codes: {what}: expected {getattr(trained, what)} as in training, got {getattr(new, what)}")
+    return new

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.retrieval_quality import grid as grid_module
+from benchmarks.retrieval_quality import plans
 from benchmarks.retrieval_quality.data import Dataset
-from benchmarks.retrieval_quality.grid import EVERY, Grid, Plan
+from benchmarks.retrieval_quality.grid import EVERY, Grid, read_ranks
+from benchmarks.retrieval_quality.plans import Plan
 from benchmarks.retrieval_quality.summary import markdown, scored, tables
 from recsys.data.jagged import Jagged
 from recsys.data.sequences import SequenceData
@@ -30,36 +32,47 @@ def data(tmp_path: Path) -> Dataset:
 
 @pytest.fixture
 def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Grid:
-    plan = grid_module.PLANS["sasrec"]
     model = {"dim": 16, "blocks": 1, "heads": 1, "max_length": 8}
-    training = grid_module._training(16, 12, 0.01, 3)
-    monkeypatch.setattr(grid_module, "PLANS", {"sasrec": Plan(model, plan.points, {"stride": 8}, training)})
+    windows, training = {"stride": 8}, plans.training(16, 12, 0.01, 3)
+    fsq = {"tokenizer": {"name": "fsq", "slots": 4, "levels": [5, 5], "epochs": 5, "heads": 2}, "repair": "keep"}
+    kmeans = {"tokenizer": {"name": "residual_kmeans", "levels": 2, "codes": 4}, "repair": "suffix", "suffix_size": 16}
+    semantic = {"text": "hashing", "collaborative": "sasrec", "betas": (0.0, 0.5, 1.0), "validation": 30}
+    setrec = model | {"warm_start": True, "semantic_tokens": 2, "ae_hidden": [16]}
+    tiger = {"dim": 16, "layers": 1, "heads": 2, "head_dim": 8, "ffn": 32, "max_length": 8}
+    small = {
+        "sasrec": Plan(model, ({"model.dropout": 0.2}, {"model.dropout": 0.5}), windows, training),
+        "setrec": Plan(setrec, ({},), windows, training, **semantic),
+        "setrec_fsq": Plan(model | {"semantic": "codes", "code_digits": [5, 5]}, ({},), windows, training, codes=fsq, **semantic),
+        "rpg": Plan(model, ({"training.trainer.optimizer.learning_rate": 0.02},), windows, training, text="hashing", codes=fsq),
+        "tiger": Plan(tiger, ({},), windows, training, text="hashing", codes=kmeans, index={"name": "beam", "width": 5}),
+    }
+    monkeypatch.setattr(grid_module, "PLANS", small)
     return Grid(tmp_path / "raw.jsonl", tmp_path / "cache")
 
 
 def test_cells_are_filled_once_and_the_best_point_is_tested(data: Dataset, grid: Grid, capsys: pytest.CaptureFixture[str]) -> None:
-    grid.fill(data, "sasrec", 2)
+    grid.fill(data, "sasrec", [0, 1])
     records = grid.records()
     assert [(r["stage"], r["seed"]) for r in records] == [("tune", 0), ("tune", 0), ("final", 0), ("final", 1)]
     best = max(records[:2], key=lambda r: r["valid"]["ndcg@10"])
     assert all(r["config"] == best["config"] and set(r["test"]) == set(EVERY) for r in records[2:])
     assert not any("test" in r for r in records[:2]) and records[2]["valid"] == best["valid"]
     for record in records[2:]:
-        ranks = np.load(grid.ranks(record["cell"]))
+        ranks = read_ranks(grid.ranks(record["cell"]))
         assert len(ranks) == len(data.split.test) and record["test"]["recall@5"] == pytest.approx(recall_at(ranks, 5).mean())
         assert record["test"]["recall@5"] > 0.8
     assert "drawn sasrec final seed 1: test recall@5" in capsys.readouterr().out
     before = grid.raw.read_text()
-    grid.fill(data, "sasrec", 2)
+    grid.fill(data, "sasrec", [0, 1])
     assert grid.raw.read_text() == before
     grid.ranks(records[3]["cell"]).unlink()
-    grid.fill(data, "sasrec", 2)
+    grid.fill(data, "sasrec", [0, 1])
     assert [r["seed"] for r in grid.records()] == [0, 0, 0, 1, 1]
 
 
 def test_tables_compare_with_sasrec_on_every_slice(data: Dataset, grid: Grid) -> None:
     for model in ("popularity", "repeat_last", "item_knn", "sasrec"):
-        grid.fill(data, model, 1)
+        grid.fill(data, model, [0])
     rows, checks = tables(grid, {"drawn": data})
     assert {row["model"] for row in rows} == {"popularity", "repeat_last", "item_knn", "sasrec"} and not checks
     whole = {row["model"]: row for row in rows if row["slice"] == "all"}
@@ -69,3 +82,26 @@ def test_tables_compare_with_sasrec_on_every_slice(data: Dataset, grid: Grid) ->
     assert text.splitlines()[1].count("---") == len(rows[0]) and len(text.splitlines()) == len(rows) + 2
     assert json.loads(grid.raw.read_text().splitlines()[2])["chosen"]["decay"] in grid_module._DECAYS
     assert len(scored(grid)) == 4
+
+
+def test_models_read_text_codes_and_the_collaborative_model_of_their_seed(data: Dataset, grid: Grid) -> None:
+    for model in ("setrec", "setrec_fsq", "rpg", "tiger"):
+        records = grid.fill(data, model, [0, 1])
+        assert [r["model"] for r in records] == [model] * 2 and all(r["test"]["recall@10"] > 0.6 for r in records), model
+    every = grid.records()
+    sasrec = {r["seed"]: r["cell"] for r in every if r["model"] == "sasrec" and r["stage"] == "final"}
+    for record in (r for r in every if r["model"].startswith("setrec")):
+        assert record["config"]["items"]["collaborative"] == sasrec[record["seed"]]
+        best = max(record["betas"], key=record["betas"].get)
+        assert record["chosen"] == {"beta": float(best)} and record["valid"]["ndcg@10"] == pytest.approx(record["betas"][best], abs=1e-5)
+    assert {key: len(one.records) for key, one in scored(grid).items()} == {
+        ("drawn", m): 2 for m in ("sasrec", "setrec", "setrec_fsq", "rpg", "tiger")
+    }
+    before = grid.raw.read_text()
+    grid.fill(data, "setrec_fsq", [0, 1])
+    assert grid.raw.read_text() == before
+
+
+def test_ranks_beyond_the_places_are_kept_as_misses(tmp_path: Path) -> None:
+    grid_module.write_ranks(tmp_path / "a" / "b.npz", np.array([1.0, 7.5, 100.0, 100.5, np.inf]))
+    assert read_ranks(tmp_path / "a" / "b.npz").tolist() == [1.0, 7.5, 100.0, np.inf, np.inf]

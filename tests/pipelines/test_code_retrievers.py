@@ -69,12 +69,13 @@ def test_a_run_ends_in_a_bundle_that_serves_its_lists(name: str, index: type, tm
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("codes=null", "codes: the retriever 'tiger' speaks in codes of items; expected a tokenizer, got none"),
+        ("codes=null", "codes: the retriever 'tiger' reads codes of items; expected a tokenizer, got none"),
         ("index={name: gather}", "retriever 'tiger' gives EncoderMemory, but index 'gather' accepts SlotLogProbs"),
+        ("index.widths=[10, 20, 20]", r"index.widths: expected 4, one for each level of the codes, got \[10, 20, 20\]"),
         ("codes.repair=drop", "codes.repair"),
         ("codes.tokenizer.name=rq_vea", "did you mean 'rq_vae'"),
         ("retriever.model={name: rpg}", "codes.repair: 'rpg' wants levels of one size; expected keep or nearest_free, got 'suffix'"),
-        ("retriever.model={name: hstu}", "codes: the retriever 'hstu' does not speak in codes; expected null"),
+        ("retriever.model={name: hstu}", "codes: the retriever 'hstu' does not read codes; expected null"),
         ("collaborative.model={name: hstu}", "collaborative.model: expected sasrec, got 'hstu'"),
         ("retriever.model={name: sasrec}", "retriever.model: 'sasrec' is the collaborative model, beside which"),
     ],
@@ -82,3 +83,20 @@ def test_a_run_ends_in_a_bundle_that_serves_its_lists(name: str, index: type, tm
 def test_parts_that_do_not_fit_are_an_error_before_anything_runs(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(Recipe, "tiger", (*SMALL, override))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "repair", "levels"),
+    [
+        ("{name: residual_kmeans, levels: 3}", "suffix", 4),
+        ("{name: residual_kmeans, levels: 3}", "keep", 3),
+        ("{name: fsq, slots: 4}", "nearest_free", 4),
+        ("{name: atomic}", "keep", 1),
+    ],
+)
+def test_a_beam_has_a_width_for_each_level_of_the_codes(tokenizer: str, repair: str, levels: int) -> None:
+    codes = (*SMALL, f"codes.tokenizer={tokenizer}", f"codes.repair={repair}")
+    recipe = load_recipe(Recipe, "tiger", (*codes, f"index.widths={[10] * levels}"))
+    assert recipe.codes is not None and recipe.codes.levels == levels == len(recipe.index.widths)
+    with pytest.raises(ConfigError, match=f"index.widths: expected {levels}, one for each level"):
+        load_recipe(Recipe, "tiger", (*codes, f"index.widths={[10] * (levels + 1)}"))

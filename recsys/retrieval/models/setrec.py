@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """SETRec (SIGIR 2025, arXiv 2502.10833): an item is a set of continuous tokens, and all tokens of the next item come from one pass."""
 
-from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recsys.core.components import register
+from recsys.core import components
+from recsys.core.components import component_config, register
+from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import SequenceBatch
-from recsys.retrieval.base import VectorRetriever
+from recsys.retrieval.base import VectorRetriever, codes_of, require_same_codes
+from recsys.retrieval.code_table import CodeTable
+from recsys.retrieval.item_sets import CodeSet, TextSet
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
@@ -21,76 +24,39 @@ from recsys.retrieval.state import SlotVectors
 from recsys.retrieval.transformer import SetTransformer, TransformerConfig
 
 
-class SemanticTokenizer(nn.Module):
-    """One autoencoder that turns an item's text embedding f into N semantic tokens: e_1..e_N = reshape(Enc(f)), f̂ = Dec(Enc(f)).
-
-    ReLU between the layers and none after the last, a mirror-image decoder, Xavier-normal weights, as in the authors' code.
-    """
-
-    def __init__(self, text_dim: int, hidden: tuple[int, ...], tokens: int, dim: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-        widths = (text_dim, *hidden, tokens * dim)
-        self.encoder = _mlp(widths)
-        self.decoder = _mlp(widths[::-1])
-
-    def forward(self, text: Tensor) -> Tensor:
-        """``[M, D_text]`` to the tokens ``[M, N, d]``."""
-        tokens: Tensor = self.encoder(text).unflatten(-1, (self.tokens, -1))
-        return tokens
-
-    def factors(self, text: Tensor) -> Tensor:
-        """``[M, D_text]`` to what the last layer reads, ``[M, H]``: all tokens of an item are affine in it."""
-        hidden: Tensor = self.encoder[:-1](text)
-        return hidden
-
-    def last(self) -> tuple[Tensor, Tensor]:
-        """Weight ``[N, d, H]`` and bias ``[N, d]`` of the last layer, token by token."""
-        layer = cast(nn.Linear, self.encoder[-1])
-        return layer.weight.unflatten(0, (self.tokens, -1)), layer.bias.unflatten(0, (self.tokens, -1))
-
-    def reconstruct(self, tokens_mnd: Tensor) -> Tensor:
-        """The tokens ``[M, N, d]`` back to text embeddings ``[M, D_text]``."""
-        text: Tensor = self.decoder(tokens_mnd.flatten(1))
-        return text
-
-
-def _mlp(widths: tuple[int, ...]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        linear = nn.Linear(before, after)
-        nn.init.xavier_normal_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 @register("retriever", "setrec")
 class SETRec(VectorRetriever):
     """Items as one collaborative and N semantic tokens, generated all at once by n = N + 1 learned queries.
 
-    Follows the paper: e_0 = W x + b on frozen collaborative vectors; the semantic tokenizer above; tokens of one item share their
+    Follows the paper: e_0 = W x + b on frozen collaborative vectors; semantic tokens of text (`TextSet`); tokens of one item share their
     position and do not see each other; queries see the whole history and not each other; grounding by raw inner products; the loss
     is the mean over slots and targets of cross-entropies plus alpha times the reconstruction error (MSE) of the history's items, the
     catalogue being tokenized anew in each step; slot weights w = [1 - beta, beta, … beta] when ranking. The masks are the intended
-    ones, not those of the authors' code (which loses them in T5, and in Qwen under fused attention).
+    ones, not those of the authors' code (which loses them in T5, and in Qwen under fused attention). The paper's language models are
+    backbones (`recsys.retrieval.backbones`), which have a switch for what the authors' code does.
 
-    Differs from it: a small transformer of our own instead of a language model, hence no instruction text; where the paper starts from
+    Differs from it: without a ``backbone``, a small transformer of our own and no instruction text; where the paper starts from
     pretrained weights, `warm_start` takes those of the collaborative model; a query group after every
     prefix instead of one prefix for each sample, with equal results (see `SetTransformer`); a state that has seen nothing attends to
     itself. Items that are not warm have a zero collaborative vector, so that their collaborative term is the same for all of them,
     and stay out of the training softmax unless ``cold_in_softmax``: as negatives that are never positives they would be pushed down.
 
+    With ``semantic: codes`` the item tokenizer's codes stand in the place of the continuous tokens (`CodeSet`), slot by slot; the
+    collaborative token, the score and the loss stay what they are, but for the reconstruction error, of which there is none.
+
     Raises:
-        ConfigError: ``items`` has no text or no collaborative vectors.
+        ConfigError: ``items`` has no collaborative vectors, or not the text or codes that its semantic tokens are made of.
         DataError: they do not have ``items.count`` rows.
     """
 
     class Config(TransformerConfig):
-        """Besides the `TransformerConfig`.
+        """Besides the `TransformerConfig`, of which only ``max_length`` and ``init_std`` matter where there is a ``backbone``.
 
         Attributes:
-            semantic_tokens: N.
+            backbone: a pretrained language model in the place of the small transformer; null for none.
+            semantic: what semantic tokens are made of, ``text`` embeddings or the item tokenizer's ``codes``.
+            code_digits: of the codes, see `CodeSet`; for FSQ its levels. Null to embed whole codes.
+            semantic_tokens: N; of codes, there are as many as levels.
             ae_hidden: hidden widths of the tokenizer's encoder; the decoder mirrors them.
             reconstruction_weight: alpha.
             beta: the weight of each semantic slot; the collaborative slot has 1 - beta. To be chosen on validation data: `SETRec.set_beta`.
@@ -102,6 +68,9 @@ class SETRec(VectorRetriever):
         """
 
         name: Literal["setrec"] = "setrec"
+        backbone: component_config("set_backbone", optional=True) = None  # type: ignore[valid-type]
+        semantic: Literal["text", "codes"] = "text"
+        code_digits: tuple[int, ...] | None = None
         semantic_tokens: int = Field(default=4, ge=1)
         ae_hidden: tuple[int, ...] = (512, 256, 128)
         reconstruction_weight: float = Field(default=0.7, ge=0.0)
@@ -110,35 +79,54 @@ class SETRec(VectorRetriever):
         compress: bool = False
         warm_start: bool = False
 
+        @model_validator(mode="after")
+        def _fits_together(self) -> Self:
+            if self.backbone is not None and self.warm_start:
+                raise ValueError("warm_start: a backbone starts from weights of its own; expected false")
+            if self.semantic == "codes" and self.compress:
+                raise ValueError("compress: tokens of codes are not affine in a few factors; expected false")
+            if self.semantic == "text" and self.code_digits is not None:
+                raise ValueError("code_digits: expected null, since the semantic tokens are made of text")
+            return self
+
     warm: Tensor
-    text: Tensor
+    content: Tensor
     collaborative: Tensor
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__()
-        text, collaborative = _features(items)
-        self.config = config
+        content, collaborative = _features(items, config.semantic)
+        backbone = None if config.backbone is None else components.build("set_backbone", config.backbone, config.max_length)
+        self.config = config if backbone is None else config.model_copy(update={"backbone": backbone.config})
         self.max_length = config.max_length
-        self.slots = config.semantic_tokens + 1
         self.beta = config.beta
         self.register_buffer("warm", items.warm.bool().clone())
-        self.register_buffer("text", text)
+        self.register_buffer("content", content)
         self.register_buffer("collaborative", collaborative)
-        self.collaborative_token = nn.Linear(collaborative.shape[1], config.dim)
+        dim = config.dim if backbone is None else backbone.dim
+        self.collaborative_token = nn.Linear(collaborative.shape[1], dim)
         nn.init.xavier_normal_(self.collaborative_token.weight)
         nn.init.zeros_(self.collaborative_token.bias)
-        self.semantic = SemanticTokenizer(text.shape[1], config.ae_hidden, config.semantic_tokens, config.dim)
-        self.queries = nn.Parameter(torch.randn(self.slots, config.dim) * config.init_std)
-        self.transformer = SetTransformer(config)
+        self.codes = items.codes if config.semantic == "codes" else None
+        self.semantic = _semantic(config, content, self.codes, dim)
+        self.slots = self.semantic.tokens + 1
+        self.queries = nn.Parameter(torch.randn(self.slots, dim) * config.init_std)
+        self.transformer = SetTransformer(config) if backbone is None else backbone
 
     @property
     def scorable(self) -> Tensor:
-        """bool ``[N]``: all items, since a new one has tokens as soon as it has text."""
+        """bool ``[N]``: all items, since a new one has tokens as soon as it has text or codes."""
         return torch.ones_like(self.warm)
 
-    def tokenize(self, text: Tensor, collaborative: Tensor) -> Tensor:
-        """The token sets of items: ``[M, D_text]`` and ``[M, D_cf]`` to ``[M, n, d]``, the collaborative token first."""
-        return torch.cat((self.collaborative_token(collaborative)[:, None], self.semantic(text)), 1)
+    @classmethod
+    def reads_codes(cls, config: BaseConfig) -> bool:
+        """See `Retriever.reads_codes`."""
+        assert isinstance(config, cls.Config)
+        return config.semantic == "codes"
+
+    def tokenize(self, content: Tensor, collaborative: Tensor) -> Tensor:
+        """``[M, n, d]``: the sets of items, collaborative token first, of text ``[M, D_text]`` or codes ``[M, N]``, and ``[M, D_cf]``."""
+        return torch.cat((self.collaborative_token(collaborative)[:, None], self.semantic(content)), 1)
 
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over slots and targets of cross-entropies over the candidates, plus alpha times the reconstruction error.
@@ -152,12 +140,14 @@ class SETRec(VectorRetriever):
         require_known_rows(batch, len(self.warm))
         candidates = torch.ones_like(self.warm) if self.config.cold_in_softmax else self.warm
         targets, states = training_targets(batch, self.max_length, known=candidates)
-        tokens_cnd = self.tokenize(self.text, self.collaborative)
+        tokens_cnd = self.tokenize(self.content, self.collaborative)
         seen, column = states.padded(len(batch))
         hidden_snd = self._states(batch, tokens_cnd, seen)[states.row, column]
         rank = candidates.cumsum(0) - 1
         cross_entropy = catalogue_cross_entropy(hidden_snd, tokens_cnd[candidates], rank[targets], states.of_target).mean()
-        reconstruction = self._reconstruction(tokens_cnd, batch.items.unique())
+        if not isinstance(self.semantic, TextSet):
+            return cross_entropy, {"cross_entropy": cross_entropy.detach()}
+        reconstruction = self._reconstruction(self.semantic, tokens_cnd, batch.items.unique())
         loss = cross_entropy + self.config.reconstruction_weight * reconstruction
         return loss, {"cross_entropy": cross_entropy.detach(), "reconstruction": reconstruction.detach()}
 
@@ -172,16 +162,17 @@ class SETRec(VectorRetriever):
         require_known_rows(batch, len(self.warm))
         rows, inverse = batch.items.unique(return_inverse=True)
         used = SequenceBatch(inverse, batch.offsets)
-        tokens_und = self.tokenize(self.text[rows], self.collaborative[rows])
+        tokens_und = self.tokenize(self.content[rows], self.collaborative[rows])
         seen = batch.lengths.clamp(max=self.max_length)[:, None]
         states_bnd = self._states(used, tokens_und, seen)[:, 0] * self.slot_weights()[:, None]
-        return SlotVectors(self._compressed(states_bnd)[:, None] if self.config.compress else states_bnd)
+        compressing = self._compressing()
+        return SlotVectors(states_bnd if compressing is None else self._compressed(compressing, states_bnd)[:, None])
 
     def item_vectors(self) -> Tensor:
         """float ``[N, n * d]``: the concatenated tokens of all catalogue rows; with ``compress`` their factors and a 1."""
-        if self.config.compress:
-            return F.pad(torch.cat((self.collaborative, self.semantic.factors(self.text)), 1), (0, 1), value=1.0)
-        return self.tokenize(self.text, self.collaborative).flatten(1)
+        if (compressing := self._compressing()) is not None:
+            return F.pad(torch.cat((self.collaborative, compressing.factors(self.content)), 1), (0, 1), value=1.0)
+        return self.tokenize(self.content, self.collaborative).flatten(1)
 
     def slot_weights(self) -> Tensor:
         """``[n]``: w = [1 - beta, beta, … beta]."""
@@ -219,14 +210,16 @@ class SETRec(VectorRetriever):
 
         Raises:
             ConfigError: a feature is absent.
-            DataError: a feature has another width than the one the model was built with.
+            DataError: a feature has another width than the one the model was built with, or the codes are of another tokenizer.
         """
-        text, collaborative = _features(items)
-        for name, present, new in (("text", self.text, text), ("collaborative", self.collaborative, collaborative)):
+        content, collaborative = _features(items, self.config.semantic)
+        if self.codes is not None:
+            self.codes = require_same_codes(self.codes, codes_of(self, items))
+        for name, present, new in ((self.config.semantic, self.content, content), ("collaborative", self.collaborative, collaborative)):
             if present.shape[1] != new.shape[1]:
                 raise DataError(f"items.{name}: expected {present.shape[1]} columns as in training, got {new.shape[1]}")
         self.warm = items.warm.bool().to(self.warm.device)
-        self.text, self.collaborative = text.to(self.text), collaborative.to(self.collaborative)
+        self.content, self.collaborative = content.to(self.content), collaborative.to(self.collaborative)
 
     def extra_state(self) -> dict[str, Any]:
         """The beta in use."""
@@ -243,22 +236,26 @@ class SETRec(VectorRetriever):
         outputs: Tensor = self.transformer(history_blnd, self.queries, seen_bp)
         return outputs
 
-    def _compressed(self, states_bnd: Tensor) -> Tensor:
+    def _compressing(self) -> TextSet | None:
+        """The set whose factors take the place of tokens, where that is asked for."""
+        return self.semantic if self.config.compress and isinstance(self.semantic, TextSet) else None
+
+    def _compressed(self, semantic: TextSet, states_bnd: Tensor) -> Tensor:
         """``[B, D_cf + H + 1]``: the maps from factors to tokens, taken to the side of the user.
 
         ``Σ_k ⟨q_k, A_k h + b_k⟩ = ⟨Σ_k A_kᵀ q_k, h⟩ + Σ_k ⟨q_k, b_k⟩``, and likewise for the collaborative token.
         """
         first, rest = states_bnd[:, 0], states_bnd[:, 1:]
-        weight_ndh, bias_nd = self.semantic.last()
+        weight_ndh, bias_nd = semantic.last()
         constant = first @ self.collaborative_token.bias + (rest * bias_nd).sum((1, 2))
         factors = torch.einsum("bnd,ndh->bh", rest, weight_ndh)
         return torch.cat((first @ self.collaborative_token.weight, factors, constant[:, None]), 1)
 
-    def _reconstruction(self, tokens_cnd: Tensor, rows: Tensor) -> Tensor:
+    def _reconstruction(self, semantic: TextSet, tokens_cnd: Tensor, rows: Tensor) -> Tensor:
         """MSE between the text embeddings of ``rows`` and their reconstructions; zero where there are no rows."""
         if not len(rows):
             return tokens_cnd.new_zeros(())
-        return F.mse_loss(self.semantic.reconstruct(tokens_cnd[rows, 1:]), self.text[rows])
+        return F.mse_loss(semantic.reconstruct(tokens_cnd[rows, 1:]), self.content[rows])
 
 
 def alignment(collaborative: Tensor, histories: SequenceBatch) -> float:
@@ -289,13 +286,21 @@ def alignment(collaborative: Tensor, histories: SequenceBatch) -> float:
     return float((before * after).sum(1).mean() - before.mean(0) @ after.mean(0))
 
 
-def _features(items: ItemTable) -> tuple[Tensor, Tensor]:
-    """The text embeddings, and the collaborative vectors with zero rows for items that are not warm."""
-    if items.text is None:
-        raise ConfigError("setrec: items.text: expected text embeddings of the items, got None (recsys.text encodes them)")
+def _semantic(config: SETRec.Config, content: Tensor, codes: CodeTable | None, dim: int) -> TextSet | CodeSet:
+    if codes is None:
+        return TextSet(content.shape[1], config.ae_hidden, config.semantic_tokens, dim)
+    return CodeSet(codes.level_sizes, dim, config.code_digits, config.init_std)
+
+
+def _features(items: ItemTable, semantic: Literal["text", "codes"]) -> tuple[Tensor, Tensor]:
+    """What semantic tokens are made of, and the collaborative vectors with zero rows for items that are not warm."""
+    content = items.text if semantic == "text" else None if items.codes is None else items.codes.codes
+    if content is None:
+        how = "text embeddings of the items, got None (recsys.text encodes them)" if semantic == "text" else "codes of the items, got None"
+        raise ConfigError(f"setrec: items.{semantic}: expected {how}")
     if items.collaborative is None:
         raise ConfigError("setrec: items.collaborative: expected vectors of a collaborative model, got None (train a sasrec first)")
-    for name, rows in (("warm", items.warm), ("text", items.text), ("collaborative", items.collaborative)):
+    for name, rows in (("warm", items.warm), (semantic, content), ("collaborative", items.collaborative)):
         if len(rows) != items.count:
             raise DataError(f"setrec: items.{name}: expected count={items.count} rows, got {len(rows)}")
-    return items.text.detach().clone(), items.collaborative.detach() * items.warm.bool()[:, None]
+    return content.detach().clone(), items.collaborative.detach() * items.warm.bool()[:, None]

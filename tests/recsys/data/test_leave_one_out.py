@@ -7,7 +7,7 @@ import pytest
 from recsys.core.errors import DataError
 from recsys.data.augment import Augmentation
 from recsys.data.jagged import Jagged
-from recsys.data.leave_one_out import leave_one_out
+from recsys.data.leave_one_out import hold_out, leave_one_out
 from recsys.data.sequences import SequenceData, evaluation_steps, histories
 from recsys.data.windows import SequenceLoader
 
@@ -41,6 +41,15 @@ def test_times_are_kept_where_they_are_known() -> None:
     split = leave_one_out(timed)
     assert split.train.known_times.tolist() == [0, 1_000_000, 4_000_000, 5_000_000, 6_000_000, 7_000_000]
     assert split.test.request_time.cast("int64").to_pylist() == [2_999_999, 8_999_999]
+
+
+def test_items_that_are_held_out_are_new_in_test() -> None:
+    split = hold_out(leave_one_out(data()), np.array([1, 5, 9]))
+    assert [part.tolist() for part in np.split(split.train.items, split.train.offsets[1:-1])] == [[3], [], [], [2], [6]]
+    assert split.valid.user_id.to_pylist() == ["a"] and split.valid.targets.values.tolist() == [4]
+    assert split.test.targets.values.tolist() == [1, 3]
+    ((_, seen),) = histories(data(), split.test, max_length=2, chunk=10)
+    assert np.split(seen.values, seen.offsets[1:-1])[1].tolist() == [6, 5], "what a user really took stays in the history"
 
 
 def test_every_training_event_is_a_target_once() -> None:

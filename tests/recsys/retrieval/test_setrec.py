@@ -42,7 +42,7 @@ def set_outputs(model, tokens_lnd, queries=None):
 
 
 def tokens_of(model, rows):
-    return model.tokenize(model.text, model.collaborative)[rows]
+    return model.tokenize(model.content, model.collaborative)[rows]
 
 
 def test_is_registered_and_configured_by_name():
@@ -185,8 +185,8 @@ def loss_by_brute_force(model, candidates, targets):
         index = (rows == target).long().argmax()
         losses += [F.cross_entropy(states[k] @ tokens[rows, k].T, index) for k in range(model.slots)]
     seen = sorted({i for h in HISTORIES for i in h})
-    rebuilt = model.semantic.reconstruct(model.semantic(model.text[seen]))
-    return torch.stack(losses).mean(), ((rebuilt - model.text[seen]) ** 2).mean()
+    rebuilt = model.semantic.reconstruct(model.semantic(model.content[seen]))
+    return torch.stack(losses).mean(), ((rebuilt - model.content[seen]) ** 2).mean()
 
 
 @pytest.mark.parametrize("cold_in_softmax", [False, True])
@@ -208,7 +208,7 @@ def test_loss_is_the_mean_of_slot_losses_of_single_prefixes_plus_alpha_times_the
 def test_one_pass_over_all_prefixes_equals_one_prefix_at_a_time_in_float32():
     model = build(dim=16, init_std=0.1).float()
     history = HISTORIES[2]
-    tokens = model.tokenize(model.text, model.collaborative)[history][None]
+    tokens = model.tokenize(model.content, model.collaborative)[history][None]
     together = model.transformer(tokens, model.queries, torch.arange(7)[None])[0]
     for position in range(7):
         torch.testing.assert_close(together[position], outputs(model, history[:position]), rtol=0, atol=1e-5)
@@ -218,8 +218,8 @@ def test_gradients_reach_every_parameter_and_no_feature():
     model = build()
     model.loss(batch_of(HISTORIES, TARGETS))[0].backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if not name.endswith("key_value.bias"))
-    assert not model.collaborative.requires_grad and not model.text.requires_grad
-    assert {"collaborative", "text", "warm"} <= dict(model.named_buffers()).keys()
+    assert not model.collaborative.requires_grad and not model.content.requires_grad
+    assert {"collaborative", "content", "warm"} <= dict(model.named_buffers()).keys()
 
 
 def test_cold_items_outside_the_softmax_are_not_pushed_down():
@@ -271,7 +271,7 @@ def test_a_warm_start_is_the_collaborative_model_seen_through_queries():
     model.warm_start(collaborative)
     for ours, theirs in zip(model.transformer.parameters(), collaborative.transformer.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours is not theirs
-    assert torch.equal(model.tokenize(model.text, model.collaborative)[:, 0], collaborative.item_vectors())
+    assert torch.equal(model.tokenize(model.content, model.collaborative)[:, 0], collaborative.item_vectors())
     assert torch.equal(model.queries - apart, collaborative.start.expand(3, -1))
     # The empty history: query and start token attend to themselves alone, at position 0.
     model.queries.data[:] = collaborative.start
