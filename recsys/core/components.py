@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "calibration": ("recsys.ranking.calibration",),
     "item_tokenizer": ("recsys.retrieval.tokenizers",),
     "retriever": ("recsys.retrieval.models",),
+    "set_backbone": ("recsys.retrieval.backbones",),
     "index": ("recsys.retrieval.catalogue",),
     "text_encoder": ("recsys.text",),
     "scaling_data": ("recsys.scaling",),

@@ -85,8 +85,8 @@ class CodeSet(nn.Module):
     def forward(self, codes_mk: Tensor) -> Tensor:
         """int64 ``[M, K]`` to the tokens ``[M, K, d]``."""
         digits_mkj = codes_mk[..., None] // self.basis % self.radix + self.first
-        tokens = F.embedding_bag(digits_mkj.flatten(0, 1), self.embedding, mode="sum")
-        return tokens.unflatten(0, codes_mk.shape)
+        tokens: Tensor = F.embedding_bag(digits_mkj.flatten(0, 1), self.embedding, mode="sum").unflatten(0, codes_mk.shape)
+        return tokens
 
 
 def _mlp(widths: tuple[int, ...]) -> nn.Sequential:
