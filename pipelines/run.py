@@ -144,6 +144,7 @@ def _measure(
         },
         "retrieval": {
             "models": {name: measure.by_segment(segments, measure.rank_metrics, ranks) for name, ranks in retrieval.ranks.items()},
+            "slices": measure.by_slice(histories.slices(), retrieval.ranks),
             "beta": getattr(retrieval.retriever, "beta", None),
         },
         "lists": {
@@ -194,6 +195,7 @@ def _bundle_metrics(results: dict[str, Any], ranker: str) -> dict[str, Any]:
         "ranking": ranking,
         "calibration": {name: values["calibration"] for name, values in ranking.items()},
         "retrieval": {name: segments["all"] for name, segments in results["retrieval"]["models"].items()},
+        "slices": results["retrieval"]["slices"],
         "list": {name: segments["all"] for name, segments in results["lists"]["models"].items()},
         "intervals": {v["name"]: {"estimate": v["estimate"], "low": v["low"], "high": v["high"]} for v in results["verdicts"]},
         "parity": {"max_difference": results["parity"]},

@@ -18,12 +18,24 @@ LABELS = {
     "setrec": "SETRec",
     "sasrec": "SASRec",
     "item_knn": "item-kNN",
+    "text_knn": "text-kNN",
+    "repeat_last": "repeat last",
     "popularity": "popularity",
     "final": "final list (retrieve, then rank)",
     "retriever": "retriever's own list",
     "all": "all users",
     "established": "users with at least 5 earlier events",
     "new": "users first seen in the test period",
+}
+SLICES = {
+    "new": "new to the user",
+    "repeated": "repeated",
+    "warm": "warm items",
+    "cold": "cold items",
+    "head": "head items",
+    "tail": "tail items",
+    "cold_user": "users with 1–3 events",
+    "empty_user": "users with none",
 }
 OURS = ("tokenmixer_large", "setrec", "final")
 
@@ -32,6 +44,7 @@ def render(results: Mapping[str, Any]) -> str:
     """The report of a run as one HTML page with everything inside it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["label"] = lambda name: LABELS.get(name, name)
+    environment.filters["slice"] = lambda name: SLICES.get(name, name)
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.4f}"
     template = environment.from_string(resources.files("pipelines.report").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(**results, pictures=_pictures(results), ours=OURS)

@@ -49,6 +49,15 @@ def by_segment(segments: Segments, measure: Any, *arrays: np.ndarray) -> dict[st
     return {name: measure(*(array[mask] for array in arrays)) for name, mask in segments.items()}
 
 
+def by_slice(slices: Segments, ranks: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """On every slice that has targets: how many, and every model's quality."""
+    return {
+        kind: {"targets": int(mask.sum()), "models": {name: rank_metrics(own[mask]) for name, own in ranks.items()}}
+        for kind, mask in slices.items()
+        if mask.any()
+    }
+
+
 def verdict(name: str, interval: Interval) -> dict[str, Any]:
     """A difference with its interval, as the report shows it."""
     return {"name": name, "estimate": interval.estimate, "low": interval.low, "high": interval.high}

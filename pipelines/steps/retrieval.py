@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the collaborative model and the retriever, and compare them with popularity and item-kNN over the whole catalogue."""
+"""Train the collaborative model and the retriever, and compare them with each other and with baselines over the whole catalogue."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -14,28 +14,27 @@ from pipelines.recipe import ItemCodes, Recipe, RetrieverRecipe
 from pipelines.steps.data import Prepared
 from recsys.core import components
 from recsys.core.config import Config
-from recsys.core.errors import ConfigError
 from recsys.core.files import sha256_json
 from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_steps
 from recsys.data.windows import SequenceLoader
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
-from recsys.evaluation.retrieval import Scorer, event_ranks, gather_scorer, list_ranks, vector_scorer
+from recsys.evaluation.retrieval import Scorer, event_ranks, model_ranks, slices, vector_scorer
+from recsys.evaluation.tuned_baselines import tuned_item_knn, tuned_text_knn
 from recsys.retrieval.base import CodeRetriever, Retriever, VectorRetriever
-from recsys.retrieval.baselines import ItemKNN, Popularity
-from recsys.retrieval.catalogue import Catalogue, GatherIndex, Index, check_pair
+from recsys.retrieval.baselines import Popularity, RepeatLast
+from recsys.retrieval.catalogue import Catalogue, Index, check_pair
 from recsys.retrieval.codes import code_items
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.models.setrec import SETRec
+from recsys.retrieval.pretrained import from_pretrained
 from recsys.retrieval.tokenizers import CodeTokenizer
 from recsys.text import item_vectors
 from recsys.training.progress import counted
 from recsys.training.tracking import Tracker
 from recsys.training.trainer import History, Trainer
 
-_LIST = 100  # places of a list, where a model's scores of all items would cost too much
 _VALIDATION_STEPS = 2000  # of the validation period, drawn by seed; 600 chose the wrong epoch (docs/results/quickstart.md)
-_DECAYS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of item-kNN: how much less an older event of the history counts
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,10 @@ class Histories:
     train: SequenceData
     valid: EvaluationSteps
     test: EvaluationSteps
+
+    def slices(self) -> dict[str, np.ndarray]:
+        """Which test targets are of which kind, see `recsys.evaluation.retrieval.slices`."""
+        return slices(self.data, self.train, self.test, self.catalogue.snapshot().count)
 
 
 @dataclass(frozen=True)
@@ -90,24 +93,49 @@ def train_retrievers(
     warm = torch.zeros(histories.catalogue.snapshot().count, dtype=torch.bool)
     warm[torch.from_numpy(np.unique(histories.train.items))] = True
     plain = ItemTable(count=len(warm), warm=warm)
-    collaborative, first = _train(recipe.collaborative, None, plain, histories, context, run_dir / "collaborative", tracker)
-    assert isinstance(collaborative, SASRec)
+    collaborative = SASRec(recipe.collaborative.model, _seeded(plain, recipe.seed))
+    curves = {"sasrec": _fit(collaborative, recipe.collaborative, None, plain, histories, context, run_dir / "collaborative", tracker)}
     items = ItemTable(count=len(warm), warm=warm, text=text, collaborative=collaborative.collaborative_vectors())
-    tokenizer = None if recipe.codes is None else fit_tokenizer(recipe.codes, items, recipe.seed)
-    if recipe.codes is not None and tokenizer is not None:
-        items = replace(items, codes=code_items(tokenizer, items, recipe.codes.repair, recipe.codes.suffix_size))
-    retriever, second = _train(recipe.retriever, recipe.index, items, histories, context, run_dir / "retriever", tracker, collaborative)
+    retriever, tokenizer, items = _retriever(recipe, items, collaborative)
+    if recipe.retriever.training is not None:
+        history = _fit(retriever, recipe.retriever, recipe.index, items, histories, context, run_dir / "retriever", tracker)
+        curves[recipe.retriever.model.name] = history
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
     index = build_index(recipe.index, retriever, histories.catalogue)
+    data, test, view = histories.data, histories.test, histories.catalogue.snapshot()
     ranks = {
-        recipe.retriever.model.name: model_ranks(retriever, index, histories, histories.test),
-        recipe.collaborative.model.name: model_ranks(collaborative, None, histories, histories.test),
+        recipe.retriever.model.name: model_ranks(retriever, data, test, view, index),
+        recipe.collaborative.model.name: model_ranks(collaborative, data, test, view),
     }
     longest = max(retriever.max_length, collaborative.max_length)
-    for name, scorer in _baselines(histories, recipe.seed, longest).items():
-        ranks[name] = event_ranks(scorer, histories.data, histories.test, longest)
-    curves = {recipe.collaborative.model.name: first, recipe.retriever.model.name: second}
+    for name, scorer in _baselines(histories, text, recipe.seed, longest).items():
+        ranks[name] = event_ranks(scorer, data, test, longest)
     return RetrievalResult(items, tokenizer, collaborative, retriever, index, curves, ranks)
+
+
+def _retriever(recipe: Recipe, items: ItemTable, collaborative: SASRec) -> tuple[Retriever, CodeTokenizer | None, ItemTable]:
+    """The retriever before its training, the item tokenizer if it reads codes, and the items with them."""
+    config = recipe.retriever.model
+    if recipe.retriever.pretrained is not None:
+        return from_pretrained(recipe.retriever.pretrained, items)
+    tokenizer = None if recipe.codes is None else fit_tokenizer(recipe.codes, items, recipe.seed)
+    if recipe.codes is not None and tokenizer is not None:
+        items = coded(recipe.codes, tokenizer, items)
+    model: Retriever = components.build("retriever", config, _seeded(items, recipe.seed))
+    if isinstance(model, SETRec) and model.config.warm_start:
+        model.warm_start(collaborative)
+    return model, tokenizer, items
+
+
+def _seeded(items: ItemTable, seed: int) -> ItemTable:
+    """The items, with torch's random state set for a model that is built over them."""
+    torch.manual_seed(seed)
+    return items
+
+
+def coded(recipe: ItemCodes, tokenizer: CodeTokenizer, items: ItemTable) -> ItemTable:
+    """The items with their codes."""
+    return replace(items, codes=code_items(tokenizer, items, recipe.repair, recipe.suffix_size))
 
 
 def fit_tokenizer(recipe: ItemCodes, items: ItemTable, seed: int) -> CodeTokenizer:
@@ -124,16 +152,6 @@ def build_index(config: Config, retriever: Retriever, catalogue: Catalogue) -> I
     return cls.over(config, retriever, catalogue.snapshot())
 
 
-def model_ranks(model: Retriever, index: Index | None, histories: Histories, steps: EvaluationSteps) -> np.ndarray:
-    """The rank of every target: among all items where that is cheap, else in lists that the index makes, which item vectors do without."""
-    if isinstance(model, VectorRetriever):
-        return event_ranks(vector_scorer(model), histories.data, steps, model.max_length)
-    assert index is not None
-    if isinstance(index, GatherIndex):
-        return event_ranks(gather_scorer(model, index), histories.data, steps, model.max_length)
-    return list_ranks(model, index, histories.catalogue.snapshot(), histories.data, steps, _LIST)
-
-
 def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSteps:
     """``count`` of the steps, drawn by seed, in their order; all where there are no more."""
     if len(steps) <= count:
@@ -141,7 +159,8 @@ def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSte
     return steps.take(np.sort(np.random.default_rng(seed).choice(len(steps), count, replace=False)))
 
 
-def _train(
+def _fit(
+    model: Retriever,
     recipe: RetrieverRecipe,
     index: Config | None,
     items: ItemTable,
@@ -149,29 +168,25 @@ def _train(
     context: dict[str, Any],
     run_dir: Path,
     tracker: Tracker,
-    collaborative: SASRec | None = None,
-) -> tuple[Retriever, History]:
+) -> History:
+    """Train a model in place."""
+    assert recipe.training is not None
     seed: int = context["seed"]
-    torch.manual_seed(seed)
-    model: Retriever = components.build("retriever", recipe.model, items)
     context = context | {"windows": recipe.windows.model_dump(mode="json"), "items": _items_digest(items)}
-    if isinstance(model, SETRec) and model.config.warm_start:
-        if collaborative is None:
-            raise ConfigError("setrec: warm_start: there is no collaborative model to start from")
-        model.warm_start(collaborative)
+    if recipe.pretrained is not None:
+        context |= {"pretrained": model.fingerprint()}
     loader = SequenceLoader(histories.train, model.max_length, recipe.training.batch_size, seed, config=recipe.windows)
-    steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
+    steps, view = sample_steps(histories.valid, _VALIDATION_STEPS, seed), histories.catalogue.snapshot()
 
     # Over codes, which training leaves as they are, so that one index serves every validation.
     built = build_index(index, model, histories.catalogue) if index is not None and isinstance(model, CodeRetriever) else None
 
     def validate(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, Retriever)
-        ranks = model_ranks(module, built, histories, steps)
+        ranks = model_ranks(module, histories.data, steps, view, built)
         return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
 
-    history = Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)
-    return model.eval(), history
+    return Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)
 
 
 def _items_digest(items: ItemTable) -> str:
@@ -194,15 +209,17 @@ def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Hist
     retriever.set_beta(max(betas, key=lambda beta: quality[beta]))
 
 
-def _baselines(histories: Histories, seed: int, max_length: int) -> dict[str, Scorer]:
-    """Popularity, and item-kNN over all neighbours with the decay that the validation period prefers; they see what the models see."""
-    count = histories.catalogue.snapshot().count
+def _baselines(histories: Histories, text: Tensor, seed: int, max_length: int) -> dict[str, Scorer]:
+    """What the models must beat, with the settings that the validation period prefers; they see what the models see."""
+    train, count = histories.train, len(text)
     steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
 
-    def quality(model: ItemKNN) -> float:
-        return float(recall_at(event_ranks(model.scores, histories.data, steps, max_length), 10).mean())
+    def quality(scorer: Scorer) -> float:
+        return float(recall_at(event_ranks(scorer, histories.data, steps, max_length), 10).mean())
 
-    tried = [ItemKNN(ItemKNN.Config(neighbours=count, decay=decay)).fit(histories.train, count) for decay in _DECAYS]
-    neighbours = max(tried, key=quality)
-    popularity = Popularity(Popularity.Config()).fit(histories.train, count)
-    return {"item_knn": neighbours.scores, "popularity": popularity.scores}
+    return {
+        "item_knn": tuned_item_knn(train, count, quality).scores,
+        "text_knn": tuned_text_knn(train, text, quality).scores,
+        "repeat_last": RepeatLast(RepeatLast.Config()).fit(train, count).scores,
+        "popularity": Popularity(Popularity.Config()).fit(train, count).scores,
+    }

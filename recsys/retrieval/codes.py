@@ -52,11 +52,11 @@ def extend(table: CodeTable, tokenizer: CodeTokenizer, items: ItemTable) -> Code
     first = len(table)
     if items.count < first:
         raise DataError(f"items: expected at least the {first} rows that have codes, got {items.count}")
-    new = tokenizer.encode(items)[first:]
+    new = tokenizer.encode(items, first)
     if table.repair == "suffix":
         new = _numbered(table, new)
     elif table.repair == "nearest_free":
-        new = _moved(table.codes, new, tokenizer, tokenizer.features(items)[first:])
+        new = _moved(table.codes, new, tokenizer, tokenizer.features(items, first))
     return replace(table, codes=torch.cat((table.codes, new)))
 
 
@@ -85,17 +85,54 @@ def _numbered(table: CodeTable, new_ml: Tensor) -> Tensor:
 
 def _moved(old_nl: Tensor, new_ml: Tensor, tokenizer: CodeTokenizer, features_md: Tensor) -> Tensor:
     """``[M, L]``: the new codes, the last one changed where somebody has them already."""
-    taken = {tuple(codes) for codes in old_nl.tolist()}
-    level = new_ml.shape[1] - 1
-    moved = new_ml.clone()
-    for row, codes in enumerate(new_ml.tolist()):
-        if tuple(codes) in taken:
-            ranked = tokenizer.nearest_codes(features_md[row], new_ml[row], level).tolist()
-            free = next((code for code in ranked if (*codes[:-1], code) not in taken), None)
-            if free is None:
+    level, first = new_ml.shape[1] - 1, len(old_nl)
+    codes_nl = torch.cat((old_nl, new_ml))
+    groups = prefix_ids(codes_nl[:, :level], tokenizer.level_sizes[:level])  # rows of different ones are never in each other's way
+    repeated = _repeated(codes_nl, tokenizer.level_sizes)
+    order = np.argsort(groups, kind="stable")
+    crowded = np.unique(groups[first:][repeated[first:]])
+    for begin, end in zip(*(np.searchsorted(groups[order], crowded, side) for side in ("left", "right")), strict=True):
+        rows = order[begin:end]
+        _spread(codes_nl, rows[rows < first], rows[rows >= first], repeated, tokenizer, features_md)
+    return codes_nl[first:]
+
+
+def _repeated(codes_nl: Tensor, level_sizes: Sequence[int]) -> np.ndarray:
+    """bool ``[N]``: whether an earlier row has the same codes."""
+    repeated = np.ones(len(codes_nl), bool)
+    repeated[np.unique(prefix_ids(codes_nl, level_sizes), return_index=True)[1]] = False
+    return repeated
+
+
+def _spread(
+    codes_nl: Tensor, old: np.ndarray, new: np.ndarray, repeated: np.ndarray, tokenizer: CodeTokenizer, features_md: Tensor
+) -> None:
+    """Move the new rows among those that share all codes but the last, in place: first come, first served.
+
+    Args:
+        codes_nl: of all rows.
+        old: the rows that stay, ascending.
+        new: the rows that may move, ascending.
+        repeated: bool ``[N]``, see `_repeated`: rows that will surely move.
+        tokenizer: which says where to.
+        features_md: ``[M, D]`` of the last M rows.
+    """
+    level, first = codes_nl.shape[1] - 1, len(codes_nl) - len(features_md)
+
+    def rank(rows: np.ndarray) -> Tensor:
+        return tokenizer.nearest_codes(features_md[rows - first], codes_nl[new[0]], level)
+
+    sure = new[repeated[new]]
+    ranked = dict(zip(sure.tolist(), rank(sure), strict=True))
+    taken = set(codes_nl[old, level].tolist())
+    for row, code in zip(new.tolist(), codes_nl[new, level].tolist(), strict=True):
+        if code in taken:
+            wanted = ranked[row] if row in ranked else rank(np.array([row]))[0]
+            code = next((nearest for nearest in wanted.tolist() if nearest not in taken), None)
+            if code is None:
+                before = codes_nl[row, :level].tolist()
                 raise DataError(
-                    f"nearest_free: all {len(ranked)} codes of level {level} after {codes[:-1]} are taken; use the rule 'suffix' instead"
+                    f"nearest_free: all {len(wanted)} codes of level {level} after {before} are taken; use the rule 'suffix' instead"
                 )
-            codes[-1] = moved[row, level] = free
-        taken.add(tuple(codes))
-    return moved
+            codes_nl[row, level] = code
+        taken.add(code)

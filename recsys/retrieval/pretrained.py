@@ -87,14 +87,10 @@ def from_pretrained(directory: Path, items: ItemTable) -> tuple[CodeRetriever, C
         BundleError: a file is absent, cannot be read or was changed, or the parts do not belong together.
         DataError: the items are not what the tokenizer reads, see `CodeTokenizer.encode`.
     """
-    source = directory / _JSON
+    about = _about(directory)
     try:
-        content = read_json(source)
-        if content["format"] != FORMAT:
-            raise BundleError(f"{source}: format: expected {FORMAT}, got {content['format']!r}")
-        about = parse(_About, content, source=str(source))
         weights = load_file(directory / _TENSORS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, ConfigError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BundleError(f"{directory}: cannot read the model: {error}") from None
     tokenizer = load_tokenizer(directory / _TOKENIZER)
     if tokenizer.fingerprint != about.tokenizer:
@@ -106,6 +102,27 @@ def from_pretrained(directory: Path, items: ItemTable) -> tuple[CodeRetriever, C
     except RuntimeError as error:
         raise BundleError(f"{directory}: the weights do not fit the configuration: {error}") from None
     return model.eval(), tokenizer, coded
+
+
+def pretrained_config(directory: Path) -> Config:
+    """The configuration of the model in a directory.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    found: Config = _about(directory).model
+    return found
+
+
+def _about(directory: Path) -> _About:
+    source = directory / _JSON
+    try:
+        content = read_json(source)
+        if content["format"] != FORMAT:
+            raise BundleError(f"{source}: format: expected {FORMAT}, got {content['format']!r}")
+        return parse(_About, content, source=str(source))
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise BundleError(f"{directory}: cannot read the model: {error}") from None
 
 
 def _coded(items: ItemTable, tokenizer: CodeTokenizer, about: _About) -> ItemTable:

@@ -38,7 +38,7 @@ def test_the_summary_has_what_it_promises(tiny_run) -> None:
     summary = json.loads((tiny_run.directory / "summary.json").read_text())
     for model in ("tokenmixer_large", "logistic_regression", "base_rate"):
         assert {"auc", "gauc", "logloss", "ne"} <= summary["ranking"][model].keys()
-    for model in ("setrec", "sasrec", "item_knn", "popularity"):
+    for model in ("setrec", "sasrec", "item_knn", "text_knn", "repeat_last", "popularity"):
         assert {"recall@10", "recall@50", "ndcg@10"} <= summary["retrieval"][model].keys()
     for kind in ("final", "retriever"):
         assert {"recall@10", "ndcg@10"} <= summary["list"][kind].keys()
@@ -48,6 +48,23 @@ def test_the_summary_has_what_it_promises(tiny_run) -> None:
     assert summary["seconds"] > 0
     assert summary["ranking"]["base_rate"]["auc"] == 0.5
     assert summary["retrieval"]["setrec"]["recall@10"] > summary["retrieval"]["popularity"]["recall@10"]
+
+
+def test_every_model_is_measured_on_every_kind_of_target_that_there_is(tiny_run) -> None:
+    slices = json.loads((tiny_run.directory / "summary.json").read_text())["slices"]
+    retrieval, page = tiny_run.results["retrieval"], (tiny_run.directory / "report.html").read_text()
+    assert {"all", "warm", "head", "tail", "cold_user", "empty_user"} <= slices.keys()
+    total = slices["all"]["targets"]
+    for one, other in (("warm", "cold"), ("head", "tail"), ("new", "repeated")):
+        parts = [slices[kind] for kind in (one, other) if kind in slices]
+        assert sum(part["targets"] for part in parts) == total and all(part["targets"] for part in parts)
+        for name, whole in retrieval["models"].items():
+            for metric in ("ndcg@10", "recall@10"):
+                mean = sum(part["targets"] * part["models"][name][metric] for part in parts) / total
+                assert mean == pytest.approx(whole["all"][metric]) == pytest.approx(slices["all"]["models"][name][metric])
+    for words in ("By kind of target", "tail items", "text-kNN", "repeat last", f"{slices['tail']['models']['setrec']['ndcg@10']:.4f}"):
+        assert words in page
+    assert ("cold items</th>" in page) == ("cold" in slices), "kinds without targets are left out"
 
 
 def test_offline_scores_are_the_served_ones(tiny_run) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a retriever must beat: plain counts, and neighbours in the co-occurrence of items."""
+"""What a retriever must beat: plain counts, what was taken last, and neighbours in the co-occurrence of items and in their texts."""
 
 from typing import Protocol, Self
 
@@ -10,8 +10,9 @@ from recsys.data.sequences import SequenceData
 from recsys.retrieval.baselines.item_knn import ItemKNN
 from recsys.retrieval.baselines.popularity import Popularity
 from recsys.retrieval.baselines.repeat_last import RepeatLast
+from recsys.retrieval.baselines.text_knn import TextKNN
 
-__all__ = ["Baseline", "ItemKNN", "Popularity", "RepeatLast"]
+__all__ = ["Baseline", "ItemKNN", "Popularity", "RepeatLast", "TextKNN"]
 
 
 class Baseline(Protocol):

@@ -7,6 +7,8 @@ is short for want of effort is made anew by the exact search.
 """
 
 from abc import abstractmethod
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,9 +20,10 @@ from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import BundleError, DataError
 from recsys.core.files import new_directory
-from recsys.retrieval.catalogue.dense import DenseIndex
+from recsys.retrieval.catalogue.dense import DenseIndex, selection
 from recsys.retrieval.catalogue.index import IndexMeta, same
 from recsys.retrieval.catalogue.live import CatalogueView
+from recsys.retrieval.catalogue.placement import Device, Parameters, Placed, placed
 from recsys.retrieval.state import SlotVectors
 
 _STRUCTURE = "structure.faiss"
@@ -55,11 +58,14 @@ class ApproximateIndex(DenseIndex):
 
     Config: ClassVar[type[Any]] = Effort
     structure: ClassVar[type]
-    config: Any
 
     def __init__(self, config: Any, flat: faiss.IndexFlatIP, meta: IndexMeta, structure: faiss.Index | None = None) -> None:
+        self._structure: Any = structure
         super().__init__(config, flat, meta)
-        self._structure: Any = structure or self._make()
+
+    def _place(self) -> Placed:
+        self._structure = self._structure or self._make()
+        return placed(self._structure, self.config.device)
 
     @abstractmethod
     def _make(self) -> Any:
@@ -73,6 +79,8 @@ class ApproximateIndex(DenseIndex):
         """The same index with the smallest power of two of an effort that has a recall on the states of some users, such as of validation.
 
         It must have it where all items are live, as well as where they are so few, drawn by lot, that fewer would be compared one by one.
+        It is chosen on the host, whatever the device: a search there finds the same items, since it leaves lists that it cannot fill to
+        the exact one.
 
         Args:
             states: of users.
@@ -92,11 +100,12 @@ class ApproximateIndex(DenseIndex):
             return self
         few = np.random.default_rng(seed).random(view.count) < max(self.config.exact_below, k / max(view.count, 1))
         cases = [(None, 1.0), (np.packbits(few, bitorder="little"), float(few.mean()))]
-        exact = [DenseIndex._nearest(self, queries, k, *case)[1] for case in cases]
+        flat, structure = Placed(self._flat), Placed(self._structure)
+        exact = [flat.search(queries, k, *case, selection)[1] for case in cases]
         effort = 1
         while True:
             index = self._with(effort)
-            found = [index._nearest(queries, k, *case)[1] for case in cases]
+            found = [structure.search(queries, k, *case, index._probing(case[1]))[1] for case in cases]
             if effort >= view.count or min(map(recall_of, found, exact)) >= recall:
                 return index
             effort *= 2
@@ -121,17 +130,20 @@ class ApproximateIndex(DenseIndex):
         return cls(config, flat, meta, structure)
 
     def _with(self, effort: int) -> Self:
-        return type(self)(self.config.model_copy(update={"effort": effort}), self._flat, self.meta, self._structure)
+        index = copy(self)
+        index.config = self.config.model_copy(update={"effort": effort})
+        return index
+
+    def _probing(self, share: float) -> Parameters:
+        """The parameters of a search with the effort that this share of rows takes."""
+        return partial(self._parameters, min(int(np.ceil(self.config.effort / max(share, 1e-9))), self.meta.rows))
 
     def _few_are_left(self, wanted: np.ndarray, candidates: int) -> np.ndarray:
         too_few = candidates < self.config.exact_below * self.meta.rows
         return np.full(len(wanted), True) if too_few else super()._few_are_left(wanted, candidates)
 
     def _nearest(self, queries: np.ndarray, count: int, bitmap: np.ndarray | None, share: float) -> tuple[np.ndarray, np.ndarray]:
-        effort = min(int(np.ceil(self.config.effort / max(share, 1e-9))), self.meta.rows)
-        selector = {} if bitmap is None else {"sel": _faiss.IDSelectorBitmap(bitmap)}
-        found: tuple[np.ndarray, np.ndarray] = self._structure.search(queries, count, params=self._parameters(effort, **selector))
-        return found
+        return self._placed.search(queries, count, bitmap, share, self._probing(share))
 
     def _certain(self, kth_score: np.ndarray, kth_row: np.ndarray, last_score: np.ndarray) -> np.ndarray:
         return np.asarray(kth_row >= 0)
@@ -147,9 +159,11 @@ class IVFIndex(ApproximateIndex):
         Attributes:
             lists: how many; null for four times the square root of the number of items.
             seed: of the centroids.
+            device: ``cuda`` for FAISS on the first GPU; what is exact stays on the host.
         """
 
         name: Literal["ivf"] = "ivf"
+        device: Device = "cpu"
         lists: int | None = Field(None, ge=1)
         seed: int = 0
 
@@ -167,7 +181,7 @@ class IVFIndex(ApproximateIndex):
         return made
 
     def _parameters(self, effort: int, **selector: Any) -> Any:
-        return _faiss.SearchParametersIVF(nprobe=min(effort, self._structure.nlist), **selector)
+        return _faiss.SearchParametersIVF(nprobe=min(effort, self._structure.nlist, self._placed.most), **selector)
 
 
 @register("index", "hnsw")
@@ -181,9 +195,11 @@ class HNSWIndex(ApproximateIndex):
             exact_below: higher than elsewhere, since a walk through a graph of dead items is long.
             neighbours: of an item in the graph.
             construction: candidates kept while it is built.
+            device: FAISS has no such graph on a GPU.
         """
 
         name: Literal["hnsw"] = "hnsw"
+        device: Literal["cpu"] = "cpu"
         exact_below: float = Field(0.2, ge=0, le=1)
         effort: int = Field(64, ge=1)
         neighbours: int = Field(32, ge=2)

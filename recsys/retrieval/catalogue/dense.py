@@ -22,6 +22,7 @@ from recsys.core.files import new_directory
 from recsys.retrieval.base import Retriever, VectorRetriever
 from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, Index, IndexMeta, check_k, matrix, parts, same
 from recsys.retrieval.catalogue.live import CatalogueView
+from recsys.retrieval.catalogue.placement import Device, Placed, placed
 from recsys.retrieval.catalogue.topk import best, keys_of
 from recsys.retrieval.state import SlotVectors
 
@@ -37,23 +38,35 @@ class DenseIndex(Index):
     Scores are float32 as computed: two items whose exact scores differ in the last bit only may change places between batch sizes.
 
     Args:
-        config: nothing to choose yet.
+        config: see `Config`.
         flat: the vectors of rows 0 to N - 1. `build` makes it.
         meta: what they were built from.
+
+    Raises:
+        ConfigError: FAISS has no such device.
     """
 
     accepts: ClassVar[tuple[type, ...]] = (SlotVectors,)
 
     class Config(BaseConfig):
-        """Configuration: the name alone."""
+        """Where it is searched.
+
+        Attributes:
+            device: ``cuda`` for FAISS on the first GPU. Vectors stay on the host as well, where it is saved from and where short and
+                hard cases are compared.
+        """
 
         name: Literal["dense"] = "dense"
+        device: Device = "cpu"
 
-    def __init__(self, config: Config, flat: faiss.IndexFlatIP, meta: IndexMeta) -> None:
+    config: Any
+
+    def __init__(self, config: Any, flat: faiss.IndexFlatIP, meta: IndexMeta) -> None:
         super().__init__(config, meta)
         self._flat = flat
         stored = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d) if flat.ntotal else np.zeros(0, np.float32)
         self._vectors = stored.reshape(flat.ntotal, flat.d)  # FAISS's own memory, not a copy
+        self._placed = self._place()
 
     @classmethod
     def over(cls, config: Config, retriever: Retriever, view: CatalogueView) -> Self:
@@ -176,23 +189,19 @@ class DenseIndex(Index):
         """bool ``[B]``: whether all scores and a mask cost less than a search for so many items."""
         return wanted * _EXACT_SHARE > candidates
 
-    def _nearest(self, queries: np.ndarray, count: int, bitmap: np.ndarray | None, share: float) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows ``[B, count]`` by FAISS, of the rows in a bitmap alone if there is one; -1 where it finds no more.
+    def _place(self) -> Placed:
+        """What `search` asks, on its device."""
+        return placed(self._flat, self.config.device)
 
-        Args:
-            queries: float32 ``[B, K d]``.
-            count: how many to find.
-            bitmap: of the rows that may come back; None for all.
-            share: of all rows, that may.
-        """
-        found: tuple[np.ndarray, np.ndarray] = self._flat.search(queries, count, params=_only(bitmap))
-        return found
+    def _nearest(self, queries: np.ndarray, count: int, bitmap: np.ndarray | None, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """See `Placed.search`."""
+        return self._placed.search(queries, count, bitmap, share, selection)
 
     def _certain(self, kth_score: np.ndarray, kth_row: np.ndarray, last_score: np.ndarray) -> np.ndarray:
         """bool ``[B]``: whether a list is what `search` promises.
 
         FAISS does not say which of several equal scores it returns last; where the k-th item's score equals that of the last one
-        fetched, a smaller row may have been left out.
+        fetched, a smaller row may have been left out. Where k are not among those fetched, its score is -inf.
         """
         certain: np.ndarray = kth_score > last_score
         return certain
@@ -229,9 +238,9 @@ class DenseIndex(Index):
         return queries
 
 
-def _only(bitmap: np.ndarray | None) -> Any:
-    """FAISS search parameters that let only the rows of a bitmap come back."""
-    return None if bitmap is None else faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bitmap))  # type: ignore[call-arg, arg-type]
+def selection(**selector: Any) -> Any:
+    """FAISS search parameters that say nothing, or which rows alone may come back."""
+    return cast(Any, faiss).SearchParameters(**selector) if selector else None
 
 
 def _packed(mask: np.ndarray) -> np.ndarray:

@@ -40,9 +40,14 @@ class Atomic(CodeTokenizer):
         self._require_fitted()
         return (int(self.count),)
 
-    def features(self, items: ItemTable) -> Tensor:
-        """int64 ``[N, 1]``: the row numbers."""
-        return torch.arange(items.count)[:, None]
+    @property
+    def levels(self) -> int:
+        """1."""
+        return 1
+
+    def features(self, items: ItemTable, first: int = 0) -> Tensor:
+        """int64 ``[N - first, 1]``: the row numbers."""
+        return torch.arange(first, items.count)[:, None]
 
     def fit(self, items: ItemTable, seed: int = 0, progress: Progress | None = None) -> Self:
         """Take note of N; see `CodeTokenizer.fit`."""

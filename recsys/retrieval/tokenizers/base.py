@@ -51,6 +51,11 @@ class CodeTokenizer(nn.Module, ABC):
     def level_sizes(self) -> tuple[int, ...]:
         """How many codes each level has."""
 
+    @property
+    def levels(self) -> int:
+        """L, which is known before it is fitted."""
+        return len(self.level_sizes)
+
     @abstractmethod
     def _build(self, width: int) -> None:
         """Make the modules and buffers for features of this width, and check that it is one that the configuration allows."""
@@ -83,18 +88,19 @@ class CodeTokenizer(nn.Module, ABC):
         assert self._fingerprint is not None
         return self._fingerprint
 
-    def features(self, items: ItemTable) -> Tensor:
-        """float32 ``[N, D]``: what it reads of the items.
+    def features(self, items: ItemTable, first: int = 0) -> Tensor:
+        """float32 ``[N - first, D]``: what it reads of the items from row ``first`` on.
 
         Raises:
             DataError: the items have no text embeddings, or one that is not finite.
         """
         if items.text is None:
             raise DataError(f"tokenizer {self.config.name!r}: expected items with text embeddings, got none")
-        finite = items.text.isfinite().all(1)
+        text = items.text[first:]
+        finite = text.isfinite().all(1)
         if not bool(finite.all()):
-            raise DataError(f"items.text: row {int(finite.long().argmin())} is not finite")
-        return items.text.float()
+            raise DataError(f"items.text: row {first + int(finite.long().argmin())} is not finite")
+        return text.float()
 
     def fit(self, items: ItemTable, seed: int = 0, progress: Progress | None = None) -> Self:
         """Learn from the warm items, and freeze.
@@ -120,15 +126,15 @@ class CodeTokenizer(nn.Module, ABC):
         return self._freeze(features.shape[1])
 
     @torch.no_grad()
-    def encode(self, items: ItemTable) -> Tensor:
-        """int64 ``[N, L]``: the codes of all items, warm or not.
+    def encode(self, items: ItemTable, first: int = 0) -> Tensor:
+        """int64 ``[N - first, L]``: the codes of the items from row ``first`` on, warm or not.
 
         Raises:
             ConfigError: it is not fitted.
             DataError: the features are not those that it was fitted on; see `features`.
         """
         self._require_fitted()
-        features = self.features(items)
+        features = self.features(items, first)
         if features.shape[1] != self.width:
             raise DataError(f"tokenizer {self.config.name!r}: expected features of width {self.width}, got {features.shape[1]}")
         return torch.cat([self._encode(part) for part in features.split(_CHUNK)])
@@ -146,19 +152,23 @@ class CodeTokenizer(nn.Module, ABC):
         return torch.cat([self._decode(part) for part in codes_nl.split(_CHUNK)])
 
     @torch.no_grad()
-    def nearest_codes(self, features_d: Tensor, codes_l: Tensor, level: int) -> Tensor:
-        """int64 ``[level_sizes[level]]``: all codes of one level, the one that suits the features best first, the other levels being given.
+    def nearest_codes(self, features_md: Tensor, codes_l: Tensor, level: int) -> Tensor:
+        """int64 ``[M, level_sizes[level]]``: all codes of one level, what suits each of M items best first, the other levels being given.
 
         By the squared error of what they decode to, unless a subclass knows better.
 
         Args:
-            features_d: ``[D]`` of an item.
-            codes_l: int64 ``[L]`` its codes.
+            features_md: ``[M, D]`` of items that share the codes of the other levels.
+            codes_l: int64 ``[L]`` their codes.
             level: which one to choose.
         """
-        candidates = codes_l.repeat(self.level_sizes[level], 1)
-        candidates[:, level] = torch.arange(len(candidates))
-        return (self.decode(candidates) - features_d).square().sum(1).argsort(stable=True)
+        candidates_kl = codes_l.repeat(self.level_sizes[level], 1)
+        candidates_kl[:, level] = torch.arange(len(candidates_kl))
+        decoded_kd = self.decode(candidates_kl)
+        ranked_mk = torch.empty(len(features_md), len(decoded_kd), dtype=torch.int64)
+        for row, features_d in enumerate(features_md):
+            ranked_mk[row] = (decoded_kd - features_d).square().sum(1).argsort(stable=True)
+        return ranked_mk
 
     def save(self, directory: Path) -> None:
         """Write the directory, whole or not at all: JSON and safetensors.

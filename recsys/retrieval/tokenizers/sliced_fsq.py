@@ -100,11 +100,12 @@ class SlicedFSQ(CodeTokenizer):
         return out
 
     @torch.no_grad()
-    def nearest_codes(self, features_d: Tensor, codes_l: Tensor, level: int) -> Tensor:
+    def nearest_codes(self, features_md: Tensor, codes_l: Tensor, level: int) -> Tensor:
         """See `CodeTokenizer.nearest_codes`; by the squared distance between levels and bound in the level's own slice."""
-        slices = self.standardizer(features_d[None]).unflatten(1, (self.config.slots, -1))[0]
-        values = self.quantiser.values(torch.arange(self.quantiser.size))
-        return (values - self.quantiser.normalised_bound(self.down(slices[level]))).square().sum(1).argsort(stable=True)
+        slices_mks = self.standardizer(features_md).unflatten(1, (self.config.slots, -1))
+        bounds_md = self.quantiser.normalised_bound(self.down(slices_mks[:, level]))
+        values_kd = self.quantiser.values(torch.arange(self.quantiser.size))
+        return (values_kd - bounds_md[:, None]).square().sum(2).argsort(dim=1, stable=True)
 
     def _fit(self, features_nd: Tensor, generator: torch.Generator, progress: Progress | None) -> None:
         config = self.config

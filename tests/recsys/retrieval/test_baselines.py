@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Literal
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,7 +11,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from recsys.core.errors import DataError
 from recsys.data.batch import SequenceBatch
 from recsys.data.sequences import SequenceData
-from recsys.retrieval.baselines import Baseline, ItemKNN, Popularity
+from recsys.retrieval.baselines import Baseline, ItemKNN, Popularity, RepeatLast, TextKNN
 from recsys.retrieval.baselines import item_knn as module
 
 DAY = 86_400_000_000
@@ -109,12 +111,72 @@ def test_an_item_without_events_gets_no_votes_and_gives_none() -> None:
     assert ItemKNN(ItemKNN.Config()).fit(data_of([]), 0).scores(batch_of([[], []])).shape == (2, 0)
 
 
-def test_both_have_the_one_interface_and_reject_nonsense() -> None:
-    models: list[Baseline] = [Popularity(Popularity.Config()), ItemKNN(ItemKNN.Config())]
+def texts(seed: int, items: int, without: tuple[int, ...] = ()) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    found: np.ndarray = (rng.normal(size=(items, 6)) * rng.uniform(0.1, 9, (items, 1))).astype(np.float32)
+    found[list(without)] = 0
+    return found
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize(("decay", "at_once"), [(1.0, 1 << 22), (0.6, 1), (0.6, 70)])
+def test_text_scores_against_brute_force(
+    pooling: Literal["mean", "max"], decay: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.retrieval.baselines.text_knn._COSINES_AT_ONCE", at_once)
+    n, without = 14, (3, 9)
+    text = texts(4, n, without)
+    model = TextKNN(TextKNN.Config(pooling=pooling, decay=decay), torch.from_numpy(text)).fit(data_of([[0, 1]]), n)
+    cosine = cosine_similarity(text.astype(np.float64))
+    asked = [*random_lists(5, 30, n, 7), [], [5, 5, 5], [3, 9], [2, 3], [9, 2]]
+    expected = np.zeros((len(asked), n))
+    for b, history in enumerate(asked):
+        votes = [(decay**age, cosine[h]) for age, h in enumerate(reversed(history)) if h not in without]
+        if votes and pooling == "mean":
+            expected[b] = sum(w * c for w, c in votes) / sum(w for w, _ in votes)
+        elif votes:
+            expected[b] = np.max([w * c for w, c in votes], axis=0)
+        expected[b, list(without)] = -np.inf
+    scores = model.scores(batch_of(asked))
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    assert model.scores(batch_of([])).shape == (0, n)
+
+
+def test_text_finds_items_without_events_and_does_not_look_at_lengths() -> None:
+    text = texts(6, 5)
+    text[4] = 0.01 * text[1]  # item 4 has no event
+    for pooling in ("mean", "max"):
+        model = TextKNN(TextKNN.Config(pooling=pooling), text).fit(data_of([[0, 1, 2, 3]]), 5)
+        (scores,) = model.scores(batch_of([[1]]))
+        assert scores[4] == pytest.approx(1, abs=1e-6) and (scores[[0, 2, 3]] < 0.999).all()
+
+
+def test_text_that_does_not_fit_is_named() -> None:
+    config, data = TextKNN.Config(), data_of([[0, 1]])
+    with pytest.raises(DataError, match=r"text_knn: text: expected shape \[3, D\], one row for each item, got \[2, 6\]"):
+        TextKNN(config, texts(0, 2)).fit(data, 3)
+    text = texts(0, 3)
+    text[1, 2] = np.inf
+    with pytest.raises(DataError, match="text_knn: text: row 1 is not finite"):
+        TextKNN(config, text).fit(data, 3)
+
+
+def test_all_have_the_one_interface_and_reject_nonsense() -> None:
+    models: list[Baseline] = [
+        Popularity(Popularity.Config()),
+        ItemKNN(ItemKNN.Config()),
+        RepeatLast(RepeatLast.Config()),
+        TextKNN(TextKNN.Config(), texts(0, 3)),
+    ]
     for model in models:
         assert model.fit(data_of([[0, 1]]), 3) is model
+        assert model.scores(batch_of([[0, 2], []])).shape == (2, 3)
     for wrong in ({"neighbours": 0}, {"decay": 0.0}, {"decay": 1.5}, {"shrinkage": -1}, {"neighbors": 3}):
         with pytest.raises(ValidationError):
             ItemKNN.Config(**wrong)
+    for other in ({"decay": 0.0}, {"decay": 1.5}, {"pooling": "sum"}):
+        with pytest.raises(ValidationError):
+            TextKNN.Config(**other)
     with pytest.raises(ValidationError):
         Popularity.Config(window_days=0)

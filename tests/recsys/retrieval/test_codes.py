@@ -18,7 +18,7 @@ from recsys.core.errors import BundleError, ConfigError, DataError
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.codes import code_items, extend, prefix_ids
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.tokenizers import CodeTokenizer
+from recsys.retrieval.tokenizers import CodeTokenizer, ResidualKMeans
 from recsys.retrieval.tokenizers.base import Progress
 
 REPAIRS = ["keep", "suffix", "nearest_free"]
@@ -136,6 +136,67 @@ def test_nearest_free_in_numbers() -> None:
     """Ten cells: 0.52 is in cell 5 and next nearest to 4, then 6. The row that has 4 by itself comes too late for it."""
     features = torch.tensor([[0.52], [0.52], [0.45], [0.52]])
     assert code_items(grid(10), items_of(features), "nearest_free").codes.flatten().tolist() == [5, 4, 3, 6]
+
+
+def one_by_one(tokenizer: CodeTokenizer, items: ItemTable) -> list[list[int]]:
+    """Row by row, each free code of the last level decoded by itself; of equals the smaller code."""
+    found: list[list[int]] = []
+    for raw, features in zip(tokenizer.encode(items).tolist(), tokenizer.features(items), strict=True):
+        if raw in found:
+            free = [[*raw[:-1], code] for code in range(tokenizer.level_sizes[-1]) if [*raw[:-1], code] not in found]
+            errors = [float((tokenizer.decode(torch.tensor([codes]))[0] - features).square().sum()) for codes in free]
+            raw = free[int(np.argmin(errors))]
+        found.append(raw)
+    return found
+
+
+class Counting(Grid):
+    """A grid that notes how many rows and codes it is asked for at a time."""
+
+    def __init__(self, config: Grid.Config) -> None:
+        super().__init__(config)
+        self.encoded: list[int] = []
+        self.decoded: list[int] = []
+
+    def _encode(self, features_nd: Tensor) -> Tensor:
+        self.encoded.append(len(features_nd))
+        return super()._encode(features_nd)
+
+    def _decode(self, codes_nl: Tensor) -> Tensor:
+        self.decoded.append(len(codes_nl))
+        return super()._decode(codes_nl)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_are_moved_together_as_they_would_be_one_by_one(seed: int) -> None:
+    """Crowded cells: many rows repeat earlier ones, and some find their own code taken by one that was moved."""
+    random = torch.Generator().manual_seed(seed)
+    grids, means = grid(3, 4, 24), ResidualKMeans(ResidualKMeans.Config(levels=3, codes=16))
+    spread = torch.rand(70, 3, generator=random) ** 2
+    wide = torch.randn(200, 8, generator=random)
+    close = wide[torch.randint(15, (70,), generator=random)] + 0.05 * torch.randn(70, 8, generator=random)
+    for tokenizer, features in ((grids, spread), (means.fit(items_of(wide)), close)):
+        items = items_of(features)
+        raw, table = tokenizer.encode(items).tolist(), code_items(tokenizer, items, "nearest_free")
+        assert table.codes.tolist() == one_by_one(tokenizer, items)
+        moved = [row for row in range(70) if table.codes[row].tolist() != raw[row]]
+        assert len(moved) > 10 and (tokenizer is means or any(raw[row] not in raw[:row] for row in moved))
+        part = code_items(tokenizer, items_of(features[:30]), "nearest_free")
+        assert torch.equal(extend(part, tokenizer, items).codes, table.codes)
+
+
+def test_later_items_alone_are_encoded_and_what_rows_share_is_decoded_once() -> None:
+    tokenizer = Counting(Grid.Config(sizes=(3, 40))).fit(items_of(torch.zeros(1, 2)))
+    features = torch.rand(60, 2, generator=torch.Generator().manual_seed(0))
+    features[30:] = features[:30]
+    table = code_items(tokenizer, items_of(features[:50]), "nearest_free")
+    tokenizer.encoded.clear()
+    tokenizer.decoded.clear()
+    extend(table, tokenizer, items_of(features))
+    assert tokenizer.encoded == [10]
+    assert tokenizer.decoded == [40] * 3, "the 40 candidates after each of 3 codes, for all 10 rows"
+    with pytest.raises(DataError, match=r"items\.text: row 61 is not finite"):
+        extend(table, tokenizer, items_of(torch.cat((features, torch.tensor([[0.5, 0.5], [0.5, torch.nan]])))))
 
 
 def test_nearest_free_says_where_nothing_is_left() -> None:

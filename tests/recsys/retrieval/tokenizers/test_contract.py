@@ -124,8 +124,10 @@ def test_all_codes_of_a_level_are_ranked_for_an_item(name: str) -> None:
     tokenizer, codes = fitted(name), codes_of(name)
     features = tokenizer.features(table())
     for level, size in enumerate(tokenizer.level_sizes):
+        assert tokenizer.nearest_codes(features[:0], codes[0], level).shape == (0, size)
         for row in (0, 5, 77):
-            ranked = tokenizer.nearest_codes(features[row], codes[row], level)
+            ranked, other = tokenizer.nearest_codes(features[[row, 9]], codes[row], level)
+            assert torch.equal(other, tokenizer.nearest_codes(features[[9]], codes[row], level)[0])
             assert torch.equal(ranked.sort().values, torch.arange(size))
             if name in ("atomic", "fsq") or (name == "residual_kmeans" and level == 2):
                 assert ranked[0] == codes[row, level], "where its measure is the one that codes are chosen by, the own one comes first"
