@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe of a whole run, from raw events to a promoted bundle."""
 
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +18,7 @@ from recsys.registry.gates import Gate
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.catalogue import BeamIndex, check_pair
 from recsys.retrieval.code_table import Repair
+from recsys.retrieval.pretrained import pretrained_config
 from recsys.training.trainer import Trainer
 
 
@@ -61,11 +63,37 @@ class RankerRecipe(Config):
 
 
 class RetrieverRecipe(Config):
-    """A retriever, how it sees histories in training, and its training."""
+    """A retriever, how it sees histories in training, and its training.
 
-    model: component_config("retriever")  # type: ignore[valid-type]
+    Attributes:
+        model: the retriever; null for that of ``pretrained``, which then stands here.
+        pretrained: a directory of `recsys pretrain`: the model over codes begins with its weights, and its item tokenizer comes with it.
+        windows: how training histories are cut.
+        training: how it is trained; null to use what is pretrained as it is.
+    """
+
+    model: component_config("retriever", optional=True) = None  # type: ignore[valid-type]
+    pretrained: Path | None = None
     windows: SequenceLoader.Config = SequenceLoader.Config()
-    training: Training
+    training: Training | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_the_directory(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("pretrained") is None:
+            return values
+        found, given = pretrained_config(Path(values["pretrained"])), values.get("model")
+        if given not in (None, found, found.model_dump(mode="json")):
+            raise ValueError("model: expected null, since the one of the directory is used")
+        return values | {"model": found}
+
+    @model_validator(mode="after")
+    def _comes_from_somewhere(self) -> Self:
+        if self.model is None:
+            raise ValueError("model: expected a retriever, or a directory in pretrained; got neither")
+        if self.training is None and self.pretrained is None:
+            raise ValueError("training: expected how to train, since nothing is pretrained; got null")
+        return self
 
 
 class Text(Config):
@@ -143,7 +171,7 @@ class Recipe(Config):
         ranker: what scores candidates.
         text: item text for the semantic tokens.
         collaborative: the model whose item vectors become collaborative tokens; also the baseline that the retriever is compared with.
-        codes: of items; null where no model speaks in them.
+        codes: of items; null where no model reads them, or where they come with what is pretrained.
         retriever: what finds candidates.
         index: where it finds them.
         lists: how the two become one list.
@@ -177,8 +205,10 @@ class Recipe(Config):
         if name == first:
             raise ValueError(f"retriever.model: {name!r} is the collaborative model, beside which the retriever is measured")
         retriever = components.get("retriever", name)
-        reads = retriever.reads_codes(self.retriever.model)
-        if reads and self.codes is None:
+        reads, pretrained = retriever.reads_codes(self.retriever.model), self.retriever.pretrained is not None
+        if pretrained and self.codes is not None:
+            raise ValueError("codes: expected null, since the tokenizer comes with what is pretrained")
+        if reads and not pretrained and self.codes is None:
             raise ValueError(f"codes: the retriever {name!r} reads codes of items; expected a tokenizer, got none")
         if not reads and self.codes is not None:
             raise ValueError(f"codes: the retriever {name!r} does not read codes; expected null")

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 
 from benchmarks.retrieval_quality.data import CACHE, SOURCES, Dataset, load
-from benchmarks.retrieval_quality.items import items_of, keep, kept
+from benchmarks.retrieval_quality.items import items_of, keep, kept, text_of
 from benchmarks.retrieval_quality.plans import LENGTHS, PLANS, Plan
 from benchmarks.retrieval_quality.train import PLACES, Training, forget, metrics
 from recsys.bundle.environment import code_commit
 from recsys.core.files import sha256_json
-from recsys.evaluation.retrieval import event_ranks
-from recsys.retrieval.baselines import ItemKNN, Popularity, RepeatLast
+from recsys.evaluation.retrieval import Scorer, event_ranks
+from recsys.evaluation.tuned_baselines import tuned_item_knn, tuned_text_knn
+from recsys.retrieval.baselines import Baseline, Popularity, RepeatLast
 from recsys.retrieval.models import SASRec
 
 RAW = Path(__file__).parents[2] / "docs" / "results" / "raw" / "retrieval_quality.jsonl"
 VERSION = 1  # of what a cell means
 EVERY = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 # Their own few settings are tuned on validation inside the cell.
-BASELINES = ("popularity", "repeat_last", "item_knn")
-_DECAYS = (1.0, 0.9, 0.8, 0.7, 0.6)
+BASELINES = ("popularity", "repeat_last", "item_knn", "text_knn")
 
 
 class Grid:
@@ -146,21 +146,25 @@ class Grid:
         if final:
             forget(folder)
         if kept_as is not None:
+            assert isinstance(training.model, SASRec)
             keep(training.model, self.model(kept_as))
         return outcome, ranks
 
     def _baseline(self, data: Dataset, name: str) -> tuple[dict[str, Any], np.ndarray]:
         train, longest = data.split.train, 50
+
+        def quality(scorer: Scorer) -> float:
+            return metrics(event_ranks(scorer, data.data, data.split.valid, longest))["ndcg@10"]
+
+        model: Baseline
         if name == "item_knn":
-            tried = [ItemKNN(ItemKNN.Config(neighbours=data.count, decay=decay)).fit(train, data.count) for decay in _DECAYS]
-            valid = [metrics(event_ranks(model.scores, data.data, data.split.valid, longest)) for model in tried]
-            best = max(range(len(tried)), key=lambda i: valid[i]["ndcg@10"])
-            ranks = event_ranks(tried[best].scores, data.data, data.split.test, longest)
-            return {"valid": valid[best], "chosen": {"decay": _DECAYS[best]}}, ranks
-        model = Popularity(Popularity.Config()) if name == "popularity" else RepeatLast(RepeatLast.Config())
-        scorer = model.fit(train, data.count).scores
-        valid_ranks, ranks = (event_ranks(scorer, data.data, steps, longest) for steps in (data.split.valid, data.split.test))
-        return {"valid": metrics(valid_ranks)}, ranks
+            model = tuned_item_knn(train, data.count, quality)
+        elif name == "text_knn":
+            model = tuned_text_knn(train, text_of(data, "minilm"), quality)
+        else:
+            model = (Popularity(Popularity.Config()) if name == "popularity" else RepeatLast(RepeatLast.Config())).fit(train, data.count)
+        valid_ranks, ranks = (event_ranks(model.scores, data.data, steps, longest) for steps in (data.split.valid, data.split.test))
+        return {"valid": metrics(valid_ranks), "chosen": model.config.model_dump(mode="json")}, ranks
 
 
 def write_ranks(file: Path, ranks: np.ndarray) -> None:

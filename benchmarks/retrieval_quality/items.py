@@ -14,7 +14,6 @@ from benchmarks.retrieval_quality.data import Dataset
 from recsys.core import components
 from recsys.core.config import validate
 from recsys.core.files import sha256_json
-from recsys.retrieval.base import Retriever
 from recsys.retrieval.codes import code_items
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models import SASRec
@@ -68,7 +67,7 @@ def items_of(data: Dataset, wanted: Mapping[str, Any], collaborative: SASRec | N
     return ItemTable(data.count, data.warm, text, vectors, table)
 
 
-def keep(model: Retriever, folder: Path) -> None:
+def keep(model: SASRec, folder: Path) -> None:
     """Write a model whose item vectors others read."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")

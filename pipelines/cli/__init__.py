@@ -13,7 +13,8 @@ from recsys.core.errors import RecsysError, unknown
 
 VERBS = {
     "run": "run a recipe: from raw events to a promoted bundle, with a report",
-    "scale": "train rankers at many sizes and fit scaling laws, with a picture",
+    "pretrain": "train a model over codes on several catalogues, to be used on others",
+    "scale": "train models at many sizes and fit scaling laws, with a picture",
     "ingest": "turn raw files into a data set, counting what was dropped",
     "serve": "answer requests over HTTP with the champion",
     "rollback": "make the previous champion the champion again",

@@ -14,6 +14,7 @@ from benchmarks.retrieval_quality.summary import markdown, scored, tables
 from recsys.data.jagged import Jagged
 from recsys.data.sequences import SequenceData
 from recsys.evaluation.metrics.ranking import recall_at
+from recsys.evaluation.tuned_baselines import DECAYS
 
 ITEMS, USERS = 15, 60
 
@@ -80,7 +81,7 @@ def test_tables_compare_with_sasrec_on_every_slice(data: Dataset, grid: Grid) ->
     assert float(whole["repeat_last"]["recall@5"]) == 0.0, "what was seen is left out"
     text = markdown(rows)
     assert text.splitlines()[1].count("---") == len(rows[0]) and len(text.splitlines()) == len(rows) + 2
-    assert json.loads(grid.raw.read_text().splitlines()[2])["chosen"]["decay"] in grid_module._DECAYS
+    assert json.loads(grid.raw.read_text().splitlines()[2])["chosen"]["decay"] in DECAYS
     assert len(scored(grid)) == 4
 
 

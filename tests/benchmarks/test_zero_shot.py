@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RecGPT trained on two small catalogues and asked about a third, in which neighbours have similar texts too."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.retrieval_quality import zero_shot
+from benchmarks.retrieval_quality.data import Dataset
+from benchmarks.retrieval_quality.plans import Plan
+from benchmarks.retrieval_quality.zero_shot import ZeroShot
+from recsys.data.jagged import Jagged
+from recsys.data.sequences import SequenceData
+from recsys.evaluation.metrics.ranking import ndcg_at
+
+USERS = 80
+
+
+def domain(name: str, items: int, seed: int, cache: Path) -> Dataset:
+    """Users who walk up a catalogue; the texts of neighbours share words."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 8, USERS)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    start = np.repeat(rng.integers(0, items, USERS), lengths)
+    rows = (start + np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)) % items
+    events = SequenceData.from_order([f"u{i}" for i in range(USERS)], Jagged(rows, offsets))
+    return Dataset(name, name, events, tuple(" ".join(f"w{(i + j) % items}" for j in range(3)) for i in range(items)), cache)
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ZeroShot:
+    monkeypatch.setattr(zero_shot, "ENCODER", "hashing")
+    monkeypatch.setattr(zero_shot, "MODEL", {"name": "recgpt", "dim": 16, "blocks": 1, "heads": 2, "max_length": 8})
+    monkeypatch.setattr(zero_shot, "TOKENIZER", {"name": "fsq", "slots": 4, "levels": [5, 5], "epochs": 5, "heads": 2})
+    monkeypatch.setattr(zero_shot, "TRAINING", zero_shot.training(32, 2, 0.01, 2))
+    monkeypatch.setattr(zero_shot, "WINDOWS", {"stride": 8})
+    few = zero_shot.PLANS["sasrec"]
+    small = {"dim": 16, "blocks": 1, "heads": 1, "max_length": 8}
+    monkeypatch.setattr(zero_shot, "PLANS", {"sasrec": Plan(small, few.points, {"stride": 8}, zero_shot.training(16, 2, 0.01, 2))})
+    domains = {name: domain(name, 20 + 5 * i, i, tmp_path) for i, name in enumerate("abc")}
+    return ZeroShot(domains, tmp_path / "raw.jsonl", tmp_path)
+
+
+def test_cells_are_filled_once_and_say_how_they_rank_new_targets(runner: ZeroShot, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.baselines("a")
+    for variant in zero_shot.VARIANTS:
+        runner.variant("a", variant, 0)
+    records = {record["variant"]: record for record in runner.records()}
+    assert set(records) == {*zero_shot.BASELINES, *zero_shot.VARIANTS}
+    assert set(records["full"]["test"]) == {"unseen", "any", "no_trie"} and set(records["causal"]["test"]) == {"unseen", "any"}
+    assert records["full"]["config"]["sources"] == ["b", "c"]
+    test = runner.domains["a"].split.test
+    for record in records.values():
+        ranks = runner.ranks(record["cell"], "unseen")
+        assert len(ranks) == len(test) and record["test"]["unseen"]["all"]["ndcg@10"] == pytest.approx(ndcg_at(ranks, 10).mean())
+    assert "a full seed 0: NDCG@10 unseen:" in capsys.readouterr().out
+    before = runner.raw.read_text()
+    runner.baselines("a")
+    runner.variant("a", "full", 0)
+    assert runner.raw.read_text() == before
+
+
+def test_combinations_are_numbered_as_items_are() -> None:
+    sizes = (3, 4, 5)
+    codes = torch.stack([torch.tensor([0, 2]), torch.tensor([3, 1]), torch.tensor([4, 0])])[None]
+    found = zero_shot._numbers(codes, sizes)[0].tolist()
+    assert found == [(a * 4 + b) * 5 + c for a, b, c in product([0, 2], [3, 1], [4, 0])]
