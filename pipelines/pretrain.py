@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
-from pipelines.recipe import ItemCodes, Split, Training
+from pipelines.recipe import Split
 from pipelines.report.plots import curves
 from pipelines.steps.pretraining import Pretraining, Source
 from pipelines.steps.retrieval import coded, fit_tokenizer, sample_steps
@@ -29,10 +29,11 @@ from recsys.data.splits import global_time_split, order_events
 from recsys.data.windows import SequenceLoader
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.catalogue import Catalogue, check_pair
+from recsys.retrieval.codes import ItemCodes
 from recsys.retrieval.items import ItemTable, joined
 from recsys.retrieval.pretrained import save_pretrained
 from recsys.text import TextEncoder, item_vectors
-from recsys.training.trainer import History
+from recsys.training.trainer import History, Training
 
 
 class DomainRecipe(Config):

@@ -17,9 +17,10 @@ from recsys.ranking.calibration import NoCalibration, Undersampling
 from recsys.registry.gates import Gate
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.catalogue import BeamIndex, check_pair
-from recsys.retrieval.code_table import Repair
+from recsys.retrieval.codes import ItemCodes
 from recsys.retrieval.pretrained import pretrained_config
-from recsys.training.trainer import Trainer
+from recsys.text import ItemText
+from recsys.training.trainer import Training
 
 
 class Split(Config):
@@ -27,13 +28,6 @@ class Split(Config):
 
     valid: float = Field(0.1, gt=0, lt=1)
     test: float = Field(0.1, gt=0, lt=1)
-
-
-class Training(Config):
-    """How one model is trained."""
-
-    batch_size: int = Field(ge=1)
-    trainer: Trainer.Config
 
 
 class RankerRecipe(Config):
@@ -96,38 +90,6 @@ class RetrieverRecipe(Config):
         return self
 
 
-class Text(Config):
-    """Item text and its encoder.
-
-    Attributes:
-        encoder: a text encoder.
-        columns: the item columns that make the text, in this order.
-    """
-
-    encoder: component_config("text_encoder")  # type: ignore[valid-type]
-    columns: tuple[str, ...]
-
-
-class ItemCodes(Config):
-    """The codes of items, for a retriever that speaks in codes.
-
-    Attributes:
-        tokenizer: what makes them of the items' text, fitted on the training period.
-        repair: what becomes of items with the same codes, see `recsys.retrieval.code_table.Repair`.
-        suffix_size: how many items ``suffix`` can tell apart.
-    """
-
-    tokenizer: component_config("item_tokenizer")  # type: ignore[valid-type]
-    repair: Repair = "keep"
-    suffix_size: int = Field(256, ge=1)
-
-    @property
-    def levels(self) -> int:
-        """How many codes an item has."""
-        levels: int = components.build("item_tokenizer", self.tokenizer).levels
-        return levels + (self.repair == "suffix")
-
-
 class Lists(Config):
     """How retrieved candidates become a list.
 
@@ -188,7 +150,7 @@ class Recipe(Config):
     features: FeatureRepo
     encoder: EncoderConfig
     ranker: RankerRecipe
-    text: Text
+    text: ItemText
     collaborative: RetrieverRecipe
     codes: ItemCodes | None = None
     retriever: RetrieverRecipe

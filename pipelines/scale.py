@@ -19,9 +19,9 @@ from recsys.core.config import Config, apply_overrides, parse, read_recipe
 from recsys.core.errors import ConfigError, unknown
 from recsys.core.files import write_bytes, write_json
 from recsys.evaluation.bootstrap import Interval
-from recsys.scaling.data import ScalingData
-from recsys.scaling.plot import Baseline, Fits, Point, figure, fits, points, section, table
-from recsys.scaling.sweep import Axis, Plan, cells, sweep
+from recsys.scaling.plot import Baseline, Fits, Point, figure, fits, points, section, slices, table
+from recsys.scaling.subject import Measures, Subject
+from recsys.scaling.sweep import Axis, Plan, cells, subject_of, sweep
 from recsys.training.progress import NoProgress, RichProgress
 
 QUICK = "-quick"  # after the name of a recipe's folder
@@ -32,8 +32,8 @@ class FitConfig(Config):
     """How laws are fitted.
 
     Attributes:
-        baseline: what the gain of AUC is measured against: a number, a value that the data know (such as ``only_main`` of planted data),
-            or an architecture's label, whose smallest point is the baseline.
+        baseline: what the gain is measured against: a number, a value that the data know (such as ``only_main`` of planted data, or
+            ``popularity`` of histories), or an architecture's label, whose smallest point is the baseline.
         resamples: draws of seeds for the intervals; 0 for none.
         level: of the intervals.
     """
@@ -69,6 +69,7 @@ class Study:
         baseline: of the gains.
         laws: one for each x of the axis.
         references: what is known of the data.
+        measures: of the points.
     """
 
     directory: Path
@@ -76,6 +77,7 @@ class Study:
     baseline: Baseline
     laws: list[Fits]
     references: dict[str, float]
+    measures: Measures
 
 
 def load_scale_recipe(recipe: str, overrides: Sequence[str] = (), *, quick: bool = False) -> ScaleRecipe:
@@ -97,7 +99,8 @@ def load_scale_recipe(recipe: str, overrides: Sequence[str] = (), *, quick: bool
 def execute(recipe: ScaleRecipe, axis: Axis, directory: Path, console: Console, only: Sequence[str] = ()) -> Study:
     """Sweep, fit and write ``cells.jsonl``, ``scaling.csv``, ``scaling.svg``, ``report.html`` and ``summary.json``.
 
-    Cells that ``directory`` holds already are not trained again.
+    Where slices are measured there is a picture of them, ``slices.svg``; a folder ``shared`` holds what several cells read. Cells that
+    ``directory`` holds already are not trained again.
 
     Args:
         recipe: what to study.
@@ -107,13 +110,13 @@ def execute(recipe: ScaleRecipe, axis: Axis, directory: Path, console: Console, 
         only: labels of architectures; all by default.
     """
     recipe = _chosen(recipe, only)
-    data: ScalingData = components.build("scaling_data", recipe.data)
-    references = dict(data.references())
-    rows = _sweep(recipe, data, axis, directory, console)
-    found = points(rows)
-    baseline = _baseline(recipe.fit.baseline, found, references, axis)
-    laws = [fits(found, baseline, x, resamples=recipe.fit.resamples, level=recipe.fit.level) for x in _X[axis]]
-    study = Study(directory, found, baseline, laws, references)
+    subject = subject_of(components.build("scaling_data", recipe.data), directory)
+    references, measures = dict(subject.references()), subject.measures
+    rows = _sweep(recipe, subject, axis, directory, console)
+    found = points(rows, measures)
+    baseline = _baseline(recipe.fit.baseline, found, references, axis, measures)
+    laws = [fits(found, baseline, x, measures, resamples=recipe.fit.resamples, level=recipe.fit.level) for x in _X[axis]]
+    study = Study(directory, found, baseline, laws, references, measures)
     _write(study, recipe, axis)
     return study
 
@@ -127,21 +130,22 @@ def _chosen(recipe: ScaleRecipe, only: Sequence[str]) -> ScaleRecipe:
     return recipe.model_copy(update={"architectures": kept})
 
 
-def _sweep(recipe: ScaleRecipe, data: ScalingData, axis: Axis, directory: Path, console: Console) -> list[dict[str, Any]]:
-    wanted = cells(recipe, data, axis)
+def _sweep(recipe: ScaleRecipe, subject: Subject, axis: Axis, directory: Path, console: Console) -> list[dict[str, Any]]:
+    wanted = cells(recipe, subject, axis)
     console.print(f"[dim]{len(wanted)} cells: {len(recipe.architectures)} architectures, {len(recipe.seeds)} seeds[/]")
     progress = NoProgress() if console.quiet else RichProgress(recipe.name)
     rows = []
-    for done, (cell, row, trained) in enumerate(sweep(recipe, data, wanted, directory, commit=code_commit(), progress=progress), 1):
+    for done, (cell, row, trained) in enumerate(sweep(recipe, subject, wanted, directory, commit=code_commit(), progress=progress), 1):
         how = f"{row['seconds']:.0f} s" if trained else "there already"
-        name = f"{cell.architecture} {cell.size}, {cell.rows:,} rows, seed {cell.seed}"
-        console.print(f"[dim]{done}/{len(wanted)}[/]  {name}: AUC {row['metrics']['auc']:.4f}  [dim]{how}[/]", highlight=False)
+        name = f"{cell.architecture} {cell.size}, {cell.rows:,} {subject.measures.x['rows']}, seed {cell.seed}"
+        result = f"{subject.measures.gain.name} {row['metrics'][subject.measures.gain.key]:.4f}"
+        console.print(f"[dim]{done}/{len(wanted)}[/]  {name}: {result}  [dim]{how}[/]", highlight=False)
         # Labels and costs are the plan's own: the same training may stand in the file under an older label.
         rows.append(row | {"architecture": cell.architecture, "size": cell.size})
     return rows
 
 
-def _baseline(wanted: float | str, found: list[Point], references: dict[str, float], axis: Axis) -> Baseline:
+def _baseline(wanted: float | str, found: list[Point], references: dict[str, float], axis: Axis, measures: Measures) -> Baseline:
     if not isinstance(wanted, str):
         return Baseline(f"{wanted:g}", [wanted])
     if wanted in references:
@@ -151,15 +155,18 @@ def _baseline(wanted: float | str, found: list[Point], references: dict[str, flo
         known = [*references, *dict.fromkeys(point.architecture for point in found)]
         raise ConfigError(f"fit.baseline: {unknown('reference or architecture', wanted, known)}")
     point = min(own, key=lambda point: point.x[_X[axis][0]])
-    return Baseline(f"{wanted} {point.size}", point.metrics["auc"], point)
+    return Baseline(f"{wanted} {point.size}", point.metrics[measures.gain.key], point)
 
 
 def _write(study: Study, recipe: ScaleRecipe, axis: Axis) -> None:
-    bound = study.references.get("auc")
-    svg = figure(study.found, study.baseline, study.laws, bound)
-    write_bytes(study.directory / "scaling.csv", table(study.found, study.baseline).encode())
-    write_bytes(study.directory / "scaling.svg", svg.encode())
-    body = section(study.found, study.baseline, study.laws, study.references, svg)
+    measures = study.measures
+    pictures = {"scaling.svg": figure(study.found, study.baseline, study.laws, study.references.get(measures.gain.key), measures)}
+    if measures.slices:
+        pictures["slices.svg"] = slices(study.found, _X[axis][0], measures)
+    for name, svg in pictures.items():
+        write_bytes(study.directory / name, svg.encode())
+    write_bytes(study.directory / "scaling.csv", table(study.found, study.baseline, measures).encode())
+    body = section(study.found, study.baseline, study.laws, study.references, "\n".join(pictures.values()), measures)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     write_bytes(study.directory / "report.html", _page(f"{recipe.name}: scaling in {axis}", body, text).encode())
     write_json(study.directory / "summary.json", summary(study, recipe, axis))
@@ -187,7 +194,7 @@ def summary(study: Study, recipe: ScaleRecipe, axis: Axis) -> dict[str, Any]:
         "axis": axis,
         "seeds": list(recipe.seeds),
         "commit": code_commit(),
-        "baseline": {"name": study.baseline.name, "auc": study.baseline.mean},
+        "baseline": {"name": study.baseline.name, study.measures.gain.key: study.baseline.mean},
         "references": study.references,
         "laws": laws,
         "points": found,
@@ -202,7 +209,8 @@ def _json(interval: Interval) -> dict[str, float | None]:
 def show(study: Study, console: Console) -> None:
     """Print the exponents."""
     for law in study.laws:
-        grid = Table("architecture", f"AUC gain ∝ {law.x}^a", f"log-loss − L∞ ∝ {law.x}^a", box=None, header_style="dim")
+        gain = f"{study.measures.gain.name} gain over {study.baseline.name} ∝ {law.x}^a"
+        grid = Table("architecture", gain, f"{study.measures.loss.name} − L∞ ∝ {law.x}^a", box=None, header_style="dim")
         for name in dict.fromkeys(point.architecture for point in study.found):
             shown = [str(fitted[name].exponent) if name in fitted else "–" for fitted in (law.gain, law.loss)]
             grid.add_row(name, *shown)

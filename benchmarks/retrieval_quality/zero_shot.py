@@ -26,7 +26,6 @@ from benchmarks.retrieval_quality.grid import read_ranks, write_ranks
 from benchmarks.retrieval_quality.items import text_of, tokenizer_of
 from benchmarks.retrieval_quality.plans import PLANS, training
 from benchmarks.retrieval_quality.train import Training, forget, metrics
-from pipelines.recipe import Training as PipelineTraining
 from pipelines.steps.pretraining import Pretraining, Source
 from recsys.bundle.environment import code_commit
 from recsys.core.config import validate
@@ -47,6 +46,7 @@ from recsys.retrieval.models import RecGPT
 from recsys.retrieval.state import SlotLogProbs
 from recsys.training.progress import NoProgress
 from recsys.training.trainer import History
+from recsys.training.trainer import Training as HowToTrain
 
 RAW = Path(__file__).parents[2] / "docs" / "results" / "raw" / "zero_shot.jsonl"
 VERSION = 1
@@ -211,7 +211,7 @@ class Asked:
 
     def fit(self, folder: Path) -> History:
         """Train, or go on with what stands in the folder."""
-        windows, training = validate(SequenceLoader.Config, self._config["windows"]), validate(PipelineTraining, self._config["training"])
+        windows, training = validate(SequenceLoader.Config, self._config["windows"]), validate(HowToTrain, self._config["training"])
         context = {"cell": dict(self._config), "seed": self._seed}
         history = self._training.fit(windows, training, folder, context=context, progress=NoProgress())
         forget(folder)

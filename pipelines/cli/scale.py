@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`recsys scale RECIPE`: train rankers at many sizes, fit power laws, and write them with a picture; or lay a large one out on paper."""
+"""`recsys scale RECIPE`: train models at many sizes, fit power laws, and write them with a picture; or lay a large ranker out on paper."""
 
 import argparse
 from pathlib import Path

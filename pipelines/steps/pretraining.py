@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipelines.recipe import Training
 from recsys.core import components
 from recsys.core.config import Config
 from recsys.data.domains import Domain, joined
@@ -24,7 +23,7 @@ from recsys.retrieval.items import ItemTable
 from recsys.retrieval.items import joined as joined_items
 from recsys.training.progress import TrainingProgress
 from recsys.training.tracking import Tracker
-from recsys.training.trainer import History, Trainer
+from recsys.training.trainer import History, Trainer, Training
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines.recipe import ItemCodes, Recipe, RetrieverRecipe
+from pipelines.recipe import Recipe, RetrieverRecipe
 from pipelines.steps.data import Prepared
 from recsys.core import components
 from recsys.core.config import Config
@@ -23,7 +23,7 @@ from recsys.evaluation.tuned_baselines import tuned_item_knn, tuned_text_knn
 from recsys.retrieval.base import CodeRetriever, Retriever, VectorRetriever
 from recsys.retrieval.baselines import Popularity, RepeatLast
 from recsys.retrieval.catalogue import Catalogue, Index, check_pair
-from recsys.retrieval.codes import code_items
+from recsys.retrieval.codes import ItemCodes, code_items
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.models.setrec import SETRec

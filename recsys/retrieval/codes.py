@@ -7,12 +7,36 @@ from typing import get_args
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from recsys.core import components
+from recsys.core.components import component_config
+from recsys.core.config import Config
 from recsys.core.errors import BundleError, ConfigError, DataError
 from recsys.retrieval.code_table import CodeTable, Repair
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.tokenizers import CodeTokenizer
+
+
+class ItemCodes(Config):
+    """The codes of items, as a recipe says what makes them.
+
+    Attributes:
+        tokenizer: what makes them of the items' text, fitted on the training period.
+        repair: what becomes of items with the same codes, see `recsys.retrieval.code_table.Repair`.
+        suffix_size: how many items ``suffix`` can tell apart.
+    """
+
+    tokenizer: component_config("item_tokenizer")  # type: ignore[valid-type]
+    repair: Repair = "keep"
+    suffix_size: int = Field(256, ge=1)
+
+    @property
+    def levels(self) -> int:
+        """How many codes an item has."""
+        levels: int = components.build("item_tokenizer", self.tokenizer).levels
+        return levels + (self.repair == "suffix")
 
 
 def code_items(tokenizer: CodeTokenizer, items: ItemTable, repair: Repair = "keep", suffix_size: int = 256) -> CodeTable:

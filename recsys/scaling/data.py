@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep trains on: a Protocol, and planted impressions behind it.
+"""What a sweep trains rankers on: a Protocol, and planted impressions behind it.
 
 A source is a class ``cls(config)`` registered with ``@register("scaling_data", name)``; a recipe says ``data: {name: ..., ...}``.
 """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training a ranker at many sizes: architecture × size × training rows × seed, one line of JSON for each cell as it is finished.
+"""Training models at many sizes: architecture × size × amount of data × seed, one line of JSON for each cell as it is finished.
 
-A cell is known by the hash of what decides its result, so a sweep that was interrupted goes on where it was, and one that was extended
-trains only what is new. The commit is written beside the result and is no part of the hash.
+What a cell trains is a `recsys.scaling.subject.Subject`: rankers or retrievers, as the data say. A cell is known by the hash of what
+decides its result, so a sweep that was interrupted goes on where it was, and one that was extended trains only what is new. The commit is
+written beside the result and is no part of the hash.
 """
 
 import math
@@ -16,32 +17,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from pydantic import Field
-from torch import nn
+from pydantic import Field, create_model
 
-from recsys.core import components
 from recsys.core.components import component_config
 from recsys.core.config import Config, parse, set_key
-from recsys.core.errors import ConfigError, DataError
+from recsys.core.errors import ConfigError
 from recsys.core.files import sha256_json
-from recsys.data.batch import RankingBatch
-from recsys.data.spec import InputSpec
-from recsys.evaluation.metrics.auc import auc
-from recsys.evaluation.metrics.log_loss import log_loss
-from recsys.evaluation.metrics.normalized_entropy import normalized_entropy
-from recsys.ranking.model import Costs, Ranker
+from recsys.ranking.model import Costs
 from recsys.scaling.data import ScalingData
 from recsys.scaling.lines import Lines, Row
+from recsys.scaling.rankers import Rankers
+from recsys.scaling.retrieval_data import RetrievalData
+from recsys.scaling.retrievers import Retrievers
+from recsys.scaling.subject import Subject
 from recsys.training.progress import TrainingProgress
-from recsys.training.trainer import Trainer
+from recsys.training.trainer import Trainer, Training
 
 Axis = Literal["params", "flops", "data"]
 
 _FORMAT = 1  # of a cell; another one makes every cell new
-_EVALUATION_BATCH = 4096
-_OPERATIONAL = {"checkpoint", "log_every", "max_skipped"}  # of a trainer: what does not change its result
 _TOLERANCE = 1.5  # how far, as a factor, a solved size may lie from its target
 
 
@@ -62,7 +56,7 @@ class Architecture(Config):
 
     Attributes:
         label: its name in tables and pictures.
-        model: a ranker's configuration.
+        model: its configuration, a ranker's or a retriever's.
         sizes: by hand; where the axis has targets, the first one's keys are set and a width is solved for each target.
         grow: the keys that a solved width decides, each with its value for the width 1; a list grows in every element.
         multiple: a solved width is a multiple of this.
@@ -80,18 +74,11 @@ class Architecture(Config):
         return {**self.sizes[0].set, **grown}
 
 
-class Training(Config):
-    """How every cell is trained: alike, so that only size, rows and architecture differ."""
-
-    batch_size: int = Field(ge=1)
-    trainer: Trainer.Config
-
-
 class Targets(Config):
     """Sizes that a solver reaches by choosing a width; none for each architecture's own sizes.
 
     Attributes:
-        targets: dense parameters, or operations of one sample's forward pass.
+        targets: dense parameters, or operations of one forward pass.
     """
 
     targets: tuple[int, ...] = ()
@@ -101,7 +88,7 @@ class DataAxis(Config):
     """Amounts of data.
 
     Attributes:
-        rows: training rows.
+        rows: training rows, or what else the data count, as `Plan.rows`.
         size: the label of the size that every architecture has; its last one by default.
     """
 
@@ -113,11 +100,11 @@ class Plan(Config):
     """What is swept.
 
     Attributes:
-        data: where impressions come from.
+        data: where impressions or histories come from.
         training: of every cell.
         architectures: what is compared.
-        seeds: each decides initial weights, training rows and their order.
-        rows: training rows on the axes ``params`` and ``flops``.
+        seeds: each decides initial weights, the training data drawn and their order.
+        rows: how much is trained on, on the axes ``params`` and ``flops``: rows for rankers, users or events for retrievers.
         params: sizes on the axis ``params``.
         flops: sizes on the axis ``flops``.
         amounts: amounts of data on the axis ``data``; null where there is none.
@@ -140,23 +127,33 @@ class Cell:
     Attributes:
         architecture: its label.
         size: its label.
-        config: the ranker's configuration.
-        costs: of the ranker with the data's own tables.
-        rows: training rows.
+        config: the model's configuration.
+        costs: of the model with the data's own tables.
+        rows: how much it is trained on.
         seed: of everything that is random.
         key: the hash of what decides the result.
     """
 
     architecture: str
     size: str
-    config: Ranker.Config
+    config: Config
     costs: Costs
     rows: int
     seed: int
     key: str
 
 
-def cells(plan: Plan, data: ScalingData, axis: Axis) -> list[Cell]:
+def subject_of(data: ScalingData | RetrievalData, directory: Path) -> Subject:
+    """The models that learn from a source of data.
+
+    Args:
+        data: the source.
+        directory: of the study, for what its cells share.
+    """
+    return Retrievers(data, directory / "shared") if isinstance(data, RetrievalData) else Rankers(data)
+
+
+def cells(plan: Plan, subject: Subject, axis: Axis) -> list[Cell]:
     """All cells of an axis, small ones first, so that a picture of all architectures is there early.
 
     Raises:
@@ -170,22 +167,17 @@ def cells(plan: Plan, data: ScalingData, axis: Axis) -> list[Cell]:
         if plan.amounts is None:
             raise ConfigError("amounts: the axis 'data' needs amounts.rows, but the recipe has none")
         amounts = sorted(set(plan.amounts.rows))
-    sizes = [found for architecture in plan.architectures for found in _sizes(plan, architecture, data, axis)]
+    sizes = [found for architecture in plan.architectures for found in _sizes(plan, architecture, subject, axis)]
     sizes.sort(key=lambda found: found[3].flops)
-    fixed = {"format": _FORMAT, "data": dict(data.fingerprint), "spec": data.spec.model_dump(mode="json")} | _training(plan.training)
+    fixed = {"format": _FORMAT, "training": plan.training.identity()}
+    decided = [fixed | dict(subject.identity(config)) | {"model": config.model_dump(mode="json")} for _, _, config, _ in sizes]
     made = []
-    for rows, (label, size, config, costs), seed in product(amounts, sizes, plan.seeds):
-        key = sha256_json(fixed | {"model": config.model_dump(mode="json"), "rows": rows, "seed": seed})
-        made.append(Cell(label, size, config, costs, rows, seed, key))
+    for rows, ((label, size, config, costs), own), seed in product(amounts, zip(sizes, decided, strict=True), plan.seeds):
+        made.append(Cell(label, size, config, costs, rows, seed, sha256_json(own | {"rows": rows, "seed": seed})))
     return made
 
 
-def _training(training: Training) -> dict[str, Any]:
-    trainer = training.trainer.model_dump(mode="json", exclude=_OPERATIONAL)
-    return {"training": {"batch_size": training.batch_size, "trainer": trainer}}
-
-
-def _sizes(plan: Plan, architecture: Architecture, data: ScalingData, axis: Axis) -> Iterator[tuple[str, str, Ranker.Config, Costs]]:
+def _sizes(plan: Plan, architecture: Architecture, subject: Subject, axis: Axis) -> Iterator[tuple[str, str, Config, Costs]]:
     """Label, size, configuration and costs of each size on the axis."""
     label, sizes = architecture.label, architecture.sizes
     if not sizes or len({size.label for size in sizes}) < len(sizes):
@@ -193,8 +185,8 @@ def _sizes(plan: Plan, architecture: Architecture, data: ScalingData, axis: Axis
     targets = {"params": plan.params.targets, "flops": plan.flops.targets, "data": ()}[axis]
     if targets:
         for target in targets:
-            config = solve(architecture, data, "dense" if axis == "params" else "flops", target)
-            yield label, _short(target), config, _costs(architecture, config, data.spec)
+            config = solve(architecture, subject, "dense" if axis == "params" else "flops", target)
+            yield label, _short(target), config, _costs(architecture, config, subject)
         return
     if axis == "data":
         wanted = (plan.amounts.size if plan.amounts else None) or sizes[-1].label
@@ -202,8 +194,8 @@ def _sizes(plan: Plan, architecture: Architecture, data: ScalingData, axis: Axis
         if not sizes:
             raise ConfigError(f"amounts.size: {label} has no size {wanted!r}, only {', '.join(s.label for s in architecture.sizes)}")
     for size in sizes:
-        config = configure(architecture, size.set)
-        yield label, size.label, config, _costs(architecture, config, data.spec)
+        config = configure(architecture, size.set, subject.kind)
+        yield label, size.label, config, _costs(architecture, config, subject)
 
 
 def _short(count: int) -> str:
@@ -212,8 +204,8 @@ def _short(count: int) -> str:
     return f"{count / 1000**power:.4g}{('', 'k', 'M', 'G')[power]}"
 
 
-def configure(architecture: Architecture, overrides: Mapping[str, Any]) -> Ranker.Config:
-    """The ranker's configuration with ``overrides`` by dotted key.
+def configure(architecture: Architecture, overrides: Mapping[str, Any], kind: str) -> Config:
+    """The configuration of the architecture's model, a component of ``kind``, with ``overrides`` by dotted key.
 
     Raises:
         ConfigError: names the architecture and the key.
@@ -224,14 +216,16 @@ def configure(architecture: Architecture, overrides: Mapping[str, Any]) -> Ranke
             set_key(model, key, value)
         except ConfigError as error:
             raise ConfigError(f"{source}: {key}: {error}") from None
-    return parse(_Model, {"model": model}, source=source).model  # type: ignore[no-any-return]
+    config: Config = vars(parse(_model_of(kind), {"model": model}, source=source))["model"]
+    return config
 
 
-class _Model(Config):
-    model: component_config("ranker")  # type: ignore[valid-type]
+@cache
+def _model_of(kind: str) -> type[Config]:
+    return create_model("Model", __base__=Config, model=(component_config(kind), ...))
 
 
-def solve(architecture: Architecture, data: ScalingData, what: Literal["dense", "flops"], target: int) -> Ranker.Config:
+def solve(architecture: Architecture, subject: Subject, what: Literal["dense", "flops"], target: int) -> Config:
     """The configuration whose costs come nearest to ``target``, by choosing a width among the multiples of ``architecture.multiple``.
 
     Costs grow with the width: the smallest one that reaches the target is found by doubling and bisection, and compared with the one below.
@@ -239,14 +233,13 @@ def solve(architecture: Architecture, data: ScalingData, what: Literal["dense", 
     Raises:
         ConfigError: the nearest is more than a factor of 1.5 away, or the keys that grow do not make the model larger.
     """
-    # The dense part does not depend on how many rows the tables have.
-    tables = tuple(table.model_copy(update={"rows": 2}) for table in data.spec.tables)
-    spec = data.spec.model_copy(update={"tables": tables})
+
+    def at(steps: int) -> Config:
+        return configure(architecture, architecture.at_width(steps * architecture.multiple), subject.kind)
 
     @cache
     def measure(steps: int) -> int:
-        config = configure(architecture, architecture.at_width(steps * architecture.multiple))
-        return int(getattr(_costs(architecture, config, spec), what))
+        return int(getattr(_costs(architecture, at(steps), subject, tables=False), what))
 
     high = 1
     while measure(high) < target:
@@ -264,44 +257,29 @@ def solve(architecture: Architecture, data: ScalingData, what: Literal["dense", 
             f"architectures: {architecture.label}: no width that is a multiple of {architecture.multiple} comes near {target:,} ({what}): "
             f"the nearest is {width} with {found:,}"
         )
-    return configure(architecture, architecture.at_width(width))
+    return at(nearest)
 
 
-def costs(config: Ranker.Config, spec: InputSpec) -> Costs:
-    """What a ranker costs; it is built for the purpose."""
-    with torch.random.fork_rng(devices=[]):
-        return _build(config, spec).costs()
-
-
-def _costs(architecture: Architecture, config: Ranker.Config, spec: InputSpec) -> Costs:
+def _costs(architecture: Architecture, config: Config, subject: Subject, *, tables: bool = True) -> Costs:
     try:
-        return costs(config, spec)
+        return subject.costs(config, tables=tables)
     except ConfigError as error:
         raise ConfigError(f"architectures: {architecture.label}: {error}") from None
 
 
-def _build(config: Ranker.Config, spec: InputSpec) -> Ranker:
-    ranker: Ranker = components.build("ranker", config, spec)
-    return ranker
-
-
-def run_cell(cell: Cell, plan: Plan, data: ScalingData, folder: Path, progress: TrainingProgress | None = None) -> Row:
-    """Train one cell and measure it on the test rows; returns its line.
+def run_cell(cell: Cell, plan: Plan, subject: Subject, folder: Path, progress: TrainingProgress | None = None) -> Row:
+    """Train one cell and measure it on the test data; returns its line.
 
     Args:
         cell: what to train.
         plan: where its training stands.
-        data: what it trains on.
+        subject: what is trained, on its data.
         folder: for checkpoints; an interrupted training goes on from there.
         progress: of the training.
     """
     started = time.perf_counter()
-    torch.manual_seed(cell.seed)
-    ranker = _build(cell.config, data.spec)
-    loader = data.train(cell.rows, cell.seed, plan.training.batch_size)
     trainer = Trainer(plan.training.trainer, folder, progress=progress, context={"cell": cell.key})
-    history = trainer.fit(ranker, loader, lambda model: _measure(model, data.valid(_EVALUATION_BATCH)))
-    metrics = _measure(ranker, data.test(_EVALUATION_BATCH))
+    history, metrics = subject.train_and_measure(cell.config, cell.rows, cell.seed, plan.training.batch_size, trainer)
     return {
         "key": cell.key,
         "architecture": cell.architecture,
@@ -319,33 +297,14 @@ def run_cell(cell: Cell, plan: Plan, data: ScalingData, folder: Path, progress: 
     }
 
 
-@torch.no_grad()
-def _measure(model: nn.Module, batches: Iterator[RankingBatch]) -> dict[str, float]:
-    """AUC, log-loss and normalised entropy of the first task, over the rows whose label is known."""
-    assert isinstance(model, Ranker)
-    model.eval()
-    device = next(model.parameters()).device
-    found = [(model.labels(batch)[:, 0].numpy(), model.predict(batch.to(device))[:, 0].float().cpu().numpy()) for batch in batches]
-    if not found:
-        raise DataError("held-out rows: expected at least one batch, got none")
-    labels, predicted = (np.concatenate(column).astype(np.float64) for column in zip(*found, strict=True))
-    known = ~np.isnan(labels)
-    labels, predicted = labels[known], predicted[known]
-    return {
-        "auc": auc(labels, predicted),
-        "log_loss": log_loss(labels, predicted),
-        "ne": normalized_entropy(labels, predicted),
-    }
-
-
 def sweep(
-    plan: Plan, data: ScalingData, wanted: Sequence[Cell], directory: Path, *, commit: str, progress: TrainingProgress | None = None
+    plan: Plan, subject: Subject, wanted: Sequence[Cell], directory: Path, *, commit: str, progress: TrainingProgress | None = None
 ) -> Iterator[tuple[Cell, Row, bool]]:
     """Train every cell that has no line yet, in order; yields each cell with its line and whether it was trained now.
 
     Args:
         plan: how.
-        data: on what.
+        subject: what is trained, on its data.
         wanted: which, from `cells`.
         directory: for ``cells.jsonl``, and for the checkpoints of the cell under way.
         commit: of the code; written into the lines.
@@ -358,7 +317,7 @@ def sweep(
             yield cell, done[cell.key], False
             continue
         folder = directory / "training" / cell.key[:16]
-        row = run_cell(cell, plan, data, folder, progress) | {"commit": commit}
+        row = run_cell(cell, plan, subject, folder, progress) | {"commit": commit}
         lines.append(row)
         done[cell.key] = row
         shutil.rmtree(folder)

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from recsys.core.components import component_config
+from recsys.core.config import Config
 from recsys.core.errors import SchemaError, unknown
 from recsys.core.schema import ITEM
 
@@ -45,6 +47,18 @@ class ItemVectors(ABC):
     @abstractmethod
     def vectors_of(self, ids: Sequence[str]) -> Vectors:
         """float32 ``[N, D]``: the vector of each item."""
+
+
+class ItemText(Config):
+    """Item text and its encoder.
+
+    Attributes:
+        encoder: a text encoder.
+        columns: the item columns that make the text, in this order; none for an encoder that knows items by their ids.
+    """
+
+    encoder: component_config("text_encoder")  # type: ignore[valid-type]
+    columns: tuple[str, ...] = ()
 
 
 def item_vectors(encoder: TextEncoder | ItemVectors, items: pa.Table, columns: Sequence[str], cache_dir: Path) -> Vectors:

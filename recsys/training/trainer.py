@@ -64,6 +64,9 @@ class Monitor(BaseConfig):
         return value > best if self.mode == "max" else value < best
 
 
+_OPERATIONAL = {"checkpoint", "log_every", "max_skipped"}  # what does not change the result of a training
+
+
 class Trainer:
     """Trains a model in ``run_dir``; a run that was interrupted there goes on, and one that was finished is loaded.
 
@@ -364,3 +367,14 @@ def _use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return precision == "bf16"
+
+
+class Training(BaseConfig):
+    """How a model is trained, as a recipe says it."""
+
+    batch_size: int = Field(ge=1)
+    trainer: Trainer.Config
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides the result of a training, fit for JSON."""
+        return {"batch_size": self.batch_size, "trainer": self.trainer.model_dump(mode="json", exclude=_OPERATIONAL)}

@@ -13,7 +13,7 @@ from pipelines.scale import execute, load_scale_recipe
 from recsys.core import components
 from recsys.core.config import read_recipe
 from recsys.core.errors import ConfigError
-from recsys.scaling.sweep import cells
+from recsys.scaling.sweep import cells, subject_of
 
 TINY = """
 name: tiny
@@ -128,9 +128,9 @@ def test_quick_without_such_a_section_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_shipped_recipe_can_be_planned(quick: bool) -> None:
     recipe = load_scale_recipe("scaling_planted", quick=quick)
-    data = components.build("scaling_data", recipe.data)
+    subject = subject_of(components.build("scaling_data", recipe.data), Path("nowhere"))
     for axis, count in (("params", len(recipe.params.targets)), ("flops", len(recipe.flops.targets)), ("data", len(recipe.amounts.rows))):
-        made = cells(recipe, data, axis)  # type: ignore[arg-type]
+        made = cells(recipe, subject, axis)  # type: ignore[arg-type]
         assert len(made) == count * len(recipe.architectures) * len(recipe.seeds)
         for cell in made if axis == "params" else []:
             nearest = min(recipe.params.targets, key=lambda target: abs(target / cell.costs.dense - 1))

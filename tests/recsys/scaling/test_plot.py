@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recsys.scaling.plot import Baseline, Point, figure, fits, points, section, table
+from recsys.scaling.plot import Baseline, Point, figure, fits, points, section, slices, table
+from recsys.scaling.rankers import Rankers
+from recsys.scaling.subject import Measure, Measures
 
 BOUND = 0.80
+AUC = Rankers.measures
 
 
 def rows(
@@ -40,7 +43,7 @@ def rows(
 
 
 def test_seeds_are_one_point() -> None:
-    found = points(rows())
+    found = points(rows(), AUC)
     assert len(found) == 8 and all(len(point.metrics["auc"]) == 3 for point in found)
     first = found[0]
     assert (first.architecture, first.size, dict(first.x)) == ("<mixer>", "1k", {"params": 1000, "flops": 2000, "rows": 500})
@@ -49,8 +52,8 @@ def test_seeds_are_one_point() -> None:
 
 
 def test_laws_are_fitted_for_each_architecture_and_x() -> None:
-    found = points(rows())
-    by_params, by_flops = (fits(found, Baseline("r", [0.7]), x, resamples=50, level=0.9) for x in ("params", "flops"))
+    found = points(rows(), AUC)
+    by_params, by_flops = (fits(found, Baseline("r", [0.7]), x, AUC, resamples=50, level=0.9) for x in ("params", "flops"))
     for name, exponent in (("<mixer>", 0.1), ("flat", 0.2)):
         for laws in (by_params, by_flops):
             assert laws.gain[name].exponent.estimate == pytest.approx(exponent, abs=1e-6)
@@ -62,22 +65,22 @@ def test_laws_are_fitted_for_each_architecture_and_x() -> None:
 
 
 def test_a_fit_that_is_refused_says_why_and_others_go_on() -> None:
-    found = points(rows(sizes=(1000, 4000)))
-    laws = fits(found, Baseline("r", [0.71, 0.7205]), "params", resamples=20, level=0.9)
+    found = points(rows(sizes=(1000, 4000)), AUC)
+    laws = fits(found, Baseline("r", [0.71, 0.7205]), "params", AUC, resamples=20, level=0.9)
     assert set(laws.gain) <= {"<mixer>", "flat"} and not laws.loss
     assert "flat: sizes: expected at least 3 different ones, got 2" in laws.refused
 
 
 def test_the_baseline_s_own_point_is_left_out_of_its_law() -> None:
-    found = points(rows())
-    laws = fits(found, Baseline("flat 1k", found[4].metrics["auc"], found[4]), "params", resamples=0, level=0.9)
+    found = points(rows(), AUC)
+    laws = fits(found, Baseline("flat 1k", found[4].metrics["auc"], found[4]), "params", AUC, resamples=0, level=0.9)
     assert laws.gain["flat"].sizes == 3 and laws.loss["flat"].sizes == 4
     assert laws.refused and laws.refused[0].startswith("<mixer>: gain: a power law needs a gain over the baseline")
 
 
 def test_the_table_holds_every_point() -> None:
-    found = points(rows())
-    lines = list(csv.DictReader(io.StringIO(table(found, Baseline("r", [0.7])))))
+    found = points(rows(), AUC)
+    lines = list(csv.DictReader(io.StringIO(table(found, Baseline("r", [0.7]), AUC))))
     assert len(lines) == len(found)
     for line, point in zip(lines, found, strict=True):
         assert (line["architecture"], line["size"], line["seeds"]) == (point.architecture, point.size, "3")
@@ -86,9 +89,9 @@ def test_the_table_holds_every_point() -> None:
 
 
 def drawn() -> tuple[str, list[Any]]:
-    found, baseline = points(rows()), Baseline("r", [0.7])
-    laws = [fits(found, baseline, x, resamples=50, level=0.9) for x in ("params", "flops")]
-    return figure(found, baseline, laws, BOUND), laws
+    found, baseline = points(rows(), AUC), Baseline("r", [0.7])
+    laws = [fits(found, baseline, x, AUC, resamples=50, level=0.9) for x in ("params", "flops")]
+    return figure(found, baseline, laws, BOUND, AUC), laws
 
 
 def test_the_picture_is_svg_with_every_curve_and_the_bound() -> None:
@@ -98,8 +101,8 @@ def test_the_picture_is_svg_with_every_curve_and_the_bound() -> None:
     for shown in ("<mixer>", "flat", "Bayes bound", "dense parameters", "FLOPs per sample, forward", "AUC over r"):
         assert shown in text
     assert drawn()[0] == svg  # nothing of the day or the process in it
-    found, baseline = points(rows()), Baseline("r", [0.7])
-    assert "Bayes" not in figure(found, baseline, [fits(found, baseline, "params", resamples=0, level=0.9)], None)
+    found, baseline = points(rows(), AUC), Baseline("r", [0.7])
+    assert "Bayes" not in figure(found, baseline, [fits(found, baseline, "params", AUC, resamples=0, level=0.9)], None, AUC)
 
 
 class _Tags(HTMLParser):
@@ -120,8 +123,8 @@ class _Tags(HTMLParser):
 
 def test_the_section_shows_exponents_and_escapes_names() -> None:
     svg, laws = drawn()
-    found, baseline = points(rows()), Baseline("r & co", [0.7])
-    page = section(found, baseline, laws, {"auc": BOUND}, svg)
+    found, baseline = points(rows(), AUC), Baseline("r & co", [0.7])
+    page = section(found, baseline, laws, {"auc": BOUND}, svg, AUC)
     reader = _Tags()
     reader.feed(page.replace(svg, ""))
     assert reader.open == []
@@ -129,3 +132,20 @@ def test_the_section_shows_exponents_and_escapes_names() -> None:
     assert f"{law.exponent.estimate:.4f} [{law.exponent.low:.4f}, {law.exponent.high:.4f}]" in reader.text
     assert "r & co" in reader.text and "+0.1000 over the baseline" in reader.text and "<mixer>" in reader.text
     assert "<mixer>" not in page.replace(svg, "") and np.isfinite(law.draws).all()
+
+
+def test_slices_are_drawn_and_tabled_where_they_are_known() -> None:
+    warm, cold = Measure("ndcg.warm", "NDCG, warm"), Measure("ndcg.cold", "NDCG, cold")
+    measures = Measures(Measure("auc", "NDCG"), Measure("log_loss", "CE"), (warm, cold), (warm, cold), {**AUC.x, "rows": "training users"})
+    lines = [line | {"metrics": line["metrics"] | {"ndcg.warm": 0.5}} for line in rows()]
+    for line in lines[:-1]:
+        line["metrics"]["ndcg.cold"] = 0.25
+    found, baseline = points(lines, measures), Baseline("popularity", [0.7])
+    assert [("ndcg.cold" in point.metrics) for point in found] == [True] * 7 + [False]  # one seed of the last point has none
+    text = "".join(ET.fromstring(slices(found, "rows", measures)).itertext())
+    assert "NDCG, warm" in text and "NDCG, cold" in text and "training users" in text and "<mixer>" in text
+    cells = list(csv.DictReader(io.StringIO(table(found, baseline, measures))))
+    assert [line["ndcg.cold"] for line in cells] == ["0.250000"] * 7 + [""] and {line["ndcg.warm"] for line in cells} == {"0.500000"}
+    laws = [fits(found, baseline, "params", measures, resamples=0, level=0.9)]
+    page = section(found, baseline, laws, {}, "", measures)
+    assert "NDCG gain over popularity ∝ P^a: a" in page and "0.2500 ± 0.0000" in page and page.count("<td>–</td>") == 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sweeps: what decides a cell, solved sizes, one line for each finished cell, and going on after an interruption."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from recsys.core import components
 from recsys.core.components import component_config
 from recsys.core.config import Config, parse
 from recsys.core.errors import ConfigError, DataError, SchemaError
@@ -18,7 +20,8 @@ from recsys.data.batch import RankingBatch
 from recsys.scaling import EncodedData, PlantedData, ScalingData, write_encoded
 from recsys.scaling import sweep as module
 from recsys.scaling.lines import Lines
-from recsys.scaling.sweep import Architecture, Plan, cells, configure, costs, run_cell, solve, sweep
+from recsys.scaling.rankers import Rankers
+from recsys.scaling.sweep import Architecture, Plan, cells, configure, run_cell, solve, sweep
 from recsys.training.progress import NoProgress
 
 EMBEDDING = {"dim": 4, "learning_rate": 0.1, "init_std": 0.1}
@@ -57,28 +60,45 @@ def data() -> PlantedData:
 
 
 def run(some: Plan, data: ScalingData, directory: Path, axis: Any = "params") -> list[tuple[Any, dict[str, Any], bool]]:
-    return list(sweep(some, data, cells(some, data, axis), directory, commit="abc", progress=NoProgress()))
+    return list(sweep(some, Rankers(data), cells(some, Rankers(data), axis), directory, commit="abc", progress=NoProgress()))
 
 
 # --- cells
 
 
 def test_cells_are_the_product_and_small_ones_come_first(data: PlantedData) -> None:
-    made = cells(plan(), data, "params")
+    made = cells(plan(), Rankers(data), "params")
     assert len(made) == 3 * 2 and len({cell.key for cell in made}) == 6
     assert [cell.costs.flops for cell in made] == sorted(cell.costs.flops for cell in made)
-    amounts = cells(plan(), data, "data")
+    amounts = cells(plan(), Rankers(data), "data")
     assert [cell.rows for cell in amounts] == [128] * 4 + [320] * 4 and {cell.size for cell in amounts} == {"s"}
     assert {cell.config.name for cell in made} == {"tokenmixer_large", "token_ranker"}  # type: ignore[attr-defined]
 
 
 def test_costs_are_those_of_the_model(data: PlantedData) -> None:
-    config = configure(plan().architectures[0], {"dim": 16})
-    model = module._build(config, data.spec)
+    config = configure(plan().architectures[0], {"dim": 16}, "ranker")
+    model = components.build("ranker", config, data.spec)
     expected = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables."))
     tables = sum(table.rows for table in data.spec.tables) * 4
-    found = costs(config, data.spec)
+    found = Rankers(data).costs(config)
     assert (found.dense, found.tables, found.flops) == (expected, tables, model.flops)
+
+
+def test_a_key_is_the_hash_of_what_decides_a_ranker_s_result(data: PlantedData) -> None:
+    """Lines of finished studies are found again by it: what stands in it may not change without a new ``_FORMAT``."""
+    some = plan()
+    left_out = {"checkpoint", "log_every", "max_skipped"}
+    for cell in cells(some, Rankers(data), "params"):
+        decides = {
+            "format": 1,
+            "data": data.config.model_dump(mode="json", exclude={"reference"}),
+            "spec": data.spec.model_dump(mode="json"),
+            "training": {"batch_size": 64, "trainer": some.training.trainer.model_dump(mode="json", exclude=left_out)},
+            "model": cell.config.model_dump(mode="json"),
+            "rows": 640,
+            "seed": cell.seed,
+        }
+        assert cell.key == hashlib.sha256(json.dumps(decides, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +111,7 @@ def test_costs_are_those_of_the_model(data: PlantedData) -> None:
     ],
 )
 def test_what_decides_the_result_changes_every_key(data: PlantedData, changed: dict[str, Any]) -> None:
-    before, after = ({cell.key for cell in cells(some, data, "params")} for some in (plan(), plan(**changed)))
+    before, after = ({cell.key for cell in cells(some, Rankers(data), "params")} for some in (plan(), plan(**changed)))
     assert not before & after
 
 
@@ -99,33 +119,33 @@ def test_what_does_not_decide_the_result_changes_no_key(data: PlantedData) -> No
     trainer = {"epochs": 1, "optimizer": {"name": "adam", "learning_rate": 0.01}, "log_every": 7, "checkpoint": {"every_steps": 3}}
     architectures = [a.model_dump() | {"label": a.label + " of ours"} for a in plan().architectures]
     other = plan(training={"batch_size": 64, "trainer": trainer}, architectures=architectures)
-    assert {cell.key for cell in cells(plan(), data, "params")} == {cell.key for cell in cells(other, data, "params")}
+    assert {cell.key for cell in cells(plan(), Rankers(data), "params")} == {cell.key for cell in cells(other, Rankers(data), "params")}
     reference = PlantedData(data.config.model_copy(update={"reference": 3000}))
     seed = PlantedData(data.config.model_copy(update={"seed": 1}))
-    keys = [{cell.key for cell in cells(plan(), source, "params")} for source in (data, reference, seed)]
+    keys = [{cell.key for cell in cells(plan(), Rankers(source), "params")} for source in (data, reference, seed)]
     assert keys[0] == keys[1] and not keys[0] & keys[2]
 
 
 def test_groups_are_those_of_the_data(data: PlantedData) -> None:
-    model: Any = module._build(configure(plan().architectures[0], {}), data.spec)
+    model: Any = components.build("ranker", configure(plan().architectures[0], {}, "ranker"), data.spec)
     assert model.tokenizer.groups == tuple(data.spec.groups.values()) and len(data.spec.groups) == 3
 
 
 def test_data_without_groups_are_an_error_that_names_the_architecture(data: PlantedData) -> None:
     data.spec = data.spec.model_copy(update={"groups": {}})
     with pytest.raises(ConfigError, match="architectures: mixer: groups: the inputs have none"):
-        cells(plan(), data, "params")
+        cells(plan(), Rankers(data), "params")
 
 
 def test_other_groups_are_other_cells(data: PlantedData) -> None:
-    before = {cell.key for cell in cells(plan(), data, "params")}
+    before = {cell.key for cell in cells(plan(), Rankers(data), "params")}
     data.spec = data.spec.model_copy(update={"groups": dict(zip("abc", data.spec.groups.values(), strict=True))})
-    assert not before & {cell.key for cell in cells(plan(), data, "params")}
+    assert not before & {cell.key for cell in cells(plan(), Rankers(data), "params")}
 
 
 def test_what_a_size_sets_does_not_change_the_recipe() -> None:
     architecture = plan().architectures[0]
-    configure(architecture, {"embedding.dim": 16, "stack.inter_residual": None})
+    configure(architecture, {"embedding.dim": 16, "stack.inter_residual": None}, "ranker")
     assert architecture.model == MIXER and MIXER["embedding"] == {"dim": 4, "learning_rate": 0.1, "init_std": 0.1}
 
 
@@ -139,20 +159,20 @@ def test_what_a_size_sets_does_not_change_the_recipe() -> None:
 )
 def test_a_wrong_configuration_names_architecture_and_key(architecture: Any, overrides: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        configure(Architecture(**architecture), overrides)
+        configure(Architecture(**architecture), overrides, "ranker")
 
 
 def test_plans_that_cannot_be_swept(data: PlantedData) -> None:
     with pytest.raises(ConfigError, match="the axis 'data' needs amounts"):
-        cells(plan(amounts=None), data, "data")
+        cells(plan(amounts=None), Rankers(data), "data")
     with pytest.raises(ConfigError, match="ffn has no size 'm', only s"):
-        cells(plan(amounts={"rows": [10], "size": "m"}), data, "data")
+        cells(plan(amounts={"rows": [10], "size": "m"}), Rankers(data), "data")
     wrong = [{"label": "mixer", "model": MIXER, "sizes": [{"label": "s", "set": {"dim": 10}}]}]
     with pytest.raises(ConfigError, match="architectures: mixer: token_mix: expected heads that divide dim"):
-        cells(plan(architectures=wrong), data, "params")
+        cells(plan(architectures=wrong), Rankers(data), "params")
     twice = [{"label": "a", "model": FFN}] * 2
     with pytest.raises(ConfigError, match="'a' is used twice"):
-        cells(plan(architectures=twice), data, "params")
+        cells(plan(architectures=twice), Rankers(data), "params")
 
 
 # --- the solver
@@ -161,8 +181,8 @@ def test_plans_that_cannot_be_swept(data: PlantedData) -> None:
 @pytest.mark.parametrize(("what", "target"), [("dense", 2000), ("dense", 30_000), ("flops", 10_000), ("flops", 77_777)])
 def test_a_solved_size_is_the_nearest_of_all_widths(data: PlantedData, what: Any, target: int) -> None:
     architecture = Architecture(label="ffn", model=FFN, multiple=2)
-    found: Any = solve(architecture, data, what, target)
-    values = {w: getattr(costs(configure(architecture, {"dim": w}), data.spec), what) for w in range(2, 80, 2)}
+    found: Any = solve(architecture, Rankers(data), what, target)
+    values = {w: getattr(Rankers(data).costs(configure(architecture, {"dim": w}, "ranker")), what) for w in range(2, 80, 2)}
     nearest = min(values, key=lambda w: abs(np.log(values[w] / target)))
     assert found.dim == nearest
 
@@ -170,7 +190,7 @@ def test_a_solved_size_is_the_nearest_of_all_widths(data: PlantedData, what: Any
 def test_targets_make_the_sizes_of_an_axis(data: PlantedData) -> None:
     some = plan(params={"targets": [3000, 12_000]}, flops={"targets": [7000, 26_000]})
     for axis, targets in (("params", {"3k": 3000, "12k": 12_000}), ("flops", {"7k": 7000, "26k": 26_000})):
-        made = cells(some, data, axis)  # type: ignore[arg-type]
+        made = cells(some, Rankers(data), axis)  # type: ignore[arg-type]
         assert {cell.size for cell in made} == set(targets)
         for cell in made:
             value = cell.costs.dense if axis == "params" else cell.costs.flops
@@ -181,15 +201,15 @@ def test_lists_grow_in_every_element(data: PlantedData) -> None:
     architecture = Architecture(
         label="dcn", model={"name": "dcnv2", "embedding": EMBEDDING}, grow={"hidden": (2, 1), "rank": 1}, multiple=2
     )
-    found: Any = solve(architecture, data, "dense", 5000)
+    found: Any = solve(architecture, Rankers(data), "dense", 5000)
     assert found.hidden == (2 * found.rank, found.rank)
 
 
 def test_targets_out_of_reach_are_errors(data: PlantedData) -> None:
     with pytest.raises(ConfigError, match=r"ffn: no width that is a multiple of 64 comes near 3,000 \(dense\)"):
-        solve(Architecture(label="ffn", model=FFN, multiple=64), data, "dense", 3000)
+        solve(Architecture(label="ffn", model=FFN, multiple=64), Rankers(data), "dense", 3000)
     with pytest.raises(ConfigError, match=r"grow: embedding\.learning_rate does not make the model larger"):
-        solve(Architecture(label="ffn", model=FFN, grow={"embedding.learning_rate": 1}), data, "dense", 10**7)
+        solve(Architecture(label="ffn", model=FFN, grow={"embedding.learning_rate": 1}), Rankers(data), "dense", 10**7)
 
 
 # --- lines
@@ -197,8 +217,8 @@ def test_targets_out_of_reach_are_errors(data: PlantedData) -> None:
 
 def test_a_cell_learns_and_its_line_says_all(data: PlantedData, tmp_path: Path) -> None:
     some = plan(rows=6400, seeds=[0])
-    cell = cells(some, data, "params")[0]
-    row = run_cell(cell, some, data, tmp_path, NoProgress())
+    cell = cells(some, Rankers(data), "params")[0]
+    row = run_cell(cell, some, Rankers(data), tmp_path, NoProgress())
     assert row["key"] == cell.key and row["rows"] == 6400 and row["steps"] == 100 and row["flops"] == cell.costs.flops
     assert row["params"] == {"tables": cell.costs.tables, "dense": cell.costs.dense, "active": cell.costs.active}
     bound = data.references()["auc"]
