@@ -19,7 +19,7 @@ from recsys.retrieval.item_sets import CodeSet, TextSet
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
-from recsys.retrieval.softmax import catalogue_cross_entropy
+from recsys.retrieval.softmax import catalogue_cross_entropy, sampled_cross_entropy
 from recsys.retrieval.state import SlotVectors
 from recsys.retrieval.transformer import SetTransformer, TransformerConfig
 
@@ -41,6 +41,8 @@ class SETRec(VectorRetriever):
     itself. Items that are not warm have a zero collaborative vector, so that their collaborative term is the same for all of them,
     and stay out of the training softmax unless ``cold_in_softmax``: as negatives that are never positives they would be pushed down.
 
+    ``negatives`` makes the softmax over a sample of the catalogue, with the logQ correction, slot by slot.
+
     With ``semantic: codes`` the item tokenizer's codes stand in the place of the continuous tokens (`CodeSet`), slot by slot; the
     collaborative token, the score and the loss stay what they are, but for the reconstruction error, of which there is none.
 
@@ -60,6 +62,8 @@ class SETRec(VectorRetriever):
             ae_hidden: hidden widths of the tokenizer's encoder; the decoder mirrors them.
             reconstruction_weight: alpha.
             beta: the weight of each semantic slot; the collaborative slot has 1 - beta. To be chosen on validation data: `SETRec.set_beta`.
+            negatives: so many items are drawn evenly for the training softmax of a batch, and only these, the targets and the history's are
+                tokenized; null for the whole catalogue.
             cold_in_softmax: whether items that are not warm are candidates of the training softmax, as in the authors' code.
             compress: whether users and items are compared in the factors that an item's tokens are affine in: the collaborative vector and
                 the H values before the tokenizer's last layer. An index then holds ``D_cf + H + 1`` numbers for each item and not ``n d``,
@@ -75,6 +79,7 @@ class SETRec(VectorRetriever):
         ae_hidden: tuple[int, ...] = (512, 256, 128)
         reconstruction_weight: float = Field(default=0.7, ge=0.0)
         beta: float = Field(default=0.5, ge=0.0, le=1.0)
+        negatives: int | None = Field(default=None, ge=1)
         cold_in_softmax: bool = False
         compress: bool = False
         warm_start: bool = False
@@ -129,7 +134,7 @@ class SETRec(VectorRetriever):
         return torch.cat((self.collaborative_token(collaborative)[:, None], self.semantic(content)), 1)
 
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over slots and targets of cross-entropies over the candidates, plus alpha times the reconstruction error.
+        """Mean over slots and targets of cross-entropies over the candidates or a sample, plus alpha times the reconstruction error.
 
         The candidates are the warm items, or all with ``cold_in_softmax``; a target that is no candidate is left out.
 
@@ -140,14 +145,21 @@ class SETRec(VectorRetriever):
         require_known_rows(batch, len(self.warm))
         candidates = torch.ones_like(self.warm) if self.config.cold_in_softmax else self.warm
         targets, states = training_targets(batch, self.max_length, known=candidates)
-        tokens_cnd = self.tokenize(self.content, self.collaborative)
+        drawn = self._drawn(candidates)
+        tokens_und, place = self._tokenized(batch.items, targets, drawn)
         seen, column = states.padded(len(batch))
-        hidden_snd = self._states(batch, tokens_cnd, seen)[states.row, column]
-        rank = candidates.cumsum(0) - 1
-        cross_entropy = catalogue_cross_entropy(hidden_snd, tokens_cnd[candidates], rank[targets], states.of_target).mean()
+        hidden_snd = self._states(SequenceBatch(place[batch.items], batch.offsets), tokens_und, seen)[states.row, column]
+        if drawn is None:
+            rank = candidates.cumsum(0) - 1
+            losses = catalogue_cross_entropy(hidden_snd, tokens_und[candidates], rank[targets], states.of_target)
+        else:
+            evenly = tokens_und.new_full((len(tokens_und),), 1.0 / int(candidates.sum()))
+            losses = _sampled(hidden_snd, tokens_und, place[targets], states.of_target, place[drawn], evenly)
+        cross_entropy = losses.mean()
         if not isinstance(self.semantic, TextSet):
             return cross_entropy, {"cross_entropy": cross_entropy.detach()}
-        reconstruction = self._reconstruction(self.semantic, tokens_cnd, batch.items.unique())
+        history = batch.items.unique()
+        reconstruction = self._reconstruction(self.semantic, tokens_und[place[history], 1:], history)
         loss = cross_entropy + self.config.reconstruction_weight * reconstruction
         return loss, {"cross_entropy": cross_entropy.detach(), "reconstruction": reconstruction.detach()}
 
@@ -251,11 +263,26 @@ class SETRec(VectorRetriever):
         factors = torch.einsum("bnd,ndh->bh", rest, weight_ndh)
         return torch.cat((first @ self.collaborative_token.weight, factors, constant[:, None]), 1)
 
-    def _reconstruction(self, semantic: TextSet, tokens_cnd: Tensor, rows: Tensor) -> Tensor:
-        """MSE between the text embeddings of ``rows`` and their reconstructions; zero where there are no rows."""
+    def _drawn(self, candidates: Tensor) -> Tensor | None:
+        """int64 ``[negatives]``: catalogue rows, drawn evenly from the candidates; None for all of them."""
+        if self.config.negatives is None:
+            return None
+        rows = candidates.nonzero()[:, 0]
+        return rows[torch.randint(len(rows), (self.config.negatives,), device=rows.device)]
+
+    def _tokenized(self, items: Tensor, targets: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[U, n, d]``: the sets of all items, or those that a sample needs; and int64 ``[N]``, where each catalogue row's set stands."""
+        if drawn is None:
+            return self.tokenize(self.content, self.collaborative), torch.arange(len(self.warm), device=self.warm.device)
+        used = torch.zeros_like(self.warm)
+        used[torch.cat((items, targets, drawn))] = True
+        return self.tokenize(self.content[used], self.collaborative[used]), used.cumsum(0) - 1
+
+    def _reconstruction(self, semantic: TextSet, tokens_und: Tensor, rows: Tensor) -> Tensor:
+        """MSE between the text embeddings of U ``rows`` and what their semantic tokens say of them; zero where there are no rows."""
         if not len(rows):
-            return tokens_cnd.new_zeros(())
-        return F.mse_loss(semantic.reconstruct(tokens_cnd[rows, 1:]), self.content[rows])
+            return tokens_und.new_zeros(())
+        return F.mse_loss(semantic.reconstruct(tokens_und), self.content[rows])
 
 
 def alignment(collaborative: Tensor, histories: SequenceBatch) -> float:
@@ -284,6 +311,12 @@ def alignment(collaborative: Tensor, histories: SequenceBatch) -> float:
         raise DataError("alignment: no history has two successive items with collaborative vectors")
     before, after = centred[left[pairs]], centred[right[pairs]]
     return float((before * after).sum(1).mean() - before.mean(0) @ after.mean(0))
+
+
+def _sampled(states_snd: Tensor, items_und: Tensor, targets: Tensor, of_target: Tensor, drawn: Tensor, probability_u: Tensor) -> Tensor:
+    """`sampled_cross_entropy` of every slot, ``[n]``."""
+    slots = zip(states_snd.unbind(1), items_und.unbind(1), strict=True)
+    return torch.stack([sampled_cross_entropy(own, items, targets, of_target, drawn, probability_u) for own, items in slots])
 
 
 def _semantic(config: SETRec.Config, content: Tensor, codes: CodeTable | None, dim: int) -> TextSet | CodeSet:

@@ -377,3 +377,35 @@ def test_alignment_needs_a_pair():
     table, _ = planted()
     with pytest.raises(DataError, match="no history has two successive items"):
         alignment(table, batch_of([[1], [2], []]))
+
+
+def test_a_sample_of_the_catalogue_is_corrected_for_how_it_was_drawn(monkeypatch):
+    batch = batch_of(HISTORIES, TARGETS)
+    model = build(negatives=5)
+    warm = model.warm.nonzero()[:, 0]
+    monkeypatch.setattr(torch, "randint", lambda high, size, device: torch.tensor([0, 3, 3, 7, 9]))
+    drawn = warm[[0, 3, 3, 7, 9]]
+    whole = build()
+    seen = torch.tensor([[p for _, p, _ in TARGETS]])
+    losses = []
+    tokens = whole.tokenize(whole.content, whole.collaborative)
+    for (row, position, item), _ in zip(TARGETS, seen[0], strict=True):
+        state = set_outputs(whole, tokens[HISTORIES[row][:position]])
+        for slot in range(4):
+            target = state[slot] @ tokens[item, slot]
+            others = [(state[slot] @ tokens[j, slot]).exp() * len(warm) / 5 for j in drawn.tolist() if j != item]
+            losses.append(torch.log(target.exp() + sum(others)) - target)
+    loss, parts = model.loss(batch)
+    torch.testing.assert_close(parts["cross_entropy"], torch.stack(losses).mean())
+    torch.testing.assert_close(parts["reconstruction"], whole.loss(batch)[1]["reconstruction"])
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if not name.endswith("key_value.bias"))
+
+
+def test_a_sample_tokenizes_what_it_needs_alone(monkeypatch):
+    model, seen = build(negatives=2), []
+    tokenize = model.tokenize
+    monkeypatch.setattr(model, "tokenize", lambda content, collaborative: seen.append(len(content)) or tokenize(content, collaborative))
+    monkeypatch.setattr(torch, "randint", lambda high, size, device: torch.tensor([0, 1]))
+    model.loss(batch_of([[1, 2]], [(0, 2, 4), (0, 1, 2)]))
+    assert seen == [4]  # 0 and 1 drawn, 1 and 2 seen, 2 and 4 wanted
