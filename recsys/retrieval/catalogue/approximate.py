@@ -17,24 +17,23 @@ import numpy as np
 from pydantic import Field
 
 from recsys.core.components import register
-from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import BundleError, DataError
-from recsys.core.files import new_directory
-from recsys.retrieval.catalogue.dense import DenseIndex, selection
+from recsys.retrieval.catalogue.dense import DenseIndex
 from recsys.retrieval.catalogue.index import IndexMeta, same
 from recsys.retrieval.catalogue.live import CatalogueView
-from recsys.retrieval.catalogue.placement import Device, Parameters, Placed, placed
+from recsys.retrieval.catalogue.placement import Device, Parameters, Placed, placed, selection
+from recsys.retrieval.catalogue.vector_rows import Growth
 from recsys.retrieval.state import SlotVectors
 
 _STRUCTURE = "structure.faiss"
 _faiss: Any = faiss  # its annotations lack what its Python side adds
 
 
-class Effort(BaseConfig):
-    """When to search approximately, and how hard.
+class Effort(Growth):
+    """When to search approximately, and how hard; and how it grows (`Growth`).
 
     Attributes:
-        exact_below: share of live (and scorable) rows below which they are all compared.
+        exact_below: share of live (and scorable) rows among the main part's below which all are compared.
         effort: what grows with the recall and with the time of a search: lists probed, or candidates kept. At a share s of live rows,
             effort / s. `ApproximateIndex.calibrated` chooses it.
     """
@@ -46,8 +45,9 @@ class Effort(BaseConfig):
 class ApproximateIndex(DenseIndex):
     """A `DenseIndex` whose longer searches go through a FAISS structure over the same vectors, which it holds beside them.
 
-    Scores are exact; a list may miss items. k live unseen items come back wherever they exist, as from every index. `extended` makes the
-    whole structure anew.
+    Scores are exact; a list may miss items of the main part, none of the delta, of which the structure knows nothing. k live unseen items
+    come back wherever they exist, as from every index. `compacted` makes the whole structure anew, and so does `save` where there is a
+    delta.
 
     Args:
         config: see `Effort`.
@@ -69,7 +69,7 @@ class ApproximateIndex(DenseIndex):
 
     @abstractmethod
     def _make(self) -> Any:
-        """The structure over all vectors."""
+        """The structure over the vectors of the main part."""
 
     @abstractmethod
     def _parameters(self, effort: int, **selector: Any) -> Any:
@@ -78,9 +78,9 @@ class ApproximateIndex(DenseIndex):
     def calibrated(self, states: SlotVectors, view: CatalogueView, recall: float = 0.99, k: int = 100, seed: int = 0) -> Self:
         """The same index with the smallest power of two of an effort that has a recall on the states of some users, such as of validation.
 
-        It must have it where all items are live, as well as where they are so few, drawn by lot, that fewer would be compared one by one.
-        It is chosen on the host, whatever the device: a search there finds the same items, since it leaves lists that it cannot fill to
-        the exact one.
+        It must have it on the main part, where all items are live, as well as where they are so few, drawn by lot, that fewer would be
+        compared one by one. It is chosen on the host, whatever the device: a search there finds the same items, since it leaves lists that
+        it cannot fill to the exact one.
 
         Args:
             states: of users.
@@ -96,25 +96,20 @@ class ApproximateIndex(DenseIndex):
         if not len(queries):
             raise DataError("states: expected at least one user to choose the effort by, got none")
         self._allowed(view, None)
-        if not view.count:
+        count = self._rows.main.ntotal
+        if not count:
             return self
-        few = np.random.default_rng(seed).random(view.count) < max(self.config.exact_below, k / max(view.count, 1))
+        few = np.random.default_rng(seed).random(count) < max(self.config.exact_below, k / count)
         cases = [(None, 1.0), (np.packbits(few, bitorder="little"), float(few.mean()))]
-        flat, structure = Placed(self._flat), Placed(self._structure)
+        flat, structure = Placed(self._rows.main), Placed(self._structure)
         exact = [flat.search(queries, k, *case, selection)[1] for case in cases]
         effort = 1
         while True:
             index = self._with(effort)
             found = [structure.search(queries, k, *case, index._probing(case[1]))[1] for case in cases]
-            if effort >= view.count or min(map(recall_of, found, exact)) >= recall:
+            if effort >= count or min(map(recall_of, found, exact)) >= recall:
                 return index
             effort *= 2
-
-    def save(self, directory: Path) -> None:
-        """See `Index.save`."""
-        with new_directory(directory) as root:
-            self._save_into(root)
-            faiss.write_index(self._structure, str(root / _STRUCTURE))
 
     @classmethod
     def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None) -> Self:
@@ -129,6 +124,10 @@ class ApproximateIndex(DenseIndex):
         same(directory, _STRUCTURE, (structure.ntotal, structure.d), (meta.rows, meta.width))
         return cls(config, flat, meta, structure)
 
+    def _save_into(self, root: Path) -> None:
+        super()._save_into(root)
+        faiss.write_index(self._structure, str(root / _STRUCTURE))
+
     def _with(self, effort: int) -> Self:
         index = copy(self)
         index.config = self.config.model_copy(update={"effort": effort})
@@ -136,17 +135,17 @@ class ApproximateIndex(DenseIndex):
 
     def _probing(self, share: float) -> Parameters:
         """The parameters of a search with the effort that this share of rows takes."""
-        return partial(self._parameters, min(int(np.ceil(self.config.effort / max(share, 1e-9))), self.meta.rows))
+        return partial(self._parameters, min(int(np.ceil(self.config.effort / max(share, 1e-9))), self._rows.main.ntotal))
 
     def _few_are_left(self, wanted: np.ndarray, candidates: int) -> np.ndarray:
-        too_few = candidates < self.config.exact_below * self.meta.rows
+        too_few = candidates < self.config.exact_below * self._rows.main.ntotal
         return np.full(len(wanted), True) if too_few else super()._few_are_left(wanted, candidates)
 
     def _nearest(self, queries: np.ndarray, count: int, bitmap: np.ndarray | None, share: float) -> tuple[np.ndarray, np.ndarray]:
         return self._placed.search(queries, count, bitmap, share, self._probing(share))
 
-    def _certain(self, kth_score: np.ndarray, kth_row: np.ndarray, last_score: np.ndarray) -> np.ndarray:
-        return np.asarray(kth_row >= 0)
+    def _certain(self, unseen: np.ndarray, k: int, kth_score: np.ndarray, last_score: np.ndarray) -> np.ndarray:
+        return np.asarray(unseen >= k)
 
 
 @register("index", "ivf")
@@ -176,8 +175,8 @@ class IVFIndex(ApproximateIndex):
         made.cp.seed = self.config.seed
         made.cp.min_points_per_centroid = 1
         if self.meta.rows:
-            made.train(self._vectors)
-            made.add(self._vectors)
+            made.train(self._rows.main_vectors)
+            made.add(self._rows.main_vectors)
         return made
 
     def _parameters(self, effort: int, **selector: Any) -> Any:
@@ -212,7 +211,7 @@ class HNSWIndex(ApproximateIndex):
         made = _faiss.IndexHNSWFlat(self.meta.width, self.config.neighbours, faiss.METRIC_INNER_PRODUCT)
         made.hnsw.efConstruction = self.config.construction
         if self.meta.rows:
-            made.add(self._vectors)
+            made.add(self._rows.main_vectors)
         return made
 
     def _parameters(self, effort: int, **selector: Any) -> Any:

@@ -56,6 +56,9 @@ class CodeIndex(Index):
     def extended(self, table: CodeTable, view: CatalogueView) -> Self:
         """An index with the rows that were appended since; the present one stays as it is, for those who read it.
 
+        There is no delta beside a main part, as a `DenseIndex` has: the table is the caller's, whole and not copied, and what is made of it
+        anew is less work than one search (of 10^6 rows with 4 codes: .02 s to compare the codes, .04 s for the bags, .3 s for a search).
+
         Args:
             table: the codes of all rows, those of the present ones unchanged (`recsys.retrieval.codes.extend`).
             view: the catalogue with its new rows.

@@ -4,11 +4,15 @@
 A set-of-tokens retriever scores an item by ``s(u, i) = Σ_k ⟨q_k(u), e_k(i)⟩``, which is one inner product of concatenated vectors
 (SETRec, arXiv 2502.10833); so FAISS answers for the whole catalogue with neither beam nor trie.
 
+Appended rows stand in a delta behind the main part, which the index before them and the one after share (`VectorRows`). Both parts are
+asked, the lists are merged, and whatever the one or the other may have left out is compared.
+
 The number of threads is left as the process has it: FAISS and torch share one OpenMP, and setting FAISS's would set torch's too.
 """
 
+from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 # torch before FAISS, as everywhere in this project: whichever comes first owns the OpenMP settings.
 import torch  # isort: skip
@@ -16,14 +20,14 @@ import faiss
 import numpy as np
 
 from recsys.core.components import register
-from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import BundleError, ConfigError, DataError
 from recsys.core.files import new_directory
 from recsys.retrieval.base import Retriever, VectorRetriever
 from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, Index, IndexMeta, check_k, matrix, parts, same
 from recsys.retrieval.catalogue.live import CatalogueView
-from recsys.retrieval.catalogue.placement import Device, Placed, placed
+from recsys.retrieval.catalogue.placement import Device, Placed, placed, selection
 from recsys.retrieval.catalogue.topk import best, keys_of
+from recsys.retrieval.catalogue.vector_rows import Growth, VectorRows, flat_index
 from recsys.retrieval.state import SlotVectors
 
 _FLAT = "vectors.faiss"
@@ -48,12 +52,12 @@ class DenseIndex(Index):
 
     accepts: ClassVar[tuple[type, ...]] = (SlotVectors,)
 
-    class Config(BaseConfig):
-        """Where it is searched.
+    class Config(Growth):
+        """Where it is searched, and besides how it grows (`Growth`).
 
         Attributes:
-            device: ``cuda`` for FAISS on the first GPU. Vectors stay on the host as well, where it is saved from and where short and
-                hard cases are compared.
+            device: ``cuda`` for FAISS on the first GPU. Vectors stay on the host as well, where it is saved from and where the delta
+                and short and hard cases are compared.
         """
 
         name: Literal["dense"] = "dense"
@@ -63,9 +67,7 @@ class DenseIndex(Index):
 
     def __init__(self, config: Any, flat: faiss.IndexFlatIP, meta: IndexMeta) -> None:
         super().__init__(config, meta)
-        self._flat = flat
-        stored = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d) if flat.ntotal else np.zeros(0, np.float32)
-        self._vectors = stored.reshape(flat.ntotal, flat.d)  # FAISS's own memory, not a copy
+        self._rows = VectorRows.of(flat)
         self._placed = self._place()
 
     @classmethod
@@ -93,12 +95,13 @@ class DenseIndex(Index):
         rows = matrix(vectors, "vectors")
         if len(rows) != view.count:
             raise DataError(f"vectors: expected one for each of the catalogue's {view.count} rows, got {len(rows)}")
-        flat = faiss.IndexFlatIP(rows.shape[1])
-        flat.add(rows)
-        return cls(config, flat, cls._meta(view, content_hash, flat.d))
+        return cls(config, flat_index(rows), cls._meta(view, content_hash, rows.shape[1]))
 
     def extended(self, vectors: Array, view: CatalogueView) -> Self:
         """An index with the rows that were appended since; the present one stays as it is, for those who read it.
+
+        It shares the main part, and takes time and memory for the new rows and the delta alone; but where these are more than
+        `Growth.delta` allows, it is `compacted`.
 
         Args:
             vectors: float ``[M, K * d]`` of the new rows, of the same retriever.
@@ -111,7 +114,14 @@ class DenseIndex(Index):
         if len(new) != view.count - self.meta.rows or new.shape[1] != self.meta.width:
             expected = f"[{view.count - self.meta.rows}, {self.meta.width}]"
             raise DataError(f"vectors: expected {expected}, one for each new row, got {list(new.shape)}")
-        return self.build(cast(Any, self.config), np.concatenate((self._vectors, new)), view, content_hash=self.meta.content_hash)
+        index = copy(self)
+        index.meta = self._meta(view, self.meta.content_hash, self.meta.width)
+        index._rows = self._rows.appended(new)
+        return index if index._rows.delta.ntotal <= self.config.delta * index._rows.main.ntotal else index.compacted()
+
+    def compacted(self) -> Self:
+        """The index as if it were built anew of all its rows, with no delta; the present one stays as it is."""
+        return type(self)(self.config, self._rows.merged(), self.meta) if self._rows.delta.ntotal else self
 
     def search(
         self, state: SlotVectors, k: int, view: CatalogueView, exclude: Exclude | None = None, scorable: Array | None = None
@@ -126,11 +136,12 @@ class DenseIndex(Index):
 
         rows = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        exact = self._few_are_left(wanted, len(candidates))
+        in_main = int(np.searchsorted(candidates, self._rows.main.ntotal))
+        exact = self._few_are_left(wanted, in_main)
         few = np.flatnonzero(~exact)
         if len(few):
             bitmap = None if len(candidates) == view.count else view.bitmap if scorable is None else _packed(allowed)
-            share = len(candidates) / max(view.count, 1)
+            share = in_main / max(self._rows.main.ntotal, 1)
             rows[few], scores[few], certain = self._over_fetch(
                 queries[few], k, int(wanted[few].max()), bitmap, share, excluded.of(few, len(queries))
             )
@@ -147,22 +158,22 @@ class DenseIndex(Index):
         users, places = np.nonzero(rows >= 0)
         for part in parts(np.arange(len(users)), self.meta.width):
             user, place = users[part], places[part]
-            scores[user, place] = np.einsum("ed,ed->e", self._vectors[rows[user, place]], queries[user])
+            scores[user, place] = np.einsum("ed,ed->e", self._rows.take(rows[user, place]), queries[user])
         return scores
 
     def log_partition(self, state: SlotVectors, view: CatalogueView, scorable: Array | None = None) -> np.ndarray:
         """See `Index.log_partition`."""
         queries = torch.from_numpy(self._queries(state))
-        vectors = torch.from_numpy(self._of(np.flatnonzero(self._allowed(view, scorable))))
-        result = torch.empty(len(queries))
-        for part in parts(np.arange(len(queries)), len(vectors)):
-            result[part] = torch.logsumexp(queries[part] @ vectors.T, dim=1)
+        result = torch.full((len(queries),), -torch.inf)
+        for vectors in map(torch.from_numpy, self._rows.parts_of(np.flatnonzero(self._allowed(view, scorable)))):
+            for part in parts(np.arange(len(queries)), len(vectors)):
+                result[part] = torch.logaddexp(result[part], torch.logsumexp(queries[part] @ vectors.T, dim=1))
         return result.numpy()
 
     def save(self, directory: Path) -> None:
         """See `Index.save`."""
         with new_directory(directory) as root:
-            self._save_into(root)
+            self.compacted()._save_into(root)
 
     @classmethod
     def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None) -> Self:
@@ -170,7 +181,7 @@ class DenseIndex(Index):
         return cls(*cls._load_parts(directory, view, content_hash))
 
     def _save_into(self, root: Path) -> None:
-        faiss.write_index(self._flat, str(root / _FLAT))
+        faiss.write_index(self._rows.main, str(root / _FLAT))
         self._save_meta(root)
 
     @classmethod
@@ -186,47 +197,51 @@ class DenseIndex(Index):
         return config, flat, meta
 
     def _few_are_left(self, wanted: np.ndarray, candidates: int) -> np.ndarray:
-        """bool ``[B]``: whether all scores and a mask cost less than a search for so many items."""
+        """bool ``[B]``: whether all scores and a mask cost less than a search for so many items among the main part's candidates."""
         return wanted * _EXACT_SHARE > candidates
 
     def _place(self) -> Placed:
-        """What `search` asks, on its device."""
-        return placed(self._flat, self.config.device)
+        """What `search` asks for the rows of the main part, on its device."""
+        return placed(self._rows.main, self.config.device)
 
     def _nearest(self, queries: np.ndarray, count: int, bitmap: np.ndarray | None, share: float) -> tuple[np.ndarray, np.ndarray]:
-        """See `Placed.search`."""
+        """Of the main part; see `Placed.search`."""
         return self._placed.search(queries, count, bitmap, share, selection)
 
-    def _certain(self, kth_score: np.ndarray, kth_row: np.ndarray, last_score: np.ndarray) -> np.ndarray:
-        """bool ``[B]``: whether a list is what `search` promises.
+    def _certain(self, unseen: np.ndarray, k: int, kth_score: np.ndarray, last_score: np.ndarray) -> np.ndarray:
+        """bool ``[B]``: whether the main part has given all that belongs in a list.
 
-        FAISS does not say which of several equal scores it returns last; where the k-th item's score equals that of the last one
-        fetched, a smaller row may have been left out. Where k are not among those fetched, its score is -inf.
+        Args:
+            unseen: int64 ``[B]``: how many rows it gave that may come back.
+            k: length of the lists.
+            kth_score: float32 ``[B]``, of the k-th item of the list; -inf where it has fewer.
+            last_score: float32 ``[B]``, of the last row that was fetched from the main part.
         """
-        certain: np.ndarray = kth_score > last_score
-        return certain
+        return _nothing_left_out(kth_score, last_score)
 
     def _over_fetch(
         self, queries: np.ndarray, k: int, wanted: int, bitmap: np.ndarray | None, share: float, excluded: Excluded
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """By FAISS, so many that ``wanted - k`` items may be dropped: rows and scores ``[B, k]``, and `_certain`."""
-        scores, rows = self._nearest(queries, wanted + 1, bitmap, share)
-        keys = keys_of(scores, rows)
-        count = self.meta.rows
-        found = np.arange(len(queries))[:, None] * count + rows
+        """By FAISS, so many of each part that ``wanted - k`` may be dropped: rows and scores ``[B, k]``, and which lists are certain."""
+        main_scores, main_rows = self._nearest(queries, wanted + 1, bitmap, share)
+        delta_scores, delta_rows = self._rows.nearest_in_delta(queries, wanted + 1, bitmap)
+        main, delta = self._unseen(main_scores, main_rows, excluded), self._unseen(delta_scores, delta_rows, excluded)
+        rows, scores = best(np.concatenate((main, delta), axis=1), k)
+        certain = self._certain(np.count_nonzero(main, axis=1), k, scores[:, -1], main_scores[:, -1])
+        return rows, scores, certain & _nothing_left_out(scores[:, -1], delta_scores[:, -1])
+
+    def _unseen(self, scores: np.ndarray, rows: np.ndarray, excluded: Excluded) -> np.ndarray:
+        """uint64 ``[B, C]``: `keys_of` what was fetched, 0 for what must not come back."""
+        keys, count = keys_of(scores, rows), self.meta.rows
+        found = np.arange(len(rows))[:, None] * count + rows
         keys[(rows < 0) | np.isin(found, excluded.query * count + excluded.row)] = 0
-        best_rows, best_scores = best(keys, k)
-        return best_rows, best_scores, self._certain(best_scores[:, -1], best_rows[:, -1], scores[:, -1])
+        return keys
 
     def _search_all(self, queries: np.ndarray, k: int, candidates: np.ndarray, excluded: Excluded) -> tuple[np.ndarray, np.ndarray]:
         """By computing the scores of all candidate rows (ascending)."""
-        keys = keys_of(queries @ self._of(candidates).T, candidates)
+        keys = keys_of(self._rows.products(queries, candidates), candidates)
         keys[excluded.query, np.searchsorted(candidates, excluded.row)] = 0
         return best(keys, k)
-
-    def _of(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors of these rows, ascending and distinct."""
-        return self._vectors if len(rows) == len(self._vectors) else self._vectors[rows]
 
     def _queries(self, state: SlotVectors) -> np.ndarray:
         self._require(state)
@@ -238,9 +253,14 @@ class DenseIndex(Index):
         return queries
 
 
-def selection(**selector: Any) -> Any:
-    """FAISS search parameters that say nothing, or which rows alone may come back."""
-    return cast(Any, faiss).SearchParameters(**selector) if selector else None
+def _nothing_left_out(kth_score: np.ndarray, last_score: np.ndarray) -> np.ndarray:
+    """bool ``[B]``: whether no row of a part that was not fetched belongs among the k best.
+
+    FAISS does not say which of several equal scores it returns last; where the k-th item's score equals that of the last one fetched, a
+    smaller row may have been left out. Where k are not among those fetched, its score is -inf.
+    """
+    certain: np.ndarray = kth_score > last_score
+    return certain
 
 
 def _packed(mask: np.ndarray) -> np.ndarray:

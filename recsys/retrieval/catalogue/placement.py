@@ -53,7 +53,7 @@ class Placed:
         Args:
             queries: float32 ``[B, D]``.
             count: how many rows are wanted.
-            bitmap: uint8 ``[ceil(N / 8)]`` of the rows that may come back, least significant bit first; None for all.
+            bitmap: uint8, a bit for each row and maybe for more, of those that may come back, least significant bit first; None for all.
             share: of all rows, that may.
             parameters: of the search.
 
@@ -72,6 +72,11 @@ class Placed:
         with self.turn:
             found: tuple[np.ndarray, np.ndarray] = self.index.search(queries, min(count, self.most), params=parameters)
         return found
+
+
+def selection(**selector: Any) -> Any:
+    """FAISS search parameters that say nothing, or which rows alone may come back."""
+    return _faiss.SearchParameters(**selector) if selector else None
 
 
 def placed(index: faiss.Index, device: Device) -> Placed:

@@ -102,6 +102,85 @@ def test_new_rows_are_found_and_the_old_index_is_left_alone(index: ApproximateIn
         index.extended(new[:4], catalogue.snapshot())
 
 
+NEW = 250
+
+
+def with_new_rows(index: ApproximateIndex, dead: np.ndarray) -> tuple[ApproximateIndex, CatalogueView, np.ndarray]:
+    """The index with as many more rows, its catalogue without some, and the vectors of all."""
+    ids = [str(i) for i in range(N)] + [f"new{i}" for i in range(NEW)]
+    catalogue = Catalogue(ids)
+    catalogue.set_live([ids[i] for i in dead], False)
+    new = vectors(NEW, 8)
+    halfway = index.extended(new[:99], Catalogue(ids[: N + 99]).snapshot())
+    return halfway.extended(new[99:], catalogue.snapshot()), catalogue.snapshot(), np.concatenate((vectors(N, 1), new))
+
+
+def test_the_delta_is_compared_and_the_main_part_is_searched_as_before(index: ApproximateIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the least effort, which misses items of the main part."""
+    monkeypatch.setattr(type(index), "_make", lambda _: pytest.fail("the structure was made anew"))
+    monkeypatch.setattr(type(index), "_search_all", lambda *_: pytest.fail("computed all scores"))
+    least = index._with(1)
+    longer, view, everything = with_new_rows(least, np.arange(N, N + NEW, 3))
+    assert longer._structure is index._structure and longer._rows.main is index._rows.main
+    rows, scores = longer.search(states(3), 4, view)
+    before, before_scores = least.search(states(3), 4, view_of(1.0))
+    for user, query in enumerate(states(3).flat().numpy()):
+        new = [(-float(query @ everything[row]), row) for row in range(N, N + NEW) if view.live[row]]
+        pool = [*new, *zip((-before_scores[user]).tolist(), before[user].tolist(), strict=True)]
+        expected = sorted(pool)[:4]
+        assert rows[user].tolist() == [row for _, row in expected]
+        np.testing.assert_allclose(scores[user], [-score for score, _ in expected], rtol=1e-5)
+    assert (rows >= N).any() and (rows < N).any()
+
+
+def test_a_delta_does_not_hide_that_the_main_part_gave_too_little(index: ApproximateIndex) -> None:
+    longer, view, everything = with_new_rows(index._with(1), np.arange(0))
+    found, _ = longer.search(states(3), 200, view)
+    assert (found >= 0).all()
+    if isinstance(index, IVFIndex):
+        exact = DenseIndex.build(DenseIndex.Config(), everything, view, content_hash="m")
+        assert recall_of(found, exact.search(states(3), 200, view)[0]) == 1.0
+
+
+def test_lists_are_full_whatever_is_live_and_seen(index: ApproximateIndex) -> None:
+    random = np.random.default_rng(2)
+    for share in (0.02, 0.3, 0.9):
+        dead = np.flatnonzero(random.random(N + NEW) > share)
+        longer, view, everything = with_new_rows(index._with(1), dead)
+        exact = DenseIndex.build(DenseIndex.Config(), everything, view, content_hash="m")
+        best, _ = exact.search(states(3), 12, view)
+        exclude = (best.reshape(-1), np.arange(USERS + 1) * 12)
+        for k in (1, K, 5000):
+            found, scores = longer.search(states(3), k, view, exclude=exclude)
+            assert (np.count_nonzero(found >= 0, axis=1) == min(k, view.live_count - 12)).all()
+            assert view.live[found[found >= 0]].all() and not any(
+                set(f) & set(b) for f, b in zip(found.tolist(), best.tolist(), strict=True)
+            )
+            np.testing.assert_allclose(scores, exact.score(states(3), found), rtol=1e-4, atol=1e-5)
+
+
+def test_an_effort_can_be_chosen_where_there_is_a_delta(index: ApproximateIndex) -> None:
+    longer, view, everything = with_new_rows(index, np.arange(0))
+    calibrated = longer.calibrated(states(2), view, recall=0.99, k=K)
+    assert calibrated.config.effort == index.calibrated(states(2), view_of(1.0), recall=0.99, k=K).config.effort
+    exact = DenseIndex.build(DenseIndex.Config(), everything, view, content_hash="m")
+    assert recall_of(calibrated.search(states(3), K, view)[0], exact.search(states(3), K, view)[0]) > 0.97
+
+
+def test_what_is_merged_or_saved_has_one_structure_of_all_rows(index: ApproximateIndex, tmp_path: Path) -> None:
+    longer, view, everything = with_new_rows(index._with(1 << 12), np.arange(0))
+    longer.save(tmp_path / "index")
+    at_once = index._with(1 << 12).extended(
+        np.concatenate((everything[N:],) * 2), Catalogue([str(i) for i in range(N + 2 * NEW)]).snapshot()
+    )
+    assert longer._structure.ntotal == N and at_once._structure.ntotal == N + 2 * NEW and index._structure.ntotal == N
+    exact = DenseIndex.build(DenseIndex.Config(), everything, view, content_hash="m").search(states(3), K, view)[0]
+    for whole in (longer.compacted(), type(index).load(tmp_path / "index", view)):
+        assert whole.meta == longer.meta and whole.config == longer.config
+        assert (whole._structure.ntotal, whole._rows.main.ntotal, whole._rows.delta.ntotal) == (N + NEW, N + NEW, 0)
+        assert recall_of(whole.search(states(3), K, view)[0], exact) > 0.99
+
+
 def test_it_is_saved_with_its_structure(index: ApproximateIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrated = index.calibrated(states(2), view_of(1.0), k=K)
     calibrated.save(tmp_path / "index")

@@ -2,6 +2,7 @@
 """What holds for every registered index, with every kind of state that it accepts."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,12 @@ def memory(users: int, tokenizer: str) -> EncoderMemory:
     return EncoderMemory(values, torch.arange(7).expand(users, 7) < 5, tokenizer, Weighted)
 
 
+ITEMS = torch.randn(COUNT + 10, 8, generator=torch.Generator().manual_seed(3))
+
+
 def over_vectors(config: Config, view: CatalogueView, tokenizer: str) -> Index:
-    items = torch.randn(COUNT + 10, 8, generator=torch.Generator().manual_seed(3))
     cls = components.get("index", str(vars(config)["name"]))
-    index: Index = cls.build(config, items[: view.count], view, content_hash=tokenizer)
+    index: Index = cls.build(config, ITEMS[: view.count], view, content_hash=tokenizer)
     return index
 
 
@@ -67,7 +70,7 @@ def over_codes(config: Config, view: CatalogueView, tokenizer: str) -> Index:
 
 Build = Callable[[Config, CatalogueView, str], Index]
 CONFIGS: dict[str, list[dict[str, Any]]] = {
-    "dense": [{}],
+    "dense": [{}, {"delta": 0.02}],
     "hnsw": [{"neighbours": 4, "exact_below": 0.1}],
     "ivf": [{"lists": 5, "effort": 2}],
     "gather": [{"tile": 32}],
@@ -90,6 +93,11 @@ class Case:
 
     def build(self, view: CatalogueView, tokenizer: str = "t") -> Index:
         return BUILDERS[self.name](self.config(), view, tokenizer)
+
+    def extend(self, index: Any, view: CatalogueView) -> Index:
+        new = ITEMS[index.meta.rows : view.count] if self.kind is SlotVectors else vars(self.build(view))["table"]
+        longer: Index = index.extended(new, view)
+        return longer
 
     def state(self, users: int = USERS, tokenizer: str = "t") -> Any:
         return STATES[self.kind](users, tokenizer)
@@ -383,6 +391,54 @@ def test_a_pair_that_fits_is_known(case: Case) -> None:
     Own.encode.__annotations__["return"] = dict
     with pytest.raises(ConfigError, match=f"retriever Own gives dict, but index '{case.name}' accepts .*{case.kind.__name__}"):
         check_pair(Own, case.build(catalogue().snapshot()))
+
+
+@every
+def test_an_index_that_grows_in_steps_is_one_that_was_built_anew(case: Case, tmp_path: Path) -> None:
+    """Scores may differ in the last bit, as they do between batch sizes."""
+    made, state = catalogue(), case.state()
+    index = case.build(made.snapshot())
+    for first, last in ((60, 61), (61, 61), (61, 64), (64, 70)):
+        made.add([f"i{i}" for i in range(first, last)])
+        made.set_live([f"i{last - 1}", f"i{first - 3}"], False)
+        view, exclude = made.snapshot(), jagged([[*range(user, last, 3), last - 2] for user in range(USERS)])
+        index, whole = case.extend(index, view), case.build(view)
+        assert index.meta == whole.meta and index.config == whole.config
+        index.save(tmp_path / f"{first} {last}")
+        listed = np.tile(np.arange(-1, last), (USERS, 1))
+        for same in (index, type(index).load(tmp_path / f"{first} {last}", view, content_hash="t")):
+            for k in (2, 80):
+                for scorable in (None, np.arange(last) % 5 > 0):
+                    rows, scores = same.search(state, k, view, exclude, scorable)
+                    expected_rows, expected_scores = whole.search(state, k, view, exclude, scorable)
+                    np.testing.assert_array_equal(rows, expected_rows)
+                    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
+                    ours, theirs = same.log_partition(state, view, scorable), whole.log_partition(state, view, scorable)
+                    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(same.score(state, listed), whole.score(state, listed), rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_an_index_is_read_while_it_grows_and_afterwards(case: Case) -> None:
+    made, state = catalogue(), case.state()
+    view = made.snapshot()
+    index = case.build(view)
+    expected, present = index.search(state, 9, view), (index, view)
+
+    def read(_: int) -> None:
+        hold_equal(index.search(state, 9, view), expected)
+        newest, its_view = present
+        rows, _scores = newest.search(state, 80, its_view)
+        assert (np.count_nonzero(rows >= 0, axis=1) == its_view.live_count).all()
+
+    with ThreadPoolExecutor(3) as pool:
+        reads = pool.map(read, range(30))
+        for i in range(60, 70):
+            made.add([f"i{i}"])
+            present = (case.extend(present[0], made.snapshot()), made.snapshot())
+        assert len(list(reads)) == 30
+    read(0)
+    assert present[0].meta.rows == 70 and index.meta.rows == 60
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.kind is not SlotVectors], ids=lambda case: case.name)

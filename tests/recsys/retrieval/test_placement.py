@@ -82,6 +82,25 @@ def test_dense_lists_are_those_of_brute_force(data: st.DataObject) -> None:
 
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
+def test_appended_rows_are_compared_on_the_host_beside_what_the_device_finds(data: st.DataObject) -> None:
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n, new, b, k = 500, draw(st.integers(1, 50)), 5, draw(st.sampled_from([1, 7, 60]))
+    spread = draw(st.sampled_from([1, 100]))
+    vectors, queries = (rng.integers(-spread, spread + 1, (size, 3)).astype(np.float32) for size in (n + new, b))
+    live = rng.random(n + new) < draw(st.sampled_from([0.1, 0.5, 1.0]))
+    exclude = [rng.integers(-1, n + new, rng.integers(0, 4)).tolist() for _ in range(b)]
+    index, view = dense(vectors[:n], view_of(np.ones(n, bool))), view_of(live)
+    longer = index.extended(vectors[n:], view)
+    assert longer._placed is index._placed, "one copy there, and one turn for the threads of both"
+    rows, scores = longer.search(state_of(queries), k, view, jagged(exclude))
+    expected_rows, expected_scores = brute(queries @ vectors.T, k, live, exclude)
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_array_equal(scores, expected_scores)
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
 def test_an_ivf_that_probes_all_lists_finds_what_brute_force_does(data: st.DataObject) -> None:
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
