@@ -42,8 +42,7 @@ def training(batch_size: int, epochs: int, rate: float, patience: int, decay: fl
 
 
 _SMALL = {"dim": 64, "blocks": 2, "heads": 2}
-_TOLD_ANEW = {"reverse": 0.5, "jitter": 1.0, "hide": 0.1}
-_PLAIN, _TOLD = {"model.dropout": 0.5}, {"model.dropout": 0.5, "windows.augmentation": _TOLD_ANEW}
+_PLAIN = {"model.dropout": 0.5}
 _SETREC = _SMALL | {"warm_start": True, "semantic_tokens": 4, "beta": 0.5}
 _BETAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 _FSQ = {"tokenizer": {"name": "fsq", "slots": 4, "levels": [8, 8, 8, 6, 5], "epochs": 100, "learning_rate": 1e-3}, "repair": "keep"}
@@ -52,11 +51,11 @@ _KMEANS = {"tokenizer": {"name": "residual_kmeans", "levels": 3, "codes": 256, "
 _WINDOWS = {"stride": 50}
 
 PLANS: Mapping[str, Plan] = {
-    "sasrec": Plan(_SMALL, (_PLAIN, _TOLD), _WINDOWS, training(128, 60, 1e-3, 5)),
-    "hstu": Plan(_SMALL, (_PLAIN, _TOLD), _WINDOWS, training(128, 60, 1e-3, 5)),
+    "sasrec": Plan(_SMALL, (_PLAIN,), _WINDOWS, training(128, 60, 1e-3, 5)),
+    "hstu": Plan(_SMALL, (_PLAIN,), _WINDOWS, training(128, 60, 1e-3, 5)),
     "setrec": Plan(
         _SETREC,
-        (_PLAIN, _TOLD),
+        (_PLAIN,),
         _WINDOWS,
         training(128, 30, 1e-3, 4),
         text="minilm",
@@ -66,7 +65,7 @@ PLANS: Mapping[str, Plan] = {
     ),
     "setrec_fsq": Plan(
         _SETREC | {"semantic": "codes", "code_digits": [8, 8, 8, 6, 5]},
-        (_TOLD,),
+        (_PLAIN,),
         _WINDOWS,
         training(128, 30, 1e-3, 4),
         text="minilm",
