@@ -144,6 +144,7 @@ class Grid:
         outcome = training.fit(folder)
         ranks = training.ranks(data.split.test) if final else None
         if final:
+            outcome["test_with_seen"] = metrics(training.ranks(data.split.test, exclude_seen=False))
             forget(folder)
         if kept_as is not None:
             assert isinstance(training.model, SASRec)
@@ -164,7 +165,8 @@ class Grid:
         else:
             model = (Popularity(Popularity.Config()) if name == "popularity" else RepeatLast(RepeatLast.Config())).fit(train, data.count)
         valid_ranks, ranks = (event_ranks(model.scores, data.data, steps, longest) for steps in (data.split.valid, data.split.test))
-        return {"valid": metrics(valid_ranks), "chosen": model.config.model_dump(mode="json")}, ranks
+        with_seen = metrics(event_ranks(model.scores, data.data, data.split.test, longest, exclude_seen=False))
+        return {"valid": metrics(valid_ranks), "chosen": model.config.model_dump(mode="json"), "test_with_seen": with_seen}, ranks
 
 
 def write_ranks(file: Path, ranks: np.ndarray) -> None:

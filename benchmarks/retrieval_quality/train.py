@@ -78,9 +78,9 @@ class Training:
         history = trainer.fit(self.model, loader, measure)
         return self._outcome(history, perf_counter() - started) | self._choose_beta(steps)
 
-    def ranks(self, steps: EvaluationSteps) -> np.ndarray:
-        """The rank of every target of the steps."""
-        return model_ranks(self.model, self._data.data, steps, self.view, self._index, places=PLACES)
+    def ranks(self, steps: EvaluationSteps, *, exclude_seen: bool = True) -> np.ndarray:
+        """The rank of every target of the steps; items of the history are left out, or not."""
+        return model_ranks(self.model, self._data.data, steps, self.view, self._index, places=PLACES, exclude_seen=exclude_seen)
 
     def _over(self, config: Mapping[str, Any] | None) -> Index | None:
         """The index over codes, which training leaves as they are."""
