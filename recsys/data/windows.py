@@ -86,10 +86,13 @@ class SequenceLoader(Resumable):
             stride: h, the events from one window to the next; by default half of L, at least 1. A larger one costs less for an epoch,
                 since each event is history in L / h windows, and leaves less context at a window's beginning.
             augmentation: how histories vary from epoch to epoch; null for not at all.
+            alike: so many windows of about the same length stand together, drawn anew in every epoch; null for a plain shuffle. As large as
+                a batch, it leaves little padding where most histories are far shorter than L.
         """
 
         stride: int | None = Field(None, ge=1)
         augmentation: Augmentation | None = None
+        alike: int | None = Field(None, ge=1)
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class SequenceLoader(Resumable):
         if config.augmentation and first_target_time:
             raise DataError("augmentation: expected no first_target_time, since reordered histories do not end in their targets")
         self.data, self.max_length, self.batch_size, self.seed = data, max_length, batch_size, seed
-        self._augmentation = config.augmentation
+        self._augmentation, self._alike = config.augmentation, config.alike
         self._first_target = None if first_target_time is None else microseconds(first_target_time)
         self._told: tuple[int, _Told] | None = None
         super().__init__(len(self._tell(0).windows.start))
@@ -125,11 +128,22 @@ class SequenceLoader(Resumable):
     def __iter__(self) -> Iterator[SequenceBatch]:
         """The batches of the current epoch, from its beginning, or right after `load_state_dict` from the loaded cursor."""
         begin, told = self._begin(), self._tell(self._epoch)
-        order = np.random.default_rng([self.seed, self._epoch]).permutation(self.windows)
+        order = self._order(told.windows.length)
         for start in range(begin, self.windows, self.batch_size):
             chosen = order[start : start + self.batch_size]
             self._samples = start + len(chosen)
             yield told.batch(chosen)
+
+    def _order(self, lengths: np.ndarray) -> np.ndarray:
+        """int64 ``[windows]``: the windows in the order of the current epoch."""
+        random = np.random.default_rng([self.seed, self._epoch])
+        order: np.ndarray = random.permutation(self.windows)
+        if self._alike is None:
+            return order
+        order = order[np.argsort(lengths[order], kind="stable")]
+        whole = len(order) // self._alike * self._alike
+        blocks = random.permutation(order[:whole].reshape(-1, self._alike))
+        return np.concatenate((blocks.reshape(-1), order[whole:]))
 
     def _tell(self, epoch: int) -> "_Told":
         """The windows of an epoch; without augmentation those of every epoch."""

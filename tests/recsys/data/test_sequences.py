@@ -316,3 +316,30 @@ def test_events_as_the_splits_order_them() -> None:
     established = evaluation_segments(ordered, split)["established"]
     seen = np.repeat(steps.event - steps.start, np.diff(steps.targets.offsets))
     assert ((seen >= 5) == established).all() and established.any() and not established.all()
+
+
+def test_windows_of_about_the_same_length_stand_together_in_another_order_every_epoch() -> None:
+    data = SequenceData.from_events(table(random_events(9, 60, 12, 0.2)), rows_of)
+    plain, alike = (SequenceLoader(data, 6, 8, seed=5, config=SequenceLoader.Config(alike=size)) for size in (None, 8))
+    waste = {}
+    for loader in (plain, alike):
+        lengths = [batch.lengths for batch in loader]
+        waste[loader] = sum(int((own.max() - own).sum()) for own in lengths)
+    assert waste[alike] < waste[plain] / 3
+    epochs = []
+    for epoch in (0, 1):
+        alike.set_epoch(epoch)
+        epochs.append([[tuple(w) for w in rows(batch)] for batch in alike])
+    assert epochs[0] != epochs[1]
+    assert [len(batch) for batch in epochs[0][:-1]] == [8] * (len(alike) - 1)
+    longest = [max(map(len, batch)) for batch in epochs[0][:-1]]
+    assert longest != sorted(longest), "short and long batches come mixed"
+    assert Counter(w for batch in epochs[0] for w in batch) == Counter(tuple(w) for batch in plain for w in rows(batch))
+    first, second = alike, SequenceLoader(data, 6, 3, seed=5, config=SequenceLoader.Config(alike=8))
+    first.set_epoch(2)
+    whole = [w for batch in first for w in rows(batch)]
+    taken = [w for batch in islice(first, 2) for w in rows(batch)]
+    second.load_state_dict(first.state_dict())
+    assert taken + [w for batch in second for w in rows(batch)] == whole
+    few = SequenceLoader(data, 6, 8, seed=5, config=SequenceLoader.Config(alike=10_000))
+    assert sum(len(batch) for batch in few) == few.windows
