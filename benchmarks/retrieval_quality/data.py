@@ -48,6 +48,7 @@ class Dataset:
         fingerprint: of its files.
         data: all events.
         texts: one for each catalogue row.
+        columns: what they were made of.
         cache: for what is encoded.
         held_out: the share of the items, drawn with seed 0, that are new in test.
         users: the share of the users, drawn with seed 0, whose events train.
@@ -57,6 +58,7 @@ class Dataset:
     fingerprint: str
     data: SequenceData
     texts: tuple[str, ...]
+    columns: tuple[str, ...] = ()
     cache: Path = CACHE
     held_out: float = 0.0
     users: float = 1.0
@@ -106,4 +108,4 @@ def load(name: str, cache: Path = CACHE) -> Dataset:
     users, lengths = np.unique(events["user_id"].to_numpy(), return_counts=True)
     data = SequenceData.from_order([str(user) for user in users], Jagged(rows, np.concatenate([[0], np.cumsum(lengths)])))
     texts = tuple(item_text(items.to_arrow(), source.text))
-    return Dataset(name, "+".join(sha256_file(file)[:16] for file in files), data, texts, cache, source.held_out)
+    return Dataset(name, "+".join(sha256_file(file)[:16] for file in files), data, texts, source.text, cache, source.held_out)

@@ -37,7 +37,7 @@ def text_of(data: Dataset, encoder: str) -> Tensor:
 def tokenizer_of(data: Dataset, items: ItemTable, encoder: str, config: Mapping[str, Any]) -> CodeTokenizer:
     """An item tokenizer fitted with seed 0 on the items of training; kept on disk."""
     cls: type[CodeTokenizer] = components.get("item_tokenizer", config["name"])
-    known = sha256_json([data.name, data.fingerprint, encoder, int(items.warm.sum()), dict(config)])[:16]
+    known = sha256_json([data.name, data.fingerprint, data.columns, data.held_out, data.users, encoder, dict(config)])[:16]
     folder = data.cache / "tokenizers" / known
     if folder.is_dir():
         return load_tokenizer(folder)

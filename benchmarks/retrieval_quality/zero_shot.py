@@ -7,7 +7,6 @@ Each cell (a target, a variant of the model, a seed) is a JSON line; a training 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +32,7 @@ from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
 from recsys.data.sequences import EvaluationSteps, SequenceData, histories
 from recsys.data.windows import SequenceLoader
-from recsys.evaluation.retrieval import Scorer, event_ranks, model_ranks, slices
+from recsys.evaluation.retrieval import Scorer, event_ranks, slices
 from recsys.evaluation.tuned_baselines import tuned_text_knn
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.baselines import Popularity, RepeatLast
@@ -44,6 +43,7 @@ from recsys.retrieval.items import ItemTable
 from recsys.retrieval.items import joined as joined_items
 from recsys.retrieval.models import RecGPT
 from recsys.retrieval.state import SlotLogProbs
+from recsys.scaling.lines import Lines
 from recsys.training.progress import NoProgress
 from recsys.training.trainer import History
 from recsys.training.trainer import Training as HowToTrain
@@ -58,7 +58,9 @@ MODEL: Mapping[str, Any] = {"name": "recgpt", "dim": 192, "blocks": 3, "heads": 
 WINDOWS = {"stride": 50, "alike": 128}
 TRAINING = training(128, 6, 1e-3, 2)
 VALIDATION = 2000  # steps of each domain of the training
-FEW = 0.1  # share of the target's users that SASRec is trained on
+# The bar of the paper: SASRec on a tenth of the target's users, stopped by validation events of all of them, more than a tenth knows.
+FEW = 0.1
+FEW_TRAINING = training(128, 100, 1e-3, 12)
 # What the paper takes away, each from the whole model; `no_trie` is the whole model decoded without the catalogue.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "full": {},
@@ -67,7 +69,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no_auxiliary": {"auxiliary": False},
 }
 BASELINES = ("popularity", "repeat_last", "text_knn", "sasrec_few")
-_EACH, _FREE = 5, 20  # codes of each slot that decoding without the catalogue combines, and combinations that it lists
+Found = tuple[dict[str, Any], dict[str, np.ndarray]]  # what a record says besides, and ranks by way of ranking
+_FREE = 10  # combinations of codes that decoding without the catalogue lists; they are of the ten best codes of each slot
 
 
 class ZeroShot:
@@ -81,12 +84,11 @@ class ZeroShot:
 
     def __init__(self, domains: Mapping[str, Dataset], raw: Path = RAW, cache: Path = CACHE) -> None:
         self.domains, self.raw, self.cache = domains, raw, cache
+        self._lines = Lines(raw, "cell")
 
     def records(self) -> list[dict[str, Any]]:
         """The finished cells."""
-        if not self.raw.is_file():
-            return []
-        return [json.loads(line) for line in self.raw.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return list(self._lines.read().values())
 
     def baselines(self, target: str) -> None:
         """What needs no training elsewhere; popularity and SASRec know events of the target, the others none."""
@@ -96,13 +98,13 @@ class ZeroShot:
         def by(scores: Callable[[SequenceBatch], np.ndarray]) -> dict[str, np.ndarray]:
             return _both_ways(lambda exclude: event_ranks(scores, data.data, steps, MODEL["max_length"], exclude_seen=exclude))
 
-        def popularity() -> dict[str, np.ndarray]:
-            return by(Popularity(Popularity.Config()).fit(data.split.train, data.count).scores)
+        def popularity() -> Found:
+            return {}, by(Popularity(Popularity.Config()).fit(data.split.train, data.count).scores)
 
-        def repeat_last() -> dict[str, np.ndarray]:
-            return by(RepeatLast(RepeatLast.Config()).fit(data.split.train, data.count).scores)
+        def repeat_last() -> Found:
+            return {}, by(RepeatLast(RepeatLast.Config()).fit(data.split.train, data.count).scores)
 
-        def text_knn() -> dict[str, np.ndarray]:
+        def text_knn() -> Found:
             text = text_of(data, ENCODER)
             valid = _some(data.split.valid)
 
@@ -110,32 +112,44 @@ class ZeroShot:
                 return metrics(event_ranks(scores, data.data, valid, MODEL["max_length"]))["ndcg@10"]
 
             # By the target's own validation, which RecGPT is not given.
-            return by(tuned_text_knn(data.split.train, text, quality).scores)
+            model = tuned_text_knn(data.split.train, text, quality)
+            return {"chosen": model.config.model_dump(mode="json")}, by(model.scores)
 
-        def sasrec_few() -> dict[str, np.ndarray]:
-            few, plan = replace(data, users=FEW), PLANS["sasrec"]
-            config = {"model": {"name": "sasrec", **plan.model, **{"dropout": 0.5}}, "windows": plan.windows, "training": plan.training}
-            run = Training(few, config, 0, ItemTable(few.count, few.warm), None)
-            folder = self.cache / "training" / f"few_{target}"
-            run.fit(folder)
-            return _both_ways(lambda exclude: model_ranks(run.model, data.data, steps, run.view, exclude_seen=exclude))
+        sasrec = {"name": "sasrec", **PLANS["sasrec"].model, "dropout": 0.5}
+        few = {"model": sasrec, "windows": WINDOWS, "training": FEW_TRAINING, "users": FEW}
 
-        for name, make in zip(BASELINES, (popularity, repeat_last, text_knn, sasrec_few), strict=True):
-            config = {"few": FEW, "plan": PLANS["sasrec"].training} if name == "sasrec_few" else {}
-            self._cell(target, name, 0, config, lambda make=make: ({}, make()))  # type: ignore[misc]
+        def sasrec_few() -> Found:
+            some = replace(data, users=FEW)
+            run = Training(some, few, 0, ItemTable(some.count, some.warm), None)
+            folder = self.cache / "training" / sha256_json([target, few])[:16]
+            outcome = run.fit(folder)
+            forget(folder)
+            return outcome, _both_ways(lambda exclude: run.ranks(steps, exclude_seen=exclude))
+
+        text = {"encoder": ENCODER, "columns": data.columns, "validation": VALIDATION}
+        for name, make, config in (
+            ("popularity", popularity, {}),
+            ("repeat_last", repeat_last, {}),
+            ("text_knn", text_knn, text),
+            ("sasrec_few", sasrec_few, few),
+        ):
+            self._cell(target, name, 0, {**config, "longest": MODEL["max_length"]}, make)
 
     def variant(self, target: str, variant: str, seed: int) -> None:
         """Train on the other domains, and rank the target's test events; the whole model is also decoded without the catalogue."""
         settings = dict(VARIANTS[variant])
         codes = settings.pop("codes", "fsq")
         config = {"model": {**MODEL, **settings}, "codes": codes, "tokenizer": TOKENIZER, "windows": WINDOWS, "training": TRAINING}
-        config |= {"sources": [name for name in self.domains if name != target], "recent": RECENT, "validation": VALIDATION}
+        sources = [name for name in self.domains if name != target]
+        columns = {name: data.columns for name, data in self.domains.items()}
+        config |= {"sources": sources, "columns": columns, "encoder": ENCODER, "recent": RECENT, "validation": VALIDATION}
 
-        def run() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        def run() -> Found:
             asked = Asked({name: self.domains[name] for name in config["sources"]}, config, seed, self.cache)
             history = asked.fit(self.cache / "training" / sha256_json([target, config, seed])[:16])
             curve = [dict(epoch.validation) for epoch in history.epochs]
-            about = {"parameters": asked.parameters, "curve": curve, "steps": history.steps}
+            parameters = sum(parameter.numel() for parameter in asked.model.parameters())
+            about = {"parameters": parameters, "curve": curve, "steps": history.steps}
             return about, asked.asked(self.domains[target], unconstrained=variant == "full")
 
         self._cell(target, variant, seed, config, run)
@@ -146,12 +160,12 @@ class ZeroShot:
         variant: str,
         seed: int,
         config: Mapping[str, Any],
-        run: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]],
+        run: Callable[[], Found],
     ) -> None:
         fingerprints = {name: data.fingerprint for name, data in self.domains.items()}
         identity = {"version": VERSION, "target": target, "variant": variant, "seed": seed, "config": config, "data": fingerprints}
         key = sha256_json(identity)[:16]
-        if any(record["cell"] == key for record in self.records()):
+        if key in self._lines.read():
             return
         started = perf_counter()
         outcome, ranks = run()
@@ -162,9 +176,7 @@ class ZeroShot:
             test[way] = self.figures(target, own)
         record = {"cell": key, **identity, **outcome, "test": test, "seconds": round(perf_counter() - started, 1), "commit": code_commit()}
         record["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-        self.raw.parent.mkdir(parents=True, exist_ok=True)
-        with self.raw.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._lines.append(record)
         shown = "  ".join(f"{way}: {values['all']['ndcg@10']:.4f} all, {values['new']['ndcg@10']:.4f} new" for way, values in test.items())
         print(f"{target} {variant} seed {seed}: NDCG@10 {shown}", flush=True)
 
@@ -205,9 +217,13 @@ class Asked:
         self._training = Pretraining(own, validate(RecGPT.Config, dict(config["model"])), GatherIndex.Config(), self._coded, seed)
 
     @property
-    def parameters(self) -> int:
-        """Of the model."""
-        return sum(parameter.numel() for parameter in self._training.model.parameters())
+    def model(self) -> CodeRetriever:
+        """RecGPT."""
+        return self._training.model
+
+    def coded(self, target: Dataset) -> ItemTable:
+        """A data set's items with codes by the tokenizer of the training."""
+        return self._coded(_told(target))
 
     def fit(self, folder: Path) -> History:
         """Train, or go on with what stands in the folder."""
@@ -219,10 +235,10 @@ class Asked:
 
     def asked(self, target: Dataset, *, unconstrained: bool) -> dict[str, np.ndarray]:
         """The ranks of the target's test events, with the items of the history left out and with them; and what free decoding finds."""
-        items, steps = self._coded(_told(target)), target.split.test
+        items, steps = self.coded(target), target.split.test
         found = _both_ways(lambda exclude: self._training.ranks(target.data, items, steps, exclude_seen=exclude))
         if unconstrained:
-            found["no_trie"] = _free(self._training.model, items, target)
+            found["no_trie"] = _free(self.model, items, target)
         return found
 
     def _coded(self, items: ItemTable) -> ItemTable:
@@ -236,7 +252,10 @@ class Asked:
 
 @torch.inference_mode()
 def _free(model: CodeRetriever, items: ItemTable, target: Dataset) -> np.ndarray:
-    """Ranks in lists of the best combinations of each slot's best codes, of which those that are no item take their places in vain."""
+    """Ranks in lists of the ten best combinations of codes, of which those that are no item take their places in vain.
+
+    A target has the place of its codes, whatever other items share them.
+    """
     assert items.codes is not None
     model.replace_items(items)
     steps, sizes = target.split.test, items.codes.level_sizes
@@ -245,7 +264,7 @@ def _free(model: CodeRetriever, items: ItemTable, target: Dataset) -> np.ndarray
     for batch, _ in histories(target.data, steps, model.max_length, 256):
         state = model.encode(batch)
         assert isinstance(state, SlotLogProbs)
-        best, codes = state.values.topk(_EACH, -1)
+        best, codes = state.values.topk(_FREE, -1)
         scores = best[:, 0]
         for slot in range(1, len(sizes)):
             scores = (scores[:, :, None] + best[:, slot, None]).flatten(1)

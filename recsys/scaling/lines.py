@@ -20,10 +20,11 @@ class Lines:
 
     Args:
         path: the file; it need not exist.
+        key: the field that tells cells apart.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, key: str = "key") -> None:
+        self.path, self._key = path, key
 
     def read(self) -> dict[str, Row]:
         """The cells by key; of two with one key the later one. A last line that was cut off is left out, with a warning.
@@ -40,10 +41,10 @@ class Lines:
                 continue
             try:
                 row = json.loads(line)
-                found[row["key"]] = row
+                found[row[self._key]] = row
             except (ValueError, KeyError, TypeError):
                 if number < len(lines):
-                    raise DataError(f"{self.path}:{number}: expected a cell as JSON with the key 'key', got {line[:60]!r}") from None
+                    raise DataError(f"{self.path}:{number}: expected a cell as JSON with the key {self._key!r}, got {line[:60]!r}") from None
                 logger.warning("%s:%d: the last line was cut off: its cell is trained again", self.path, number)
         return found
 

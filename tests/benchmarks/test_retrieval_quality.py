@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.retrieval_quality import grid as grid_module
 from benchmarks.retrieval_quality import plans
 from benchmarks.retrieval_quality.data import Dataset
 from benchmarks.retrieval_quality.grid import EVERY, Grid, read_ranks
+from benchmarks.retrieval_quality.items import items_of
 from benchmarks.retrieval_quality.plans import Plan
 from benchmarks.retrieval_quality.summary import markdown, scored, tables
 from recsys.data.jagged import Jagged
@@ -28,7 +31,7 @@ def data(tmp_path: Path) -> Dataset:
     start = np.repeat(rng.integers(0, ITEMS, USERS), lengths)
     items = (start + np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)) % ITEMS
     events = SequenceData.from_order([f"u{i}" for i in range(USERS)], Jagged(items, offsets))
-    return Dataset("drawn", "0", events, tuple(f"item {i}" for i in range(ITEMS)), tmp_path)
+    return Dataset("drawn", "0", events, tuple(f"item {i}" for i in range(ITEMS)), cache=tmp_path)
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def test_cells_are_filled_once_and_the_best_point_is_tested(data: Dataset, grid:
     assert grid.raw.read_text() == before
     grid.ranks(records[3]["cell"]).unlink()
     grid.fill(data, "sasrec", [0, 1])
-    assert [r["seed"] for r in grid.records()] == [0, 0, 0, 1, 1]
+    assert [r["seed"] for r in grid.records()] == [0, 0, 0, 1] and len(grid.raw.read_text().splitlines()) == 5
 
 
 def test_tables_compare_with_sasrec_on_every_slice(data: Dataset, grid: Grid) -> None:
@@ -106,3 +109,24 @@ def test_models_read_text_codes_and_the_collaborative_model_of_their_seed(data: 
 def test_ranks_beyond_the_places_are_kept_as_misses(tmp_path: Path) -> None:
     grid_module.write_ranks(tmp_path / "a" / "b.npz", np.array([1.0, 7.5, 100.0, 100.5, np.inf]))
     assert read_ranks(tmp_path / "a" / "b.npz").tolist() == [1.0, 7.5, 100.0, np.inf, np.inf]
+
+
+def test_items_that_are_held_out_are_unknown_until_the_test(data: Dataset, grid: Grid) -> None:
+    held = replace(data, held_out=0.2)
+    events = np.bincount(held.split.train.items, minlength=ITEMS)
+    cold = np.flatnonzero(events == 0)
+    assert len(cold) == 3 and not held.warm[torch.from_numpy(cold)].any()
+    assert not np.isin(held.split.valid.targets.values, cold).any() and np.isin(held.split.test.targets.values, cold).any()
+    items = items_of(held, {"text": "hashing", "codes": grid_module.PLANS["rpg"].codes}, None)
+    assert items.warm.sum() == ITEMS - 3 and items.codes is not None and len(items.codes) == ITEMS
+    few = items_of(replace(held, held_out=0.0), {"text": "hashing", "codes": grid_module.PLANS["rpg"].codes}, None)
+    assert few.codes is not None and few.codes.tokenizer != items.codes.tokenizer, "the tokenizer is fitted on the items of training"
+    grid.fill(held, "rpg", [0])
+    rows, _ = tables(grid, {"drawn": held})
+    assert {row["slice"]: row["targets"] for row in rows}["cold"] == int(np.isin(held.split.test.targets.values, cold).sum())
+
+
+def test_other_columns_of_text_are_other_cells(data: Dataset, grid: Grid) -> None:
+    one = grid.fill(data, "rpg", [0])[0]["cell"]
+    assert grid.fill(replace(data, columns=("title",)), "rpg", [0])[0]["cell"] != one
+    assert grid.fill(replace(data, columns=("title",)), "popularity", [0])[0]["cell"] == grid.fill(data, "popularity", [0])[0]["cell"]

@@ -11,12 +11,16 @@ import torch
 from benchmarks.retrieval_quality import zero_shot
 from benchmarks.retrieval_quality.data import Dataset
 from benchmarks.retrieval_quality.plans import Plan
-from benchmarks.retrieval_quality.zero_shot import ZeroShot
+from benchmarks.retrieval_quality.zero_shot import Asked, ZeroShot
+from recsys.data.batch import SequenceBatch
 from recsys.data.jagged import Jagged
 from recsys.data.sequences import SequenceData
 from recsys.evaluation.metrics.ranking import ndcg_at
 
 USERS = 80
+FSQ = {"name": "fsq", "slots": 4, "levels": [5, 5], "epochs": 5, "heads": 2}
+MODEL = {"name": "recgpt", "dim": 16, "blocks": 1, "heads": 2, "max_length": 8, "init_std": 0.3}
+CONFIG = {"model": MODEL, "codes": "fsq", "tokenizer": FSQ, "recent": 100}
 
 
 def domain(name: str, items: int, seed: int, cache: Path) -> Dataset:
@@ -27,16 +31,17 @@ def domain(name: str, items: int, seed: int, cache: Path) -> Dataset:
     start = np.repeat(rng.integers(0, items, USERS), lengths)
     rows = (start + np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)) % items
     events = SequenceData.from_order([f"u{i}" for i in range(USERS)], Jagged(rows, offsets))
-    return Dataset(name, name, events, tuple(" ".join(f"w{(i + j) % items}" for j in range(3)) for i in range(items)), cache)
+    return Dataset(name, name, events, tuple(" ".join(f"w{(i + j) % items}" for j in range(3)) for i in range(items)), cache=cache)
 
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ZeroShot:
     monkeypatch.setattr(zero_shot, "ENCODER", "hashing")
     monkeypatch.setattr(zero_shot, "MODEL", {"name": "recgpt", "dim": 16, "blocks": 1, "heads": 2, "max_length": 8})
-    monkeypatch.setattr(zero_shot, "TOKENIZER", {"name": "fsq", "slots": 4, "levels": [5, 5], "epochs": 5, "heads": 2})
+    monkeypatch.setattr(zero_shot, "TOKENIZER", FSQ)
     monkeypatch.setattr(zero_shot, "TRAINING", zero_shot.training(32, 2, 0.01, 2))
     monkeypatch.setattr(zero_shot, "WINDOWS", {"stride": 8})
+    monkeypatch.setattr(zero_shot, "FEW_TRAINING", zero_shot.training(16, 2, 0.01, 2))
     few = zero_shot.PLANS["sasrec"]
     small = {"dim": 16, "blocks": 1, "heads": 1, "max_length": 8}
     monkeypatch.setattr(zero_shot, "PLANS", {"sasrec": Plan(small, few.points, {"stride": 8}, zero_shot.training(16, 2, 0.01, 2))})
@@ -68,3 +73,29 @@ def test_combinations_are_numbered_as_items_are() -> None:
     codes = torch.stack([torch.tensor([0, 2]), torch.tensor([3, 1]), torch.tensor([4, 0])])[None]
     found = zero_shot._numbers(codes, sizes)[0].tolist()
     assert found == [(a * 4 + b) * 5 + c for a, b, c in product([0, 2], [3, 1], [4, 0])]
+
+
+def test_ranks_are_those_of_the_sums_over_codes(runner: ZeroShot) -> None:
+    asked = Asked({name: runner.domains[name] for name in "bc"}, CONFIG, 0, runner.cache)
+    target = runner.domains["a"]
+    items = asked.coded(target)
+    assert items.codes is not None
+    ranks = asked.asked(target, unconstrained=True)
+    asked.model.replace_items(items)
+    steps, codes = target.split.test, items.codes.codes
+    every = list(product(range(25), repeat=2))
+    for step in range(20):
+        seen = target.data.items[steps.start[step] : steps.event[step]]
+        state = asked.model.encode(SequenceBatch(torch.from_numpy(seen[-8:].copy()), torch.tensor([0, min(len(seen), 8)])))
+        slots = state.values[0].detach()  # type: ignore[union-attr]
+        scores = sum(slots[k, codes[:, k]] for k in range(4)).numpy()
+        wanted = steps.targets.values[step]
+        place = 1 + (scores > scores[wanted]).sum() + ((scores == scores[wanted]).sum() - 1) / 2
+        assert ranks["any"][step] == place
+        unseen = np.setdiff1d(np.arange(target.count), seen)
+        better = (scores[unseen] > scores[wanted]).sum() + ((scores[unseen] == scores[wanted]).sum() - 1) / 2
+        assert ranks["unseen"][step] == 1 + better
+        pairs = [max(float(slots[2 * half, a] + slots[2 * half + 1, b]) for a, b in every) for half in (0, 1)]
+        best = sum(pairs)
+        own = float(sum(slots[k, codes[wanted, k]] for k in range(4)))
+        assert (ranks["no_trie"][step] == 1) == (abs(own - best) < 1e-5)
