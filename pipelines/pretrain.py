@@ -41,11 +41,11 @@ class DomainRecipe(Config):
 
     Attributes:
         dataset: where events and items come from.
-        columns: the item columns that make the text, in this order.
+        columns: the item columns that make the text, in this order; none for an encoder that knows items by their ids.
     """
 
     dataset: component_config("dataset")  # type: ignore[valid-type]
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] = ()
 
 
 class PretrainRecipe(Config):
@@ -111,7 +111,9 @@ def execute(recipe: PretrainRecipe, home: Path, console: Console) -> Pretrained:
     datasets = {name: load_dataset(domain.dataset) for name, domain in recipe.domains.items()}
     context = {"recipe": recipe.model_dump(mode="json"), "data": {name: dataset.fingerprint() for name, dataset in datasets.items()}}
     directory = home / "pretrained" / recipe.name / sha256_json(context)[:12]
+    folder = home / "pretrained" / "training" / directory.name / recipe.name
     if directory.is_dir():
+        shutil.rmtree(folder.parent, ignore_errors=True)  # of a process that was stopped at the very end
         return Pretrained(directory, None)
     encoder = components.build("text_encoder", recipe.encoder)
     sources = [_source(name, recipe, dataset, encoder, home / "cache") for name, dataset in datasets.items()]
@@ -121,11 +123,10 @@ def execute(recipe: PretrainRecipe, home: Path, console: Console) -> Pretrained:
         )
     tokenizer = fit_tokenizer(recipe.codes, joined([source.items for source in sources]), recipe.seed)
     own = Pretraining(sources, recipe.model, recipe.index, lambda items: coded(recipe.codes, tokenizer, items), recipe.seed)
-    folder = home / "pretrained" / "training" / directory.name / recipe.name
     history = own.fit(recipe.windows, recipe.training, folder, context=context)
-    notes = {"domains": list(recipe.domains), "encoder": encoder.identity, "commit": code_commit(), "history": history.rows()}
-    save_pretrained(own.model, tokenizer, directory, notes | {"recipe": context["recipe"]})
+    notes = {"domains": list(recipe.domains), "commit": code_commit(), "history": history.rows(), "recipe": context["recipe"]}
     write_bytes(directory.with_suffix(".svg"), _picture(history, list(recipe.domains)).encode())
+    save_pretrained(own.model, tokenizer, encoder.identity, directory, notes)
     shutil.rmtree(folder.parent)
     return Pretrained(directory, history)
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from feature_store.definitions import FeatureRepo
 from recsys.core import components
 from recsys.core.components import component_config
-from recsys.core.config import Config
+from recsys.core.config import Config, validate
 from recsys.core.errors import ConfigError
 from recsys.data.encoding.config import EncoderConfig
 from recsys.data.windows import SequenceLoader
@@ -56,6 +56,10 @@ class RankerRecipe(Config):
         return self
 
 
+class _Model(Config):
+    model: component_config("retriever")  # type: ignore[valid-type]
+
+
 class RetrieverRecipe(Config):
     """A retriever, how it sees histories in training, and its training.
 
@@ -74,12 +78,13 @@ class RetrieverRecipe(Config):
     @model_validator(mode="before")
     @classmethod
     def _model_of_the_directory(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("pretrained") is None:
+        if not isinstance(values, dict) or not isinstance(values.get("pretrained"), str | Path):
             return values
-        found, given = pretrained_config(Path(values["pretrained"])), values.get("model")
-        if given not in (None, found, found.model_dump(mode="json")):
+        directory = Path(values["pretrained"]).resolve()
+        model, given = pretrained_config(directory)[0], values.get("model")
+        if given is not None and validate(_Model, {"model": given}).model != model:
             raise ValueError("model: expected null, since the one of the directory is used")
-        return values | {"model": found}
+        return values | {"model": model, "pretrained": directory}
 
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> Self:
@@ -181,6 +186,12 @@ class Recipe(Config):
         except ConfigError as error:
             raise ValueError(f"index: {error}") from None
         widths = self.index.widths if isinstance(self.index, BeamIndex.Config) else None
-        if widths is not None and self.codes is not None and len(widths) != self.codes.levels:
-            raise ValueError(f"index.widths: expected {self.codes.levels}, one for each level of the codes, got {list(widths)}")
+        if widths is not None and (levels := self._levels()) is not None and len(widths) != levels:
+            raise ValueError(f"index.widths: expected {levels}, one for each level of the codes, got {list(widths)}")
         return self
+
+    def _levels(self) -> int | None:
+        """How many codes an item has, where there are any."""
+        if self.retriever.pretrained is not None:
+            return pretrained_config(self.retriever.pretrained)[1]
+        return None if self.codes is None else self.codes.levels

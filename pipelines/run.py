@@ -145,6 +145,7 @@ def _measure(
         "retrieval": {
             "models": {name: measure.by_segment(segments, measure.rank_metrics, ranks) for name, ranks in retrieval.ranks.items()},
             "slices": measure.by_slice(histories.slices(), retrieval.ranks),
+            "slices_with_seen": measure.by_slice(histories.slices(), retrieval.with_seen) if retrieval.with_seen else {},
             "beta": getattr(retrieval.retriever, "beta", None),
         },
         "lists": {

@@ -68,7 +68,7 @@ class Pretraining:
     ) -> None:
         self._sources, self._index, self._seed = sources, index, seed
         self._coded = [code(source.items) for source in sources]
-        self._whole = code(joined_items([source.items for source in sources]))
+        self._whole = joined_items(self._coded)
         torch.manual_seed(seed)
         self.model: CodeRetriever = start or components.build("retriever", model, self._whole)
 
@@ -95,7 +95,8 @@ class Pretraining:
         domains = [Domain(source.name, source.train, source.items.count) for source in self._sources]
         loader = SequenceLoader(joined(domains), self.model.max_length, training.batch_size, self._seed, config=windows)
         self.model.replace_items(self._whole)
-        trainer = Trainer(training.trainer, folder, tracker=tracker, progress=progress, context=dict(context))
+        known = {**context, "items": self._whole.digest()}
+        trainer = Trainer(training.trainer, folder, tracker=tracker, progress=progress, context=known)
         return trainer.fit(self.model, loader, self._measure)
 
     def ranks(self, data: SequenceData, items: ItemTable, steps: EvaluationSteps, *, exclude_seen: bool = True) -> np.ndarray:

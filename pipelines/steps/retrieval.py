@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the collaborative model and the retriever, and compare them with each other and with baselines over the whole catalogue."""
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from pipelines.recipe import Recipe, RetrieverRecipe
 from pipelines.steps.data import Prepared
 from recsys.core import components
 from recsys.core.config import Config
-from recsys.core.files import sha256_json
 from recsys.data.sequences import EvaluationSteps, SequenceData, evaluation_steps
 from recsys.data.windows import SequenceLoader
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
@@ -54,7 +53,10 @@ class Histories:
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Trained retrievers, and the rank of every test event under each model, in the order of the test steps' targets."""
+    """Trained retrievers, and the rank of every test event under each model, in the order of the test steps' targets.
+
+    ``ranks`` are in lists without what the user has seen; ``with_seen`` in lists with it, empty where no target is a repeat.
+    """
 
     items: ItemTable
     tokenizer: CodeTokenizer | None
@@ -63,6 +65,7 @@ class RetrievalResult:
     index: Index
     curves: dict[str, History]
     ranks: dict[str, np.ndarray]
+    with_seen: dict[str, np.ndarray]
 
 
 def build_histories(prepared: Prepared) -> Histories:
@@ -102,22 +105,29 @@ def train_retrievers(
         curves[recipe.retriever.model.name] = history
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
     index = build_index(recipe.index, retriever, histories.catalogue)
+    baselines = _baselines(histories, text, recipe.seed, max(retriever.max_length, collaborative.max_length))
+    models = {recipe.retriever.model.name: (retriever, index), recipe.collaborative.model.name: (collaborative, None)}
+    ranks = _ranks(models, baselines, histories, exclude_seen=True)
+    with_seen = _ranks(models, baselines, histories, exclude_seen=False) if histories.slices()["repeated"].any() else {}
+    return RetrievalResult(items, tokenizer, collaborative, retriever, index, curves, ranks, with_seen)
+
+
+def _ranks(
+    models: Mapping[str, tuple[Retriever, Index | None]], baselines: Mapping[str, Scorer], histories: Histories, *, exclude_seen: bool
+) -> dict[str, np.ndarray]:
+    """The rank of every test event under every model and baseline, which see equally long histories."""
     data, test, view = histories.data, histories.test, histories.catalogue.snapshot()
-    ranks = {
-        recipe.retriever.model.name: model_ranks(retriever, data, test, view, index),
-        recipe.collaborative.model.name: model_ranks(collaborative, data, test, view),
-    }
-    longest = max(retriever.max_length, collaborative.max_length)
-    for name, scorer in _baselines(histories, text, recipe.seed, longest).items():
-        ranks[name] = event_ranks(scorer, data, test, longest)
-    return RetrievalResult(items, tokenizer, collaborative, retriever, index, curves, ranks)
+    longest = max(model.max_length for model, _ in models.values())
+    ranks = {name: model_ranks(model, data, test, view, index, exclude_seen=exclude_seen) for name, (model, index) in models.items()}
+    return ranks | {name: event_ranks(scorer, data, test, longest, exclude_seen=exclude_seen) for name, scorer in baselines.items()}
 
 
 def _retriever(recipe: Recipe, items: ItemTable, collaborative: SASRec) -> tuple[Retriever, CodeTokenizer | None, ItemTable]:
     """The retriever before its training, the item tokenizer if it reads codes, and the items with them."""
     config = recipe.retriever.model
     if recipe.retriever.pretrained is not None:
-        return from_pretrained(recipe.retriever.pretrained, items)
+        encoder = components.build("text_encoder", recipe.text.encoder)
+        return from_pretrained(recipe.retriever.pretrained, items, encoder.identity)
     tokenizer = None if recipe.codes is None else fit_tokenizer(recipe.codes, items, recipe.seed)
     if recipe.codes is not None and tokenizer is not None:
         items = coded(recipe.codes, tokenizer, items)
@@ -172,7 +182,7 @@ def _fit(
     """Train a model in place."""
     assert recipe.training is not None
     seed: int = context["seed"]
-    context = context | {"windows": recipe.windows.model_dump(mode="json"), "items": _items_digest(items)}
+    context = context | {"windows": recipe.windows.model_dump(mode="json"), "items": items.digest()}
     if recipe.pretrained is not None:
         context |= {"pretrained": model.fingerprint()}
     loader = SequenceLoader(histories.train, model.max_length, recipe.training.batch_size, seed, config=recipe.windows)
@@ -187,13 +197,6 @@ def _fit(
         return {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
 
     return Trainer(recipe.training.trainer, run_dir, tracker=tracker, context=context).fit(model, loader, validate)
-
-
-def _items_digest(items: ItemTable) -> str:
-    """SHA-256 of all that a model is told of its items, so that no checkpoint goes on with other texts or codes."""
-    codes = None if items.codes is None else items.codes.codes
-    parts = [None if x is None else x.contiguous().numpy().tobytes() for x in (items.warm, items.text, items.collaborative, codes)]
-    return sha256_json([part and hashlib.sha256(part).hexdigest() for part in parts])
 
 
 def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Histories, seed: int) -> None:

@@ -196,7 +196,10 @@ def _load_module(directory: Path, kind: str, inputs: Any) -> Any:
     stored = read_json(directory / "config.json")
     cls = components.get(kind, stored["config"]["name"])
     module = cls(parse(cls.Config, stored["config"], source=str(directory / "config.json")), inputs)
-    module.load_state_dict(load_file(directory / "model.safetensors"))
+    try:
+        module.load_state_dict(load_file(directory / "model.safetensors"))
+    except RuntimeError as error:
+        raise BundleError(f"{directory}: the weights do not fit the configuration: {error}") from None
     if kind == "retriever":
         module.load_extra_state(stored["extra"])
     return module.eval()

@@ -47,8 +47,7 @@ class Retriever(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and buffers, by which an index knows what its content came from."""
-        digests = {k: hashlib.sha256(v.detach().cpu().contiguous().numpy().tobytes()).hexdigest() for k, v in self.state_dict().items()}
-        return sha256_json(digests)
+        return sha256_json({name: _digest(tensor) for name, tensor in self.state_dict().items()})
 
     def extra_state(self) -> dict[str, Any]:
         """JSON-serialisable values, besides the weights and the config, that rebuild the model (none by default)."""
@@ -123,6 +122,12 @@ class CodeRetriever(Retriever):
     def _take_codes(self) -> None:
         """Keep `tokens_of` the catalogue's items beside the weights, but not among them."""
         self.register_buffer("tokens", self.tokens_of(self.table), persistent=False)
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor of whatever dtype."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()
 
 
 def codes_of(model: Retriever, items: ItemTable) -> CodeTable:

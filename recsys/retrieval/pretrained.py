@@ -5,7 +5,7 @@ What such a model learns belongs to the codes, not to items: on a catalogue that
 else (RecGPT's zero-shot use, arXiv 2506.06270), or it is trained further there.
 
 ```
-config.json         the model's configuration, the tokenizer's fingerprint, what was done with collisions, notes
+config.json         the model's configuration, the tokenizer's fingerprint, the text encoder, what was done with collisions, notes
 model.safetensors
 tokenizer/
 ```
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from recsys.core import components
 from recsys.core.components import component_config
 from recsys.core.config import Config, parse
-from recsys.core.errors import BundleError, ConfigError
+from recsys.core.errors import BundleError, ConfigError, DataError
 from recsys.core.files import new_directory, read_json, write_json
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import Repair
@@ -38,17 +38,22 @@ class _About(Config):
     format: int
     model: component_config("retriever")  # type: ignore[valid-type]
     tokenizer: str
+    encoder: str
+    levels: int
     repair: Repair
     suffix_size: int
     notes: dict[str, Any]
 
 
-def save_pretrained(model: CodeRetriever, tokenizer: CodeTokenizer, directory: Path, notes: dict[str, Any] | None = None) -> None:
+def save_pretrained(
+    model: CodeRetriever, tokenizer: CodeTokenizer, encoder: str, directory: Path, notes: dict[str, Any] | None = None
+) -> None:
     """Write the directory, whole or not at all.
 
     Args:
         model: trained.
         tokenizer: of its codes.
+        encoder: the identity of what encoded the items' texts (`recsys.text.TextEncoder.identity`).
         directory: must not exist.
         notes: whatever is worth keeping of how it was trained, as JSON.
 
@@ -63,6 +68,8 @@ def save_pretrained(model: CodeRetriever, tokenizer: CodeTokenizer, directory: P
         format=FORMAT,
         model=model.config,
         tokenizer=tokenizer.fingerprint,
+        encoder=encoder,
+        levels=table.levels,
         repair=table.repair,
         suffix_size=table.level_sizes[-1],
         notes=notes or {},
@@ -73,21 +80,24 @@ def save_pretrained(model: CodeRetriever, tokenizer: CodeTokenizer, directory: P
         tokenizer.save(root / _TOKENIZER)
 
 
-def from_pretrained(directory: Path, items: ItemTable) -> tuple[CodeRetriever, CodeTokenizer, ItemTable]:
+def from_pretrained(directory: Path, items: ItemTable, encoder: str) -> tuple[CodeRetriever, CodeTokenizer, ItemTable]:
     """What `save_pretrained` wrote, on a catalogue of one's own.
 
     Args:
         directory: of the model.
-        items: with what the tokenizer and the model read, such as text embeddings by the encoder of the training; without codes.
+        items: with what the tokenizer and the model read, such as text embeddings; without codes.
+        encoder: the identity of what encoded their texts.
 
     Returns:
         The model in evaluation mode, its tokenizer, and the items with their codes.
 
     Raises:
         BundleError: a file is absent, cannot be read or was changed, or the parts do not belong together.
-        DataError: the items are not what the tokenizer reads, see `CodeTokenizer.encode`.
+        DataError: the texts are by another encoder, or the items are not what the tokenizer reads, see `CodeTokenizer.encode`.
     """
     about = _about(directory)
+    if encoder != about.encoder:
+        raise DataError(f"items.text: expected embeddings by {about.encoder}, which the model was trained on, got some by {encoder}")
     try:
         weights = load_file(directory / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
@@ -104,14 +114,14 @@ def from_pretrained(directory: Path, items: ItemTable) -> tuple[CodeRetriever, C
     return model.eval(), tokenizer, coded
 
 
-def pretrained_config(directory: Path) -> Config:
-    """The configuration of the model in a directory.
+def pretrained_config(directory: Path) -> tuple[Config, int]:
+    """The configuration of the model in a directory, and how many levels its codes have.
 
     Raises:
         BundleError: it cannot be read.
     """
-    found: Config = _about(directory).model
-    return found
+    about = _about(directory)
+    return about.model, about.levels
 
 
 def _about(directory: Path) -> _About:

@@ -28,7 +28,7 @@ class Judge:
 
     Args:
         data: all events, of which histories are taken.
-        train: the events of training.
+        train: all events that may be trained on, by which items are warm, however few of them a model is given.
         steps: what is to be predicted.
         count: N, items of the catalogue.
         index: over codes, for a model of codes.

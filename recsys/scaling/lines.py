@@ -44,7 +44,7 @@ class Lines:
                 found[row[self._key]] = row
             except (ValueError, KeyError, TypeError):
                 if number < len(lines):
-                    raise DataError(f"{self.path}:{number}: expected a cell as JSON with the key {self._key!r}, got {line[:60]!r}") from None
+                    raise DataError(f"{self.path}:{number}: expected a cell as JSON with {self._key!r}, got {line[:60]!r}") from None
                 logger.warning("%s:%d: the last line was cut off: its cell is trained again", self.path, number)
         return found
 

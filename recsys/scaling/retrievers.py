@@ -111,7 +111,7 @@ class Retrievers(Subject):
         torch.manual_seed(seed)
         model = self._build(config, items)
         index = self._index(model)
-        valid, test = (Judge(split.data, train, steps, items.count, index, self._view) for steps in (split.valid, split.test))
+        valid, test = (Judge(split.data, split.train, steps, items.count, index, self._view) for steps in (split.valid, split.test))
         loader = SequenceLoader(train, model.max_length, batch_size, seed, config=self.data.config.windows)
         history = trainer.fit(model, loader, valid)
         return history, test.sliced(model)

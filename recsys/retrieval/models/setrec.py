@@ -95,7 +95,6 @@ class SETRec(VectorRetriever):
             return self
 
     warm: Tensor
-    content: Tensor
     collaborative: Tensor
 
     def __init__(self, config: Config, items: ItemTable) -> None:
@@ -106,14 +105,14 @@ class SETRec(VectorRetriever):
         self.max_length = config.max_length
         self.beta = config.beta
         self.register_buffer("warm", items.warm.bool().clone())
-        self.register_buffer("content", content)
+        self.register_buffer(config.semantic, content)
         self.register_buffer("collaborative", collaborative)
         dim = config.dim if backbone is None else backbone.dim
         self.collaborative_token = nn.Linear(collaborative.shape[1], dim)
         nn.init.xavier_normal_(self.collaborative_token.weight)
         nn.init.zeros_(self.collaborative_token.bias)
-        self.codes = items.codes if config.semantic == "codes" else None
-        self.semantic = _semantic(config, content, self.codes, dim)
+        self.table = items.codes if config.semantic == "codes" else None
+        self.semantic = _semantic(config, content, self.table, dim)
         self.slots = self.semantic.tokens + 1
         self.queries = nn.Parameter(torch.randn(self.slots, dim) * config.init_std)
         self.transformer = SetTransformer(config) if backbone is None else backbone
@@ -122,6 +121,12 @@ class SETRec(VectorRetriever):
     def scorable(self) -> Tensor:
         """bool ``[N]``: all items, since a new one has tokens as soon as it has text or codes."""
         return torch.ones_like(self.warm)
+
+    @property
+    def content(self) -> Tensor:
+        """What semantic tokens are made of, by catalogue row: text ``[N, D_text]``, or codes int64 ``[N, K]``."""
+        content: Tensor = getattr(self, self.config.semantic)
+        return content
 
     @classmethod
     def reads_codes(cls, config: BaseConfig) -> bool:
@@ -225,13 +230,14 @@ class SETRec(VectorRetriever):
             DataError: a feature has another width than the one the model was built with, or the codes are of another tokenizer.
         """
         content, collaborative = _features(items, self.config.semantic)
-        if self.codes is not None:
-            self.codes = require_same_codes(self.codes, codes_of(self, items))
+        if self.table is not None:
+            self.table = require_same_codes(self.table, codes_of(self, items))
         for name, present, new in ((self.config.semantic, self.content, content), ("collaborative", self.collaborative, collaborative)):
             if present.shape[1] != new.shape[1]:
                 raise DataError(f"items.{name}: expected {present.shape[1]} columns as in training, got {new.shape[1]}")
         self.warm = items.warm.bool().to(self.warm.device)
-        self.content, self.collaborative = content.to(self.content), collaborative.to(self.collaborative)
+        setattr(self, self.config.semantic, content.to(self.content))
+        self.collaborative = collaborative.to(self.collaborative)
 
     def extra_state(self) -> dict[str, Any]:
         """The beta in use."""

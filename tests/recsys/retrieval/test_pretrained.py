@@ -36,9 +36,9 @@ def trained(repair: str = "keep") -> tuple[RecGPT | TIGER, CodeTokenizer, ItemTa
 
 def test_it_says_of_another_catalogue_what_the_trained_model_says(tmp_path: Path) -> None:
     model, tokenizer, _ = trained()
-    save_pretrained(model, tokenizer, tmp_path / "model", {"domains": ["a", "b"]})
+    save_pretrained(model, tokenizer, "minilm", tmp_path / "model", {"domains": ["a", "b"]})
     other = items_of(17, 9)
-    loaded, same, coded = from_pretrained(tmp_path / "model", other)
+    loaded, same, coded = from_pretrained(tmp_path / "model", other, "minilm")
     assert coded.codes is not None and same.fingerprint == tokenizer.fingerprint and not loaded.training
     assert torch.equal(coded.codes.codes, tokenizer.encode(other)) and len(loaded.table) == 17
     model.replace_items(coded)
@@ -50,8 +50,8 @@ def test_it_says_of_another_catalogue_what_the_trained_model_says(tmp_path: Path
 
 def test_what_was_done_with_collisions_is_done_again(tmp_path: Path) -> None:
     model, tokenizer, _ = trained("suffix")
-    save_pretrained(model, tokenizer, tmp_path / "model")
-    loaded, _, coded = from_pretrained(tmp_path / "model", items_of(40, 9))
+    save_pretrained(model, tokenizer, "minilm", tmp_path / "model")
+    loaded, _, coded = from_pretrained(tmp_path / "model", items_of(40, 9), "minilm")
     assert coded.codes is not None and coded.codes.repair == "suffix" and coded.codes.level_sizes == (4, 4, 16)
     assert len(coded.codes.codes.unique(dim=0)) == 40
     assert loaded.loss(batch_of([[39, 3]], [(0, 1, 2)]))[0].isfinite()
@@ -61,12 +61,14 @@ def test_a_directory_that_was_changed_is_refused(tmp_path: Path) -> None:
     model, tokenizer, _ = trained()
     other = SlicedFSQ(SlicedFSQ.Config(slots=2, levels=(5, 5), heads=2, layers=1, epochs=1)).fit(items_of(9, 3))
     with pytest.raises(ConfigError, match=r"tokenizer: expected .* which made the model's codes"):
-        save_pretrained(model, other, tmp_path / "wrong")
+        save_pretrained(model, other, "minilm", tmp_path / "wrong")
     with pytest.raises(BundleError, match="cannot read the model"):
-        from_pretrained(tmp_path / "nowhere", items_of(3, 0))
-    save_pretrained(model, tokenizer, tmp_path / "model")
+        from_pretrained(tmp_path / "nowhere", items_of(3, 0), "minilm")
+    save_pretrained(model, tokenizer, "minilm", tmp_path / "model")
+    with pytest.raises(DataError, match=r"items\.text: expected embeddings by minilm, which the model was trained on, got some by other"):
+        from_pretrained(tmp_path / "model", items_of(3, 0), "other")
     with pytest.raises(DataError, match="expected features of width 8, got 7"):
-        from_pretrained(tmp_path / "model", ItemTable(2, torch.ones(2, dtype=torch.bool), torch.randn(2, 7)))
+        from_pretrained(tmp_path / "model", ItemTable(2, torch.ones(2, dtype=torch.bool), torch.randn(2, 7)), "minilm")
     config = tmp_path / "model" / "config.json"
     whole = json.loads(config.read_text())
     for key, value, message in (
@@ -76,7 +78,7 @@ def test_a_directory_that_was_changed_is_refused(tmp_path: Path) -> None:
     ):
         config.write_text(json.dumps(whole | {key: value}))
         with pytest.raises(BundleError, match=message):
-            from_pretrained(tmp_path / "model", items_of(3, 0))
+            from_pretrained(tmp_path / "model", items_of(3, 0), "minilm")
 
 
 def test_catalogues_are_joined_by_their_texts() -> None:
@@ -85,3 +87,15 @@ def test_catalogues_are_joined_by_their_texts() -> None:
     assert both.count == 5 and both.text is not None and torch.equal(both.text, torch.cat((one.text, two.text)))  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"got widths \[8, None\]"):
         joined([one, ItemTable(2, two.warm)])
+
+
+def test_codes_are_joined_as_each_catalogue_has_them() -> None:
+    one, two = items_of(20, 0), items_of(20, 0)
+    tokenizer = ResidualKMeans(ResidualKMeans.Config(levels=2, codes=4)).fit(one)
+    coded = [ItemTable(20, t.warm, t.text, codes=code_items(tokenizer, t, "suffix", 16)) for t in (one, two)]
+    both = joined(coded)
+    assert both.codes is not None and both.codes.repair == "suffix"
+    assert torch.equal(both.codes.codes[:20], both.codes.codes[20:])
+    assert joined([coded[0], two]).codes is None
+    with pytest.raises(DataError, match="codes: expected those of one tokenizer"):
+        joined([coded[0], ItemTable(20, two.warm, two.text, codes=code_items(tokenizer, two, "suffix", 17))])

@@ -219,7 +219,7 @@ def test_gradients_reach_every_parameter_and_no_feature():
     model.loss(batch_of(HISTORIES, TARGETS))[0].backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if not name.endswith("key_value.bias"))
     assert not model.collaborative.requires_grad and not model.content.requires_grad
-    assert {"collaborative", "content", "warm"} <= dict(model.named_buffers()).keys()
+    assert {"collaborative", "text", "warm"} <= dict(model.named_buffers()).keys()
 
 
 def test_cold_items_outside_the_softmax_are_not_pushed_down():

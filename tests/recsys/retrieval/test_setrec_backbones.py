@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from recsys.core.components import get
 from recsys.core.config import parse
+from recsys.retrieval.catalogue import Catalogue, DenseIndex
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models import SETRec
 from tests.recsys.retrieval.backbones.tiny import DIM, KINDS, PROMPT, save
@@ -99,7 +100,7 @@ def test_compressed_vectors_give_the_same_scores(folders, kind):
 
 
 @each_kind
-@pytest.mark.parametrize("backbone", [{}, {"lora": {}}])
+@pytest.mark.parametrize("backbone", [{}, {"lora": {}}, {"lora": {}, "dtype": "bfloat16"}])
 def test_a_bundle_rebuilds_it_without_the_folder(tmp_path, kind, backbone):
     """A configuration in JSON and a file of tensors, as bundles have them."""
     save(kind, tmp_path / "model")
@@ -111,6 +112,9 @@ def test_a_bundle_rebuilds_it_without_the_folder(tmp_path, kind, backbone):
     other = SETRec(parse(SETRec.Config, json.loads(kept), source="bundle"), items())
     other.load_state_dict(load_file(tmp_path / "model.safetensors"))
     torch.testing.assert_close(scores(other), scores(model), atol=1e-6, rtol=1e-6)
+    view = Catalogue([str(row) for row in range(N)]).snapshot()
+    index = DenseIndex.over(DenseIndex.Config(), model, view)
+    assert index.meta.content_hash == other.fingerprint()
 
 
 @each_kind
