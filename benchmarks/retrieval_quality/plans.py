@@ -48,7 +48,7 @@ _BETAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 _FSQ = {"tokenizer": {"name": "fsq", "slots": 4, "levels": [8, 8, 8, 6, 5], "epochs": 100, "learning_rate": 1e-3}, "repair": "keep"}
 _OPQ = {"tokenizer": {"name": "opq", "slots": 32, "dim": 192}, "repair": "keep"}
 _KMEANS = {"tokenizer": {"name": "residual_kmeans", "levels": 3, "codes": 256, "normalize": True}, "repair": "suffix", "suffix_size": 256}
-_WINDOWS = {"stride": 50, "alike": 128}
+_WINDOWS = {"stride": 50, "alike": True}
 
 PLANS: Mapping[str, Plan] = {
     "sasrec": Plan(_SMALL, (_PLAIN,), _WINDOWS, training(128, 60, 1e-3, 5)),
@@ -86,7 +86,7 @@ PLANS: Mapping[str, Plan] = {
     "tiger": Plan(
         {},
         ({"training.trainer.optimizer.learning_rate": 2e-3},),
-        {"stride": 20, "alike": 256},
+        {"stride": 20, "alike": True},
         training(256, 40, 1e-3, 4),
         text="minilm",
         codes=_KMEANS,

@@ -55,7 +55,7 @@ RECENT = 100  # events of a user of MovieLens-1M, so that no domain is most of t
 ENCODER = "minilm"
 TOKENIZER = {"name": "fsq", "slots": 4, "levels": [8, 5, 5, 5], "epochs": 100, "learning_rate": 1e-3}
 MODEL: Mapping[str, Any] = {"name": "recgpt", "dim": 192, "blocks": 3, "heads": 6, "dropout": 0.1, "max_length": 50}
-WINDOWS = {"stride": 50, "alike": 128}
+WINDOWS = {"stride": 50, "alike": True}
 TRAINING = training(128, 6, 1e-3, 2)
 VALIDATION = 2000  # steps of each domain of the training
 # The bar of the paper: SASRec on a tenth of the target's users, stopped by validation events of all of them, more than a tenth knows.

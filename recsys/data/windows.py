@@ -86,13 +86,14 @@ class SequenceLoader(Resumable):
             stride: h, the events from one window to the next; by default half of L, at least 1. A larger one costs less for an epoch,
                 since each event is history in L / h windows, and leaves less context at a window's beginning.
             augmentation: how histories vary from epoch to epoch; null for not at all.
-            alike: so many windows of about the same length stand together, drawn anew in every epoch; null for a plain shuffle. As large as
-                a batch, it leaves little padding where most histories are far shorter than L.
+            alike: whether a batch holds windows of about the same length, so that little of it is padding where most histories are far
+                shorter than L. ``batch_size`` is then a mean: every batch has about as many events, many short windows or a few long ones,
+                so that each target weighs as much as in a plain shuffle. Not together with an augmentation, under which lengths change.
         """
 
         stride: int | None = Field(None, ge=1)
         augmentation: Augmentation | None = None
-        alike: int | None = Field(None, ge=1)
+        alike: bool = False
 
     def __init__(
         self,
@@ -108,13 +109,16 @@ class SequenceLoader(Resumable):
         self._stride = config.stride or max(1, max_length // 2)
         if self._stride > max_length:
             raise DataError(f"stride: expected at most max_length={max_length}, got {self._stride}")
+        if config.augmentation and config.alike:
+            raise DataError("alike: expected no augmentation, under which the lengths of windows change from epoch to epoch")
         if config.augmentation and first_target_time:
             raise DataError("augmentation: expected no first_target_time, since reordered histories do not end in their targets")
         self.data, self.max_length, self.batch_size, self.seed = data, max_length, batch_size, seed
-        self._augmentation, self._alike = config.augmentation, config.alike
+        self._augmentation = config.augmentation
         self._first_target = None if first_target_time is None else microseconds(first_target_time)
         self._told: tuple[int, _Told] | None = None
         super().__init__(len(self._tell(0).windows.start))
+        self._cuts = _even(np.sort(self._tell(0).windows.length) + 1, batch_size) if config.alike and self.windows else None
 
     @property
     def windows(self) -> int:
@@ -123,27 +127,31 @@ class SequenceLoader(Resumable):
 
     def __len__(self) -> int:
         """The number of batches in a whole epoch."""
-        return -(-self.windows // self.batch_size)
+        return -(-self.windows // self.batch_size) if self._cuts is None else len(self._cuts) - 1
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         """The batches of the current epoch, from its beginning, or right after `load_state_dict` from the loaded cursor."""
         begin, told = self._begin(), self._tell(self._epoch)
-        order = self._order(told.windows.length)
-        for start in range(begin, self.windows, self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            self._samples = start + len(chosen)
+        for chosen in self._batches(told.windows.length, begin):
+            self._samples += len(chosen)
             yield told.batch(chosen)
 
-    def _order(self, lengths: np.ndarray) -> np.ndarray:
-        """int64 ``[windows]``: the windows in the order of the current epoch."""
+    def _batches(self, lengths: np.ndarray, begin: int) -> Iterator[np.ndarray]:
+        """The windows of each batch of the current epoch that comes after the first ``begin`` windows."""
         random = np.random.default_rng([self.seed, self._epoch])
-        order: np.ndarray = random.permutation(self.windows)
-        if self._alike is None:
-            return order
+        order = random.permutation(self.windows)
+        if self._cuts is None:
+            yield from (order[start : start + self.batch_size] for start in range(begin, self.windows, self.batch_size))
+            return
         order = order[np.argsort(lengths[order], kind="stable")]
-        whole = len(order) // self._alike * self._alike
-        blocks = random.permutation(order[:whole].reshape(-1, self._alike))
-        return np.concatenate((blocks.reshape(-1), order[whole:]))
+        done = 0
+        for block in random.permutation(len(self._cuts) - 1):
+            chosen = order[self._cuts[block] : self._cuts[block + 1]]
+            if done < begin < done + len(chosen):
+                raise DataError(f"alike: expected to go on with the batch size that the cursor was saved with, got {self.batch_size}")
+            if done >= begin:
+                yield chosen
+            done += len(chosen)
 
     def _tell(self, epoch: int) -> "_Told":
         """The windows of an epoch; without augmentation those of every epoch."""
@@ -158,6 +166,16 @@ class SequenceLoader(Resumable):
         told = _Told(data.items, _cut(data, self.max_length, self._stride, self._first_target, late), kept)
         self._told = epoch, told
         return told
+
+
+def _even(costs: np.ndarray, batch_size: int) -> np.ndarray:
+    """int64: where blocks of sorted windows begin, and the end, so that windows times the dearest one come to no more than a mean batch."""
+    budget = batch_size * float(costs.mean())
+    cuts = [0]
+    for place, cost in enumerate(costs.tolist()):
+        if place > cuts[-1] and (place + 1 - cuts[-1]) * cost > budget:
+            cuts.append(place)
+    return np.array([*cuts, len(costs)])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from recsys.core.errors import CheckpointError, DataError
 from recsys.core.schema import TIME
+from recsys.data.augment import Augmentation
 from recsys.data.batch import SequenceBatch
+from recsys.data.jagged import Jagged
 from recsys.data.loader import Loader
 from recsys.data.sequences import SequenceData, evaluation_steps, histories
 from recsys.data.splits import TimeSplit, evaluation_segments, order_events
@@ -318,28 +320,47 @@ def test_events_as_the_splits_order_them() -> None:
     assert ((seen >= 5) == established).all() and established.any() and not established.all()
 
 
-def test_windows_of_about_the_same_length_stand_together_in_another_order_every_epoch() -> None:
-    data = SequenceData.from_events(table(random_events(9, 60, 12, 0.2)), rows_of)
-    plain, alike = (SequenceLoader(data, 6, 8, seed=5, config=SequenceLoader.Config(alike=size)) for size in (None, 8))
-    waste = {}
+def test_batches_of_windows_alike_have_as_many_events_and_little_padding() -> None:
+    data = SequenceData.from_events(table(random_events(9, 200, 12, 0.0)), rows_of)
+    plain, alike = (SequenceLoader(data, 12, 16, seed=5, config=SequenceLoader.Config(alike=on)) for on in (False, True))
+    padding, targets = {}, {}
     for loader in (plain, alike):
-        lengths = [batch.lengths for batch in loader]
-        waste[loader] = sum(int((own.max() - own).sum()) for own in lengths)
-    assert waste[alike] < waste[plain] / 3
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        padding[loader] = sum(int((own.lengths.max() - own.lengths).sum()) for own in batches)
+        targets[loader] = np.array([len(own.targets) for own in batches])
+    assert padding[alike] < padding[plain] / 5
+    assert targets[alike].std() < 0.3 * targets[alike].mean() and targets[alike].max() <= 1.01 * 16 * targets[plain].sum() / plain.windows
     epochs = []
     for epoch in (0, 1):
         alike.set_epoch(epoch)
         epochs.append([[tuple(w) for w in rows(batch)] for batch in alike])
     assert epochs[0] != epochs[1]
-    assert [len(batch) for batch in epochs[0][:-1]] == [8] * (len(alike) - 1)
-    longest = [max(map(len, batch)) for batch in epochs[0][:-1]]
+    longest = [max(map(len, batch)) for batch in epochs[0]]
     assert longest != sorted(longest), "short and long batches come mixed"
     assert Counter(w for batch in epochs[0] for w in batch) == Counter(tuple(w) for batch in plain for w in rows(batch))
-    first, second = alike, SequenceLoader(data, 6, 3, seed=5, config=SequenceLoader.Config(alike=8))
+
+
+def test_a_cursor_among_windows_alike_goes_on_exactly_with_the_same_batch_size() -> None:
+    data = SequenceData.from_events(table(random_events(9, 60, 12, 0.2)), rows_of)
+    config = SequenceLoader.Config(alike=True)
+    first, second = (SequenceLoader(data, 6, 8, seed=5, config=config) for _ in range(2))
     first.set_epoch(2)
     whole = [w for batch in first for w in rows(batch)]
     taken = [w for batch in islice(first, 2) for w in rows(batch)]
     second.load_state_dict(first.state_dict())
     assert taken + [w for batch in second for w in rows(batch)] == whole
-    few = SequenceLoader(data, 6, 8, seed=5, config=SequenceLoader.Config(alike=10_000))
-    assert sum(len(batch) for batch in few) == few.windows
+    assert second.state_dict() == {"epoch": 2, "samples": len(whole)}
+    other = SequenceLoader(data, 6, 3, seed=5, config=config)
+    other.load_state_dict({"epoch": 2, "samples": 1})
+    other._cuts = np.array([0, 2, other.windows])
+    with pytest.raises(DataError, match="alike: expected to go on with the batch size"):
+        list(other)
+
+
+def test_windows_alike_need_lengths_that_stay() -> None:
+    data = SequenceData.from_events(table(random_events(9, 5, 5, 0.0)), rows_of)
+    with pytest.raises(DataError, match="alike: expected no augmentation"):
+        SequenceLoader(data, 6, 8, seed=5, config=SequenceLoader.Config(alike=True, augmentation=Augmentation(hide=0.1)))
+    empty = SequenceData.from_order(["a"], Jagged(np.zeros(0, np.int64), np.array([0, 0])))
+    assert list(SequenceLoader(empty, 6, 8, seed=5, config=SequenceLoader.Config(alike=True))) == []
