@@ -24,13 +24,13 @@ from benchmarks.retrieval_quality.data import CACHE, Dataset, load
 from benchmarks.retrieval_quality.grid import read_ranks, write_ranks
 from benchmarks.retrieval_quality.items import text_of, tokenizer_of
 from benchmarks.retrieval_quality.plans import PLANS, training
-from benchmarks.retrieval_quality.train import Training, forget, metrics
+from benchmarks.retrieval_quality.train import Training, drawn, forget, metrics
 from pipelines.steps.pretraining import Pretraining, Source
 from recsys.bundle.environment import code_commit
 from recsys.core.config import validate
 from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
-from recsys.data.sequences import EvaluationSteps, SequenceData, histories
+from recsys.data.sequences import SequenceData, histories
 from recsys.data.windows import SequenceLoader
 from recsys.evaluation.retrieval import Scorer, event_ranks, slices
 from recsys.evaluation.tuned_baselines import tuned_text_knn
@@ -106,7 +106,7 @@ class ZeroShot:
 
         def text_knn() -> Found:
             text = text_of(data, ENCODER)
-            valid = _some(data.split.valid)
+            valid = drawn(data.split.valid, VALIDATION)
 
             def quality(scores: Scorer) -> float:
                 return metrics(event_ranks(scores, data.data, valid, MODEL["max_length"]))["ndcg@10"]
@@ -204,7 +204,7 @@ class Asked:
     def __init__(self, sources: Mapping[str, Dataset], config: Mapping[str, Any], seed: int, cache: Path) -> None:
         self._config, self._seed = config, seed
         own = [
-            Source(name, data.data, _recent(data.split.train, config["recent"]), _some(data.split.valid), _told(data))
+            Source(name, data.data, _recent(data.split.train, config["recent"]), drawn(data.split.valid, VALIDATION), _told(data))
             for name, data in sources.items()
         ]
         together = replace(
@@ -289,12 +289,6 @@ def _numbers(codes_bkc: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _both_ways(ranks: Callable[[bool], np.ndarray]) -> dict[str, np.ndarray]:
     return {"unseen": ranks(True), "any": ranks(False)}
-
-
-def _some(steps: EvaluationSteps) -> EvaluationSteps:
-    if len(steps) <= VALIDATION:
-        return steps
-    return steps.take(np.sort(np.random.default_rng(0).choice(len(steps), VALIDATION, replace=False)))
 
 
 def _recent(data: SequenceData, most: int) -> SequenceData:
