@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from rich.console import Console
@@ -15,7 +14,7 @@ from rich.console import Console
 from pipelines.recipe import Split
 from pipelines.report.plots import curves
 from pipelines.steps.pretraining import Pretraining, Source
-from pipelines.steps.retrieval import coded, fit_tokenizer, sample_steps
+from pipelines.steps.retrieval import coded, fit_tokenizer
 from recsys.bundle.environment import code_commit
 from recsys.core import components
 from recsys.core.components import component_config
@@ -137,10 +136,9 @@ def _source(name: str, recipe: PretrainRecipe, dataset: Dataset, encoder: TextEn
     rows = Catalogue(dataset.items.column(ITEM)).rows
     data = SequenceData.from_events(order_events(dataset.interactions, recipe.seed), rows)
     train = data.before(split.valid_start)
-    warm = torch.zeros(dataset.items.num_rows, dtype=torch.bool)
-    warm[torch.from_numpy(np.unique(train.items))] = True
+    warm = torch.from_numpy(train.occurring(dataset.items.num_rows))
     text = torch.from_numpy(item_vectors(encoder, dataset.items, recipe.domains[name].columns, cache))
-    valid = sample_steps(evaluation_steps(data, split.valid_start, split.test_start), recipe.validation_steps, recipe.seed)
+    valid = evaluation_steps(data, split.valid_start, split.test_start).sample(recipe.validation_steps, recipe.seed)
     return Source(name, data, train, valid, ItemTable(len(warm), warm, text))
 
 

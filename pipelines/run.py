@@ -16,7 +16,7 @@ from pipelines.report import write_report
 from pipelines.steps import compare, demo, lists, measure, release
 from pipelines.steps.data import Prepared, prepare
 from pipelines.steps.ranking import RankingResult, build_frames, train_ranker
-from pipelines.steps.retrieval import Histories, RetrievalResult, build_histories, sample_steps, text_vectors, train_retrievers
+from pipelines.steps.retrieval import Histories, RetrievalResult, build_histories, text_vectors, train_retrievers
 from recsys.bundle.bundle import Bundle
 from recsys.bundle.environment import code_commit
 from recsys.core.errors import RecsysError
@@ -115,7 +115,7 @@ def _measure(
     segments = prepared.segments()
     users = measure.user_codes(prepared.impressions("test").column("user_id"))
     offline = Recommender(bundle, prepared.reader)
-    chosen = sample_steps(histories.valid, recipe.lists.validation_steps, seed)
+    chosen = histories.valid.sample(recipe.lists.validation_steps, seed)
     weight = lists.choose_rank_weight(lists.retrieve(offline, chosen, "lists, validation"), chosen, recipe.lists.rank_weights)
     bundle.settings = bundle.settings.model_copy(update={"rank_weight": weight})
     served = lists.retrieve(offline, histories.test, "lists, test")

@@ -84,7 +84,7 @@ class Dataset:
     @cached_property
     def warm(self) -> Tensor:
         """bool ``[N]``: items with training events."""
-        return torch.from_numpy(np.bincount(self.split.train.items, minlength=self.count) > 0)
+        return torch.from_numpy(self.split.train.occurring(self.count))
 
 
 def load(name: str, cache: Path = CACHE) -> Dataset:

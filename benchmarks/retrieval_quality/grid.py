@@ -21,7 +21,7 @@ import torch
 from benchmarks.retrieval_quality.data import CACHE, SOURCES, Dataset, load
 from benchmarks.retrieval_quality.items import items_of, keep, kept, text_of
 from benchmarks.retrieval_quality.plans import LENGTHS, PLANS, Plan
-from benchmarks.retrieval_quality.train import PLACES, Training, drawn, forget, metrics
+from benchmarks.retrieval_quality.train import PLACES, Training, forget, metrics
 from recsys.bundle.environment import code_commit
 from recsys.core.files import sha256_json
 from recsys.evaluation.retrieval import Scorer, event_ranks
@@ -120,7 +120,8 @@ class Grid:
         stage = "final" if final else "tune"
         key = _key(identity, stage)
         whole = final and any(plan.collaborative == model for plan in PLANS.values())
-        record = self._lines.read().get(key)
+        finished = self._lines.read()
+        record = finished.get(key)
         if record is not None and (not final or self.complete(record)) and (not whole or self.model(key).is_dir()):
             return record
         outcome, ranks = (
@@ -129,7 +130,7 @@ class Grid:
         if ranks is not None:
             write_ranks(self.ranks(key), ranks)
             outcome["test"] = metrics(ranks)
-        if final and (tuned := next((r for r in self.records() if r["cell"] == _key(identity, "tune")), None)):
+        if final and (tuned := finished.get(_key(identity, "tune"))):
             outcome["seconds"] = tuned["seconds"]  # it was trained then
         record = {"cell": key, **identity, "stage": stage, **outcome, "commit": code_commit()}
         record["time"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -162,7 +163,7 @@ class Grid:
         train, longest = data.split.train, 50
 
         # Pooling by the maximum looks at every event of a history beside every item, so that text-kNN is tuned on a sample.
-        sample = drawn(data.split.valid, 2000) if name == "text_knn" else data.split.valid
+        sample = data.split.valid.sample(2000, 0) if name == "text_knn" else data.split.valid
 
         def quality(scorer: Scorer) -> float:
             return metrics(event_ranks(scorer, data.data, sample, longest))["ndcg@10"]

@@ -2,7 +2,7 @@
 """How every model of the grid is trained, and over which points it is tuned."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -52,30 +52,22 @@ _OPQ = {"tokenizer": {"name": "opq", "slots": 32, "dim": 192}, "repair": "keep"}
 _KMEANS = {"tokenizer": {"name": "residual_kmeans", "levels": 3, "codes": 256, "normalize": True}, "repair": "suffix", "suffix_size": 256}
 _WINDOWS = {"stride": 50, "alike": True}
 
+_SET = Plan(
+    _SETREC,
+    _SLOWER,
+    _WINDOWS,
+    training(128, 30, 1e-3, 4),
+    text="minilm",
+    collaborative="sasrec",
+    betas=_BETAS,
+    validation=8000,
+)
+
 PLANS: Mapping[str, Plan] = {
     "sasrec": Plan(_SMALL, (_PLAIN,), _WINDOWS, training(128, 60, 1e-3, 5)),
     "hstu": Plan(_SMALL, (_PLAIN,), _WINDOWS, training(128, 60, 1e-3, 5)),
-    "setrec": Plan(
-        _SETREC,
-        _SLOWER,
-        _WINDOWS,
-        training(128, 30, 1e-3, 4),
-        text="minilm",
-        collaborative="sasrec",
-        betas=_BETAS,
-        validation=8000,
-    ),
-    "setrec_fsq": Plan(
-        _SETREC | {"semantic": "codes", "code_digits": [8, 8, 8, 6, 5]},
-        _SLOWER,
-        _WINDOWS,
-        training(128, 30, 1e-3, 4),
-        text="minilm",
-        codes=_FSQ,
-        collaborative="sasrec",
-        betas=_BETAS,
-        validation=8000,
-    ),
+    "setrec": _SET,
+    "setrec_fsq": replace(_SET, model={**_SETREC, "semantic": "codes", "code_digits": [8, 8, 8, 6, 5]}, codes=_FSQ),
     "rpg": Plan(
         {"dim": 256, "blocks": 2, "heads": 4, "dropout": 0.5},
         ({"training.trainer.optimizer.learning_rate": 3e-3},),

@@ -34,13 +34,6 @@ def metrics(ranks: np.ndarray) -> dict[str, float]:
     return found | {f"ndcg@{k}": float(ndcg_at(ranks, k).mean()) for k in (5, 10)}
 
 
-def drawn(steps: EvaluationSteps, count: int) -> EvaluationSteps:
-    """So many of the steps, drawn with seed 0, in their order; all where there are no more."""
-    if count >= len(steps):
-        return steps
-    return steps.take(np.sort(np.random.default_rng(0).choice(len(steps), count, replace=False)))
-
-
 class Training:
     """One cell's model, and how it is trained.
 
@@ -98,7 +91,7 @@ class Training:
 
     def _validation(self) -> EvaluationSteps:
         steps, wanted = self._data.split.valid, self._config.get("ranking", {}).get("validation")
-        return steps if wanted is None else drawn(steps, wanted)
+        return steps if wanted is None else steps.sample(wanted, 0)
 
     def _outcome(self, history: History, seconds: float) -> dict[str, Any]:
         best = max(history.epochs, key=lambda epoch: epoch.validation["ndcg@10"])

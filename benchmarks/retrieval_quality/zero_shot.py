@@ -24,7 +24,7 @@ from benchmarks.retrieval_quality.data import CACHE, Dataset, load
 from benchmarks.retrieval_quality.grid import read_ranks, write_ranks
 from benchmarks.retrieval_quality.items import text_of, tokenizer_of
 from benchmarks.retrieval_quality.plans import PLANS, training
-from benchmarks.retrieval_quality.train import Training, drawn, forget, metrics
+from benchmarks.retrieval_quality.train import Training, forget, metrics
 from pipelines.steps.pretraining import Pretraining, Source
 from recsys.bundle.environment import code_commit
 from recsys.core.config import validate
@@ -106,7 +106,7 @@ class ZeroShot:
 
         def text_knn() -> Found:
             text = text_of(data, ENCODER)
-            valid = drawn(data.split.valid, VALIDATION)
+            valid = data.split.valid.sample(VALIDATION, 0)
 
             def quality(scores: Scorer) -> float:
                 return metrics(event_ranks(scores, data.data, valid, MODEL["max_length"]))["ndcg@10"]
@@ -204,7 +204,7 @@ class Asked:
     def __init__(self, sources: Mapping[str, Dataset], config: Mapping[str, Any], seed: int, cache: Path) -> None:
         self._config, self._seed = config, seed
         own = [
-            Source(name, data.data, _recent(data.split.train, config["recent"]), drawn(data.split.valid, VALIDATION), _told(data))
+            Source(name, data.data, _recent(data.split.train, config["recent"]), data.split.valid.sample(VALIDATION, 0), _told(data))
             for name, data in sources.items()
         ]
         together = replace(

@@ -93,8 +93,7 @@ def train_retrievers(
 ) -> RetrievalResult:
     """Train the collaborative model, then the retriever on its item vectors; choose β on the validation period."""
     context = prepared.context(recipe.seed)
-    warm = torch.zeros(histories.catalogue.snapshot().count, dtype=torch.bool)
-    warm[torch.from_numpy(np.unique(histories.train.items))] = True
+    warm = torch.from_numpy(histories.train.occurring(histories.catalogue.snapshot().count))
     plain = ItemTable(count=len(warm), warm=warm)
     collaborative = SASRec(recipe.collaborative.model, _seeded(plain, recipe.seed))
     curves = {"sasrec": _fit(collaborative, recipe.collaborative, None, plain, histories, context, run_dir / "collaborative", tracker)}
@@ -162,13 +161,6 @@ def build_index(config: Config, retriever: Retriever, catalogue: Catalogue) -> I
     return cls.over(config, retriever, catalogue.snapshot())
 
 
-def sample_steps(steps: EvaluationSteps, count: int, seed: int) -> EvaluationSteps:
-    """``count`` of the steps, drawn by seed, in their order; all where there are no more."""
-    if len(steps) <= count:
-        return steps
-    return steps.take(np.sort(np.random.default_rng(seed).choice(len(steps), count, replace=False)))
-
-
 def _fit(
     model: Retriever,
     recipe: RetrieverRecipe,
@@ -186,7 +178,7 @@ def _fit(
     if recipe.pretrained is not None:
         context |= {"pretrained": model.fingerprint()}
     loader = SequenceLoader(histories.train, model.max_length, recipe.training.batch_size, seed, config=recipe.windows)
-    steps, view = sample_steps(histories.valid, _VALIDATION_STEPS, seed), histories.catalogue.snapshot()
+    steps, view = histories.valid.sample(_VALIDATION_STEPS, seed), histories.catalogue.snapshot()
 
     # Over codes, which training leaves as they are, so that one index serves every validation.
     built = build_index(index, model, histories.catalogue) if index is not None and isinstance(model, CodeRetriever) else None
@@ -203,7 +195,7 @@ def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Hist
     """Set the weight of the semantic slots to the one with the best NDCG@10 on the validation period."""
     if not isinstance(retriever, SETRec):
         return
-    steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed + 1)
+    steps = histories.valid.sample(_VALIDATION_STEPS, seed + 1)
     quality = {}
     for beta in betas:
         retriever.set_beta(beta)
@@ -215,7 +207,7 @@ def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Hist
 def _baselines(histories: Histories, text: Tensor, seed: int, max_length: int) -> dict[str, Scorer]:
     """What the models must beat, with the settings that the validation period prefers; they see what the models see."""
     train, count = histories.train, len(text)
-    steps = sample_steps(histories.valid, _VALIDATION_STEPS, seed)
+    steps = histories.valid.sample(_VALIDATION_STEPS, seed)
 
     def quality(scorer: Scorer) -> float:
         return float(recall_at(event_ranks(scorer, histories.data, steps, max_length), 10).mean())

@@ -117,6 +117,12 @@ class SequenceData:
             raise DataError("events: only their order is known, and this needs their times; `leave_one_out` does without")
         return self.times
 
+    def occurring(self, count: int) -> np.ndarray:
+        """bool ``[count]``: which rows of a catalogue of so many have events."""
+        found = np.zeros(count, bool)
+        found[self.items] = True
+        return found
+
     def before(self, time: datetime) -> "SequenceData":
         """The events before ``time``; users stay, also those left without any."""
         return self.where(self.known_times < microseconds(time))
@@ -158,6 +164,12 @@ class EvaluationSteps:
 
     def __len__(self) -> int:
         return len(self.event)
+
+    def sample(self, count: int, seed: int | Sequence[int]) -> "EvaluationSteps":
+        """``count`` of the steps, drawn by seed, in their order; all where there are no more."""
+        if len(self) <= count:
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
 
     def take(self, places: np.ndarray) -> "EvaluationSteps":
         """The steps at these places, int64, in their order."""

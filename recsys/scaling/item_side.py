@@ -62,7 +62,7 @@ class ItemSide:
             progress: of the collaborative model's training.
         """
         read, cell = parts(config), {"data": self._data.fingerprint, "rows": rows, "seed": seed}
-        warm = torch.from_numpy(np.bincount(train.items, minlength=self._data.items.num_rows) > 0)
+        warm = torch.from_numpy(train.occurring(self._data.items.num_rows))
         text = self.text if "text" in read else None
         vectors = self._collaborative(train, warm, cell, progress) if "collaborative" in read else None
         codes = self._codes(warm, cell) if "codes" in read else None

@@ -124,11 +124,15 @@ class RetrievalData(ABC):
         """
         whole, config = self.whole, self.config
         valid = only(whole.valid, ~self.held_out[whole.valid.targets.values])
-        steps = {"valid": _sample(valid, config.valid, config.seed, 1), "test": _sample(whole.test, config.test, config.seed, 2)}
-        for name, found in steps.items():
+        steps = {"valid": (valid, config.valid), "test": (whole.test, config.test)}
+        drawn = {
+            name: found if count is None else found.sample(count, [config.seed, part])
+            for part, (name, (found, count)) in enumerate(steps.items(), 1)
+        }
+        for name, found in drawn.items():
             if not len(found):
                 raise DataError(f"{name}: expected at least one step, got none")
-        return Split(whole.data, whole.train.where(~self.held_out[whole.train.items]), **steps)
+        return Split(whole.data, whole.train.where(~self.held_out[whole.train.items]), **drawn)
 
     def draw(self, rows: int, seed: int) -> SequenceData:
         """The training events of ``rows`` users, or ``rows`` events of as few users as hold them, in the seed's own order of users.
@@ -169,9 +173,3 @@ def _select(data: SequenceData, events: np.ndarray, lengths: np.ndarray) -> Sequ
     """These events, so many of each user."""
     times = None if data.times is None else data.times[events]
     return SequenceData(data.users, np.concatenate([[0], np.cumsum(lengths)]), data.items[events], data.steps[events], times)
-
-
-def _sample(steps: EvaluationSteps, count: int | None, seed: int, part: int) -> EvaluationSteps:
-    if count is None or len(steps) <= count:
-        return steps
-    return steps.take(np.sort(np.random.default_rng([seed, part]).choice(len(steps), count, replace=False)))

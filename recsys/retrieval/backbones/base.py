@@ -29,16 +29,7 @@ class SetBackbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, items_blnd: Tensor, queries_nd: Tensor, seen_bp: Tensor) -> Tensor:
-        """The outputs of the queries.
-
-        Args:
-            items_blnd: ``[B, L, n, d]`` the tokens of the items, right-padded.
-            queries_nd: ``[n, d]`` the query group.
-            seen_bp: int64 ``[B, P]`` how many items each wanted state has seen, at most L.
-
-        Returns:
-            ``[B, P, n, d]``.
-        """
+        """``[B, P, n, d]``: the outputs of the queries, as `recsys.retrieval.transformer.SetTransformer.forward` has them."""
 
 
 class LanguageModelConfig(Config):

@@ -364,3 +364,17 @@ def test_windows_alike_need_lengths_that_stay() -> None:
         SequenceLoader(data, 6, 8, seed=5, config=SequenceLoader.Config(alike=True, augmentation=Augmentation(hide=0.1)))
     empty = SequenceData.from_order(["a"], Jagged(np.zeros(0, np.int64), np.array([0, 0])))
     assert list(SequenceLoader(empty, 6, 8, seed=5, config=SequenceLoader.Config(alike=True))) == []
+
+
+def test_sampled_steps_are_some_of_the_steps_in_their_order() -> None:
+    data = SequenceData.from_events(table(random_events(9, 40, 8, 0.2)), rows_of)
+    steps = evaluation_steps(data, at(0))
+    some = steps.sample(7, 3)
+    assert len(some) == 7 and (np.diff(some.event) > 0).all() and np.isin(some.event, steps.event).all()
+    assert (steps.sample(7, 3).event == some.event).all() and (steps.sample(7, 4).event != some.event).any()
+    assert steps.sample(len(steps), 3) is steps
+
+
+def test_the_rows_that_have_events() -> None:
+    data = SequenceData.from_order(["a", "b"], Jagged(np.array([4, 1, 1]), np.array([0, 2, 3])))
+    assert np.flatnonzero(data.occurring(6)).tolist() == [1, 4]

@@ -23,14 +23,6 @@ TARGETS = [(0, 0, 1), (0, 2, 4), (2, 5, 10), (2, 4, 9), (1, 0, 6), (3, 1, 6), (2
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    found = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
-    for kind, folder in found.items():
-        save(kind, folder)
-    return found
-
-
 def items():
     features = torch.randn(N, D_TEXT + D_CF, generator=torch.Generator().manual_seed(0))
     return ItemTable(N, torch.arange(N) != 3, features[:, :D_TEXT], features[:, D_TEXT:])
