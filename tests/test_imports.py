@@ -28,6 +28,7 @@ LEVELS = (
     {"core"},
     {"data"},
     {"embedding", "layers"},
+    {"efficiency"},
     {"ranking", "retrieval", "text"},
     {"training", "evaluation"},
     {"bundle", "scaling"},

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that gathers chosen keys and attends to them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys.core.errors import ConfigError
+from recsys.efficiency.selection import BlockSelection
+
+
+def sparse_attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, query_positions: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Softmax attention of each query to the keys that its block reads, through PyTorch's fused kernels.
+
+    Reading all keys is dense attention. A query that reads no key gets zeros. Gradients flow through the gathered rows; the choice itself
+    is a constant.
+
+    Args:
+        q: ``[B, H, T, e]``. T queries form Q = ``selection.index.shape[2]`` blocks of ``ceil(T / Q)`` adjacent ones.
+        k: ``[B, H_kv, N, e]``; H_kv divides H, and key head g serves the query heads g H / H_kv onwards.
+        v: ``[B, H_kv, N, e_v]``.
+        selection: of 1, H_kv or H groups.
+        query_positions: int64 ``[T]``: a query reads the keys of its block that do not stand behind it. None where all may be read.
+        scale: of the inner products; 1 / √e if None.
+
+    Returns:
+        ``[B, H, T, e_v]``.
+
+    Raises:
+        ConfigError: the groups or the blocks do not fit the heads or the queries.
+    """
+    (batch, heads, length, _), key_heads = q.shape, k.shape[1]
+    _, groups, blocks, kept = selection.index.shape
+    if heads % key_heads or groups not in (1, key_heads, heads):
+        raise ConfigError(
+            f"selection: expected 1, {key_heads} or {heads} groups for {heads} heads over {key_heads} key heads, got {groups}"
+        )
+    if not 1 <= blocks <= length:
+        raise ConfigError(f"selection: expected 1 to {length} blocks for {length} queries, got {blocks}")
+    size = -(-length // blocks)
+    if -(-length // size) != blocks:
+        raise ConfigError(f"selection: {length} queries cannot form {blocks} blocks of equal size")
+    if groups == heads > key_heads:
+        k, v = (x.repeat_interleave(heads // key_heads, 1) for x in (k, v))
+        key_heads = heads
+    keys_bgqke, values_bgqke = (gather_keys(x, selection.index) for x in (k, v))
+    q = F.pad(q, (0, 0, 0, blocks * size - length)) if blocks * size > length else q
+    queries = q.view(batch, heads, blocks, size, -1).transpose(1, 2).flatten(0, 1)
+    mask = _mask(selection, size, query_positions)
+    if mask is not None:
+        mask = mask.expand(batch, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
+        mask = mask if groups == 1 or groups == heads else mask.repeat_interleave(heads // groups, 1)
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys_bgqke, values_bgqke))
+    if kept == 0:
+        return q.new_zeros(batch, heads, length, v.shape[-1])
+    if mask is None:
+        attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=key_heads != heads)
+    else:
+        attended = _masked(queries, keys, values, mask, scale)
+    found: Tensor = attended.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    return found
+
+
+def gather_keys(x_bhne: Tensor, index_bgqk: Tensor) -> Tensor:
+    """``[B, H, N, e]`` to ``[B, H, Q, K, e]``: the rows that each block reads; G is 1 or H."""
+    batch, heads, _, width = x_bhne.shape
+    _, groups, blocks, kept = index_bgqk.shape
+    index = index_bgqk.long().reshape(batch, groups, blocks * kept)
+    if batch == 1 and groups == 1:
+        return x_bhne.index_select(2, index[0, 0]).view(1, heads, blocks, kept, width)
+    index = index.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, width)
+    return x_bhne.gather(2, index).view(batch, heads, blocks, kept, width)
+
+
+def _mask(selection: BlockSelection, size: int, query_positions: Tensor | None) -> Tensor | None:
+    """bool ``[B, G, Q, size, K]``: what each query may read; None where that is all of it."""
+    if query_positions is None:
+        return None if bool(selection.valid.all()) else selection.valid[..., None, :].expand(-1, -1, -1, size, -1)
+    blocks = selection.index.shape[2]
+    padded = F.pad(query_positions, (0, blocks * size - len(query_positions)), value=-1).view(blocks, size, 1)
+    mask = selection.valid[..., None, :] & (selection.index[..., None, :] <= padded)
+    return None if bool(mask.all()) else mask
+
+
+def dense_attend(
+    q: Tensor, k: Tensor, v: Tensor, *, query_positions: Tensor | None = None, lengths: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """What every sparse form falls back to and is compared with: `sparse_attend` without a choice.
+
+    Args:
+        q: see `sparse_attend`.
+        k: see `sparse_attend`.
+        v: see `sparse_attend`.
+        query_positions: see `sparse_attend`.
+        lengths: int64 ``[B]``, the keys that each right-padded row has; None where all have N.
+        scale: see `sparse_attend`.
+    """
+    gqa, place = q.shape[1] != k.shape[1], torch.arange(k.shape[2], device=q.device)
+    causal = query_positions is not None and q.shape[2] == k.shape[2] and torch.equal(query_positions, place)
+    if lengths is None and (causal or query_positions is None):
+        whole: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+        return whole
+    mask = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
+    if query_positions is not None:
+        mask = mask & (place <= query_positions[:, None])
+    if lengths is not None:
+        mask = mask & (place < lengths[:, None, None, None])
+    return _masked(q, k, v, mask.expand(-1, -1, q.shape[2], -1), scale)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Fused attention with zeros for a query that may read nothing, and no NaN in its gradient."""
+    none = ~mask.any(-1, keepdim=True)
+    attended: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | none, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return attended.masked_fill(none, 0.0)

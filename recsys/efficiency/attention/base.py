@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every sparse attention offers to a model."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recsys.core.config import Config as BaseConfig
+from recsys.efficiency.attend import dense_attend, sparse_attend
+from recsys.efficiency.selection import BlockSelection
+
+
+class SparseAttentionConfig(BaseConfig):
+    """What all have in common.
+
+    Attributes:
+        min_length: with at most so many keys, attention is dense: below it choosing costs more than it saves.
+    """
+
+    min_length: int = Field(4096, ge=0)
+
+
+class SparseAttention(nn.Module, ABC):
+    """Stands in the place of fused attention, after the projections. Registered with ``@register("sparse_attention", name)``.
+
+    Keeping everything is dense attention. No key behind a query has an influence on its result, be it through what was chosen. A row's
+    result does not depend on its batch mates.
+    """
+
+    config: SparseAttentionConfig
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        query_positions: Tensor | None = None,
+        lengths: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention of T queries to N keys.
+
+        Args:
+            q: ``[B, H, T, e]``.
+            k: ``[B, H_kv, N, e]``; H_kv divides H.
+            v: ``[B, H_kv, N, e_v]``.
+            query_positions: int64 ``[T]``, ascending: the place of each query among the keys; it reads that and those before. None where
+                every query reads all keys.
+            lengths: int64 ``[B]``, the keys that each right-padded row has; None where all have N.
+            scale: of the inner products; 1 / √e if None.
+
+        Returns:
+            ``[B, H, T, e_v]``; zeros for a query that may read nothing.
+        """
+        if k.shape[2] <= self.config.min_length:
+            return dense_attend(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
+        return self.attend(q, k, v, query_positions, lengths, scale)
+
+    @abstractmethod
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """`forward` with more than ``min_length`` keys."""
+
+
+class SelectedAttention(SparseAttention):
+    """Chooses keys from queries and keys, then attends to these exactly."""
+
+    @abstractmethod
+    def choose(self, q: Tensor, k: Tensor, query_positions: Tensor | None, lengths: Tensor | None) -> BlockSelection:
+        """The keys that each block of queries reads."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """See `SparseAttention.attend`."""
+        with torch.no_grad():
+            selection = self.choose(q, k, query_positions, lengths)
+        return sparse_attend(q, k, v, selection, query_positions=query_positions, scale=scale)
+
+
+def allowed_keys(keys: int, last: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor:
+    """bool ``[B or 1, 1, Q or 1, keys]``: the keys that a row has and that do not stand behind a block's ``last`` readable place.
+
+    Args:
+        keys: N.
+        last: int64 ``[Q]``; None for all.
+        lengths: int64 ``[B]``; None where all rows have N keys.
+        device: of the result.
+    """
+    place = torch.arange(keys, device=device)
+    allowed = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
+    if last is not None:
+        allowed = allowed & (place <= last[None, None, :, None])
+    if lengths is not None:
+        allowed = allowed & (place < lengths[:, None, None, None])
+    return allowed

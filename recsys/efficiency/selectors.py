@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From scores to what a row keeps. Each selector keeps whole groups, every protected token, and the original order."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recsys.core.components import register
+from recsys.core.config import Config as BaseConfig
+from recsys.core.errors import ConfigError
+from recsys.efficiency.scoring import row_extreme, unit_scaled
+from recsys.efficiency.selection import BlockSelection, RowSelection
+from recsys.efficiency.view import TokenView, group_means, held, row_of, to_padded
+
+
+class Selector(ABC):
+    """Chooses units (groups, or tokens where there are none). Registered with ``@register("selector", name)``, built as ``cls(config)``."""
+
+    def select(self, view: TokenView, scores: Tensor, k: Tensor | None = None) -> RowSelection:
+        """What each row keeps.
+
+        Args:
+            view: the tokens.
+            scores: float ``[S]``; a group's is the mean of its tokens'.
+            k: int64 ``[B]``, units that each row keeps besides its protected ones; more than there are is an error. A selector that
+                chooses their number itself takes it as the most, and None as no bound.
+
+        Raises:
+            ConfigError: a score is not a number, or ``k`` is out of its range, or not given to a selector that needs it.
+        """
+        if scores.shape != (len(view.values),) or bool(scores.isnan().any()):
+            raise ConfigError(f"select: scores: expected a number for each of the {len(view.values)} tokens, got {tuple(scores.shape)}")
+        units, unit = view.units()
+        scores = scores if view.groups is None else group_means(scores, unit, len(units.values))
+        free = torch.ones_like(unit[: len(units.values)], dtype=torch.bool) if units.protected is None else ~units.protected
+        counts = torch.zeros(len(view), dtype=torch.long, device=unit.device).index_add(0, units.rows[free], free[free].long())
+        if k is not None and bool(((k < 0) | (k > counts)).any()):
+            b = int(((k < 0) | (k > counts)).long().argmax())
+            raise ConfigError(f"select: k: row {b}: expected 0 to its {int(counts[b])} units, got {int(k[b])}")
+        chosen = RowSelection.of_mask(self.choose(units, scores, free, k) | ~free, units.offsets)
+        return chosen if view.groups is None else chosen.expanded(unit, view.offsets)
+
+    @abstractmethod
+    def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
+        """bool ``[U]``: the ``free`` units that are kept; ``k`` of each row where that is given and the selector keeps a given number."""
+
+
+@register("selector", "top_k")
+class TopK(Selector):
+    """The k highest; of equal ones the later."""
+
+    class Config(BaseConfig):
+        """Nothing to set."""
+
+        name: Literal["top_k"] = "top_k"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
+        """See `Selector.choose`."""
+        return free & (ranks(scores.masked_fill(~free, -torch.inf), units.offsets) < needed(k, "top_k")[units.rows])
+
+
+@register("selector", "mmr")
+class MMR(Selector):
+    """Greedy trade-off of importance and difference: ``argmax λ Imp(v) − (1 − λ) max over the kept c of s(v, c)``.
+
+    The maximal marginal relevance of Carbonell and Goldstein (1998) in the form of IDPruner (§2 of the specification): importance
+    scaled to [0, 1] in each row, cosines of the tokens' vectors, first the most important token. λ = 1 is top-k; λ = 0 is the
+    farthest-first traversal (k-center) that begins there. O(N K d), in K steps over all rows of a batch at once.
+    """
+
+    class Config(BaseConfig):
+        """The trade-off.
+
+        Attributes:
+            importance: λ.
+            parallel: units taken in each step, by the similarities known before it; 1 is exact.
+            similarity: ``nearest`` is MMR's; ``total`` takes the sum of the cosines with all that is kept (ToDRE's second version), and
+                piles up at the extremes.
+        """
+
+        name: Literal["mmr"] = "mmr"
+        importance: float = Field(0.5, ge=0.0, le=1.0)
+        parallel: int = Field(1, ge=1)
+        similarity: Literal["nearest", "total"] = "nearest"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
+        """See `Selector.choose`. What is protected counts as kept from the start."""
+        wanted, width = needed(k, "mmr"), int(units.lengths.max()) if len(units) else 0
+        importance = to_padded(unit_scaled(scores, units.offsets), units.offsets, width=width)
+        vectors = nn.functional.normalize(to_padded(units.values, units.offsets, width=width), dim=-1)
+        inside = held(units.lengths, width)
+        open_ = to_padded(free, units.offsets, width=width)
+        kept = inside & ~open_
+        weight = self.config.importance
+        similarity = self._begin(vectors, kept)
+        place = torch.arange(width, device=importance.device)
+        left = wanted.clone()
+        while bool((left > 0).any()):
+            first = ~kept.any(1, keepdim=True)
+            value = weight * importance - (1 - weight) * similarity
+            value = torch.where(first, importance, value).masked_fill(~open_, -torch.inf)
+            step = min(self.config.parallel, int(left.max()))
+            order = value.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :step]
+            taken = width - 1 - order
+            valid = torch.arange(step, device=place.device) < torch.where(first[:, 0], 1, left.clamp(max=step))[:, None]
+            valid &= (left > 0)[:, None]
+            chosen = torch.zeros_like(kept).scatter_(1, taken, valid)
+            kept, open_ = kept | chosen, open_ & ~chosen
+            left = left - chosen.sum(1)
+            similarity = self._with(similarity, vectors, taken, valid)
+        return (kept & to_padded(free, units.offsets, width=width))[inside]
+
+    def _begin(self, vectors: Tensor, kept: Tensor) -> Tensor:
+        nearest = self.config.similarity == "nearest"
+        similarity = vectors.new_full(kept.shape, -1.0 if nearest else 0.0)
+        for column in kept.any(0).nonzero()[:, 0].tolist():
+            taken = torch.full((len(kept), 1), column, device=kept.device)
+            similarity = self._with(similarity, vectors, taken, kept[:, column : column + 1])
+        return similarity
+
+    def _with(self, similarity: Tensor, vectors: Tensor, taken: Tensor, valid: Tensor) -> Tensor:
+        """The similarity of each unit with what is kept, after ``taken`` int64 ``[B, P]`` were kept too."""
+        own = vectors.gather(1, taken[..., None].expand(-1, -1, vectors.shape[2]))
+        cosines = vectors @ own.transpose(1, 2)
+        if self.config.similarity == "total":
+            return similarity + (cosines * valid[:, None]).sum(2)
+        return torch.maximum(similarity, cosines.masked_fill(~valid[:, None], -1.0).amax(2))
+
+
+@register("selector", "threshold")
+class Threshold(Selector):
+    """What scores above a threshold, at least ``at_least`` of a row's highest."""
+
+    class Config(BaseConfig):
+        """The threshold.
+
+        Attributes:
+            threshold: a score above it is kept.
+            at_least: units kept of each row that has them.
+        """
+
+        name: Literal["threshold"] = "threshold"
+        threshold: float
+        at_least: int = Field(1, ge=0)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
+        """See `Selector.choose`."""
+        rank = ranks(scores.masked_fill(~free, -torch.inf), units.offsets)
+        return free & ((scores > self.config.threshold) | (rank < self.config.at_least)) & bounded(rank, units, k)
+
+
+@register("selector", "elbow")
+class Elbow(Selector):
+    """What scores above the elbow of a row's descending scores: the point farthest from the chord between the first and the last one.
+
+    CoreMatching's rule (§9 of the specification). Scores on a straight line have no elbow, and rows of fewer than ``at_least`` units none
+    that means anything: they are kept whole.
+    """
+
+    class Config(BaseConfig):
+        """The bound.
+
+        Attributes:
+            at_least: units kept of each row that has them.
+        """
+
+        name: Literal["elbow"] = "elbow"
+        at_least: int = Field(8, ge=1)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
+        """See `Selector.choose`."""
+        masked = scores.masked_fill(~free, -torch.inf)
+        rank, rows = ranks(masked, units.offsets), units.rows
+        counts = torch.zeros(len(units), dtype=torch.long, device=rows.device).index_add(0, rows, free.long())
+        low, high = (
+            row_extreme(torch.where(free, scores, float(sign)), units.offsets, kind) for kind, sign in (("amin", "inf"), ("amax", "-inf"))
+        )
+        span = (high - low)[rows]
+        line = high[rows] - span * rank / (counts[rows] - 1).clamp(min=1)
+        below = torch.where(free, line - scores, -torch.inf)
+        farthest = row_extreme(below, units.offsets, "amax")[rows]
+        straight = farthest <= 1e-6 * span.clamp(min=torch.finfo(scores.dtype).tiny)
+        at = torch.where(free & (below == farthest), rank, len(scores))
+        elbow = torch.full_like(counts, len(scores)).scatter_reduce(0, rows, at, "amin")[rows]
+        kept = straight | (rank < torch.maximum(elbow, torch.full_like(elbow, self.config.at_least)))
+        return free & kept & bounded(rank, units, k)
+
+
+@register("selector", "coverage")
+class Coverage(Selector):
+    """The highest units without the tail whose scores sum to less than a share τ of the row's.
+
+    Token Sparse Attention's dynamic token coverage (§5 of the specification). Scores must be at least 0.
+    """
+
+    class Config(BaseConfig):
+        """The tail.
+
+        Attributes:
+            tail: τ, in [0, 1).
+            at_least: units kept of each row that has them.
+        """
+
+        name: Literal["coverage"] = "coverage"
+        tail: float = Field(0.005, ge=0.0, lt=1.0)
+        at_least: int = Field(1, ge=0)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
+        """See `Selector.choose`."""
+        if bool((scores[free] < 0).any()):
+            raise ConfigError("selector 'coverage': expected scores of at least 0")
+        rank = ranks(scores.masked_fill(~free, -torch.inf), units.offsets)
+        mass = torch.where(free, scores.double(), 0.0)
+        order = (units.rows * len(rank) + (units.lengths[units.rows] - 1 - rank)).argsort()  # ascending in each row
+        running = mass[order].cumsum(0)
+        before = torch.cat((running.new_zeros(1), running))[units.offsets[:-1]]
+        upto = torch.empty_like(running)
+        upto[order] = running - before[units.rows[order]]
+        whole = torch.zeros_like(before).index_add(0, units.rows, mass)
+        dropped = upto < self.config.tail * whole[units.rows]
+        return free & (~dropped | (rank < self.config.at_least)) & bounded(rank, units, k)
+
+
+def ranks(scores: Tensor, offsets: Tensor) -> Tensor:
+    """int64 ``[S]``: 0 for the highest score of a row, 1 for the next; of equal ones the later comes first."""
+    rows = row_of(offsets)
+    order = torch.arange(len(scores), device=scores.device).flip(0)
+    order = order[scores[order].argsort(stable=True, descending=True)]
+    order = order[rows[order].argsort(stable=True)]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return place - offsets[rows]
+
+
+def top_keys(scores: Tensor, k: int, allowed: Tensor | None = None, forced: Tensor | None = None) -> BlockSelection:
+    """The k highest keys of each block of queries, in ascending order.
+
+    Args:
+        scores: ``[B, G, Q, N]``.
+        k: keys that are read, where so many are allowed; forced ones count.
+        allowed: bool, broadcastable to ``scores``: what may be read.
+        forced: bool, broadcastable: read in any case, where allowed.
+    """
+    if k < 1:
+        raise ConfigError(f"top_keys: k: expected at least 1, got {k}")
+    if forced is not None:
+        scores = scores.masked_fill(forced, torch.inf)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    k = min(k, scores.shape[-1])
+    found = scores.topk(k, sorted=False)
+    index, order = found.indices.sort(dim=-1)
+    valid = found.values.gather(-1, order) > -torch.inf
+    return BlockSelection(index.int(), valid).sorted() if not bool(valid.all()) else BlockSelection(index.int(), valid)
+
+
+def needed(k: Tensor | None, who: str) -> Tensor:
+    """The number of units, which this selector cannot do without."""
+    if k is None:
+        raise ConfigError(f"selector {who!r}: expected k, the number of units that each row keeps; got None")
+    return k
+
+
+def bounded(rank: Tensor, units: TokenView, k: Tensor | None) -> Tensor:
+    """bool ``[U]``: within the first ``k`` of each row."""
+    return torch.ones_like(rank, dtype=torch.bool) if k is None else rank < k[units.rows]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of a batch as scorers and selectors see them."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from recsys.core.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The tokens of B rows, one row after another. Every row is treated by itself: nothing here depends on its batch mates.
+
+    Attributes:
+        values: float ``[S, d]``.
+        offsets: int64 ``[B + 1]``: row b holds the tokens ``offsets[b]`` to ``offsets[b + 1] - 1``.
+        positions: int64 ``[S]``, where each token stood before anything was removed; ascending within a row.
+        groups: int64 ``[S]``, the item or session that each token belongs to, which is kept or dropped whole; equal and adjacent within a
+            row. None where each token stands for itself.
+        protected: bool ``[S]``, tokens that are always kept, or None.
+        context: float ``[B, M, d]``, what the tokens are judged for: target, query or candidates. None where there is none.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    positions: Tensor
+    groups: Tensor | None = None
+    protected: Tensor | None = None
+    context: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def of(
+        cls,
+        values: Tensor,
+        offsets: Tensor,
+        *,
+        groups: Tensor | None = None,
+        protected: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Self:
+        """A view whose positions are counted from 0 in every row."""
+        return cls(values, offsets, torch.arange(len(values), device=values.device) - offsets[row_of(offsets)], groups, protected, context)
+
+    @classmethod
+    def padded(cls, values_bld: Tensor, lengths_b: Tensor, **others: Tensor | None) -> Self:
+        """A view of right-padded rows ``[B, L, d]`` of which row b holds ``lengths_b[b]`` tokens; see `to_padded` for the way back."""
+        return cls.of(values_bld[held(lengths_b, values_bld.shape[1])], offsets_of(lengths_b), **others)
+
+    def __len__(self) -> int:
+        return int(self.offsets.shape[0]) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 ``[B]``: tokens of each row."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 ``[S]``: the row of each token."""
+        return row_of(self.offsets)
+
+    def with_values(self, values: Tensor) -> Self:
+        """The same tokens with other vectors ``[S, d']``."""
+        return replace(self, values=values)
+
+    def units(self) -> tuple["TokenView", Tensor]:
+        """What is kept or dropped whole, as tokens of a view of their own, and int64 ``[S]``: the unit of each token.
+
+        A group's vector is the mean of its tokens', its position the first one's; it is protected where one of its tokens is.
+        """
+        if self.groups is None:
+            return self, torch.arange(len(self.values), device=self.values.device)
+        begins = torch.ones_like(self.groups, dtype=torch.bool)
+        rows = self.rows
+        begins[1:] = (self.groups[1:] != self.groups[:-1]) | (rows[1:] != rows[:-1])
+        unit = begins.long().cumsum(0) - 1
+        count = int(begins.sum())
+        protected = None
+        if self.protected is not None:
+            protected = torch.zeros(count, dtype=torch.bool, device=unit.device).index_put(
+                (unit[self.protected],), self.protected.new_tensor(True)
+            )
+        offsets = offsets_of(torch.bincount(rows[begins], minlength=len(self)))
+        return TokenView(group_means(self.values, unit, count), offsets, self.positions[begins], None, protected, self.context), unit
+
+
+def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
+    """Means ``[count, …]`` of the ``values`` ``[S, …]`` of each group; zero for a group without any."""
+    total = values.new_zeros(count, *values.shape[1:]).index_add(0, group, values)
+    sizes = torch.bincount(group, minlength=count).clamp(min=1).to(values.dtype)
+    return total / sizes.view(-1, *[1] * (values.dim() - 1))
+
+
+def offsets_of(lengths_b: Tensor) -> Tensor:
+    """int64 ``[B + 1]`` of int64 lengths ``[B]``."""
+    return torch.cat((lengths_b.new_zeros(1), lengths_b.cumsum(0)))
+
+
+def row_of(offsets: Tensor) -> Tensor:
+    """int64 ``[S]``: the row of each token."""
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets[1:] - offsets[:-1])
+
+
+def held(lengths_b: Tensor, width: int) -> Tensor:
+    """bool ``[B, width]``: the places of right-padded rows that hold a token."""
+    return torch.arange(width, device=lengths_b.device) < lengths_b[:, None]
+
+
+def to_padded(values: Tensor, offsets: Tensor, fill: float = 0.0, width: int | None = None) -> Tensor:
+    """Right-padded rows ``[B, L, …]`` of jagged ``values`` ``[S, …]``; L is ``width`` or the longest row's length."""
+    lengths = offsets[1:] - offsets[:-1]
+    if width is None:
+        width = int(lengths.max()) if len(lengths) else 0
+    padded = values.new_full((len(lengths), width, *values.shape[1:]), fill)
+    return padded.masked_scatter(held(lengths, width).view(*padded.shape[:2], *[1] * (values.dim() - 1)).expand_as(padded), values)
+
+
+def _check(view: TokenView) -> None:
+    count = len(view.values)
+    if view.offsets.dim() != 1 or not len(view.offsets) or int(view.offsets[0]) != 0 or int(view.offsets[-1]) != count:
+        raise DataError(f"offsets: expected int64 [B + 1] from 0 to the number of tokens, {count}, got {tuple(view.offsets.shape)}")
+    if bool((view.lengths < 0).any()):
+        raise DataError("offsets: expected rising values")
+    for name in ("positions", "groups", "protected"):
+        given = getattr(view, name)
+        if given is not None and given.shape != (count,):
+            raise DataError(f"{name}: expected one for each of the {count} tokens, got {tuple(given.shape)}")
+    if view.context is not None and (view.context.dim() != 3 or len(view.context) != len(view)):
+        raise DataError(f"context: expected [B, M, d] with B={len(view)}, got {tuple(view.context.shape)}")
