@@ -188,8 +188,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend_one(query_bh1e: Tensor, key_bhte: Tensor, value_bhte: Tensor, bias_h1t: Tensor) -> Tensor:
-    """`attend` for one query and a handful of keys, by which fused attention is slower than three plain operations."""
-    weights = ((query_bh1e * key_bhte).sum(-1) + bias_h1t[:, 0]).softmax(-1)
+    """`attend` for one query and a handful of keys, by which fused attention is slower than three plain operations.
+
+    The bias is ``[H, 1, t]``, or one for each query, ``[B, H, 1, t]``.
+    """
+    weights = ((query_bh1e * key_bhte).sum(-1) + bias_h1t[..., 0, :]).softmax(-1)
     return (weights[..., None] * value_bhte).sum(2, keepdim=True)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TIGER (NeurIPS 2023, arXiv 2305.05065): the next item's codes are generated one after another from the codes of the history."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 from recsys.core.components import register
 from recsys.core.errors import DataError
 from recsys.data.batch import SequenceBatch
+from recsys.efficiency.decoding.steps import TreeSteps
+from recsys.efficiency.decoding.tree import DraftSource, PrefixTree
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.padding import known_histories, training_targets
-from recsys.retrieval.state import EncoderMemory
+from recsys.retrieval.state import EncoderMemory, PrefixScorer
 from recsys.retrieval.t5 import T5, BeamDecoder, T5Config
+from recsys.retrieval.t5_tree import T5Nodes
 
 
 @register("retriever", "tiger")
@@ -29,6 +33,9 @@ class TIGER(CodeRetriever):
     Differs from it, or chosen where it is silent: no token for the user (worth .0009 of Recall@5 there), since serving meets new users,
     but a start token before the history, so that an empty one can be encoded; each level's softmax is over its own codes, as no other can
     follow (``softmax: vocabulary`` is over all of them, as a plain T5 has it); no end token, as all items have as many codes.
+
+    Attributes:
+        drafts: what decoding guesses ahead (`recsys.efficiency.decoding`); lists are the same with them and without.
 
     Raises:
         ConfigError: the items have no codes.
@@ -52,6 +59,7 @@ class TIGER(CodeRetriever):
         sizes = self.table.level_sizes
         self._first = [1 + sum(sizes[:level]) for level in range(len(sizes))]  # token 0 pads and starts
         self.t5 = T5(config, 1 + sum(sizes))
+        self.drafts: Sequence[DraftSource] = ()
         self._take_codes()
 
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,7 +91,32 @@ class TIGER(CodeRetriever):
         """
         padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
         values, valid = self._memory(padded, lengths)
-        return EncoderMemory(values, valid, self.table.tokenizer, lambda memory, there: _Scorer(self, memory, there))
+        return EncoderMemory(values, valid, self.table.tokenizer, self._scorer)
+
+    def tree(self, memory_bsd: Tensor, valid_bs: Tensor, drafts: Sequence[DraftSource] = ()) -> PrefixTree:
+        """The prefixes of codes that may follow each encoded history, with log-probabilities of the next level's codes."""
+        nodes = T5Nodes(self.t5, memory_bsd, valid_bs, self._token_at, self._log_probs_at)
+        return PrefixTree(nodes, 0, drafts, self.table.levels, len(memory_bsd))
+
+    def _scorer(self, memory_bsd: Tensor, valid_bs: Tensor) -> PrefixScorer:
+        """What decodes: level by level for all beams together, or over a tree of prefixes where there are ``drafts``."""
+        if self.drafts:
+            return TreeSteps(self.tree(memory_bsd, valid_bs, self.drafts))
+        return _Scorer(self, memory_bsd, valid_bs)
+
+    def _token_at(self, codes: Tensor, depths: Tensor) -> Tensor:
+        """The tokens of codes of the level before each depth; token 0 at depth 0."""
+        first = torch.tensor(self._first, device=codes.device)[(depths - 1).clamp(min=0)]
+        return torch.where(depths == 0, 0, codes + first)
+
+    def _log_probs_at(self, states_nd: Tensor, depths: Tensor) -> Tensor:
+        """``[n, V]``: `log_probs` of the level at each depth; -inf beyond the level's codes, where V is the largest level's size."""
+        found = states_nd.new_full((len(states_nd), max(self.table.level_sizes)), -torch.inf)
+        for level, size in enumerate(self.table.level_sizes):
+            own = (depths == level).nonzero()[:, 0]
+            if len(own):
+                found[own, :size] = self.log_probs(states_nd[None, own], level)[0]
+        return found
 
     def log_probs(self, states_bwd: Tensor, level: int) -> Tensor:
         """``[B, W, V]``: log-probabilities of a level's codes, in the softmax that the model is trained with."""

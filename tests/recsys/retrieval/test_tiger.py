@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys.core.errors import ConfigError
+from recsys.efficiency.decoding.token_recycling import AdjacencyDraft, TrieDraft
 from recsys.retrieval.catalogue import BeamIndex, Catalogue, GatherIndex, check_pair
 from recsys.retrieval.models import TIGER
 from tests.recsys.retrieval.coded import HISTORIES, TARGETS, N, batch_of, build, table_of
@@ -67,3 +68,52 @@ def test_the_probabilities_of_all_code_tuples_sum_to_one() -> None:
 def test_a_gather_over_its_codes_is_refused() -> None:
     with pytest.raises(ConfigError, match="retriever 'tiger' gives EncoderMemory, but index 'gather' accepts SlotLogProbs"):
         check_pair(tiger("level"), GatherIndex)
+
+
+@pytest.mark.parametrize("softmax", ["level", "vocabulary"])
+@torch.no_grad()
+def test_the_nodes_of_a_tree_are_scored_as_the_decoder_scores_their_paths(softmax: str) -> None:
+    model = tiger(softmax).eval()
+    state = model.encode(batch_of(HISTORIES))
+    paths = {user: [(1,), (4,), (1, 3), (4, 0)][: user + 1] for user in range(4)}
+    tree = model.tree(state.values, state.valid)
+    wanted = [(user, path) for user, own in paths.items() for path in own if len(path) == 1]
+    nodes = dict(zip(wanted, tree.children([(tree.roots[user], path[0]) for user, path in wanted]), strict=True))
+    deeper = [(user, path) for user, own in paths.items() for path in own if len(path) == 2]
+    nodes |= zip(deeper, tree.children([(nodes[user, path[:1]], path[1]) for user, path in deeper]), strict=True)
+    assert tree.counts.forwards == 3
+    tree.keep([nodes[3, (1, 3)]])  # what is left is renumbered, and goes on
+    (nodes[3, (1, 2)],) = tree.children([(nodes[3, (1,)], 2)])
+    for (user, path), node in nodes.items():
+        tokens = torch.tensor([[0, *(model._first[level] + code for level, code in enumerate(path))]])
+        alone = model.t5.decode(tokens, state.values[user : user + 1], state.valid[user : user + 1])
+        expected = model.log_probs(alone[:, -1:], len(path))[0, 0]
+        torch.testing.assert_close(node.logits[: len(expected)], expected)
+        assert node.logits[len(expected) :].eq(-torch.inf).all()
+
+
+@torch.no_grad()
+def test_lists_are_the_same_with_drafts_and_need_fewer_passes() -> None:
+    model = tiger("level").eval()
+    view = Catalogue([str(i) for i in range(N)]).snapshot()
+    index = BeamIndex.over(BeamIndex.Config(width=4), model, view)
+    rows, scores = index.search(model.encode(batch_of(HISTORIES)), 4, view)
+    children: dict[tuple[int, ...], set[int]] = {}
+    for codes in model.table.codes.tolist():
+        for depth in range(len(codes)):
+            children.setdefault(tuple(codes[:depth]), set()).add(codes[depth])
+    adjacency = AdjacencyDraft(max(SIZES), successors=4, levels=3, level_sizes=(4, 12))
+    sources = ([adjacency], [adjacency], [TrieDraft(lambda prefix: sorted(children.get(tuple(prefix), ())), nodes=40)])
+    passes = []
+    for drafts in sources:
+        model.drafts, calls = drafts, []
+        original = model.t5.decoder_norm.forward
+        model.t5.decoder_norm.forward = lambda x, calls=calls, original=original: calls.append(len(x)) or original(x)
+        again = index.search(model.encode(batch_of(HISTORIES)), 4, view)
+        model.t5.decoder_norm.forward = original
+        np.testing.assert_array_equal(again[0], rows)
+        np.testing.assert_allclose(again[1], scores, atol=1e-5)
+        passes.append(len(calls))
+    assert passes[0] == len(SIZES)  # nothing is known yet
+    assert passes[2] == 1  # forty nodes hold the whole trie
+    assert passes[1] <= passes[0]
