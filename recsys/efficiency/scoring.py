@@ -94,6 +94,30 @@ class Random(TokenScorer):
         return drawn.to(view.values)[view.positions]
 
 
+class Table(TokenScorer):
+    """A score for each thing that a token can be: with the counts of the training events and top-k the *most popular K* baseline.
+
+    Args:
+        scores: float ``[N]``, for ``view.ids`` 0 to N - 1.
+    """
+
+    scores: Tensor
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scores", scores)
+
+    def score(self, view: TokenView, probe: LayerProbe | None = None) -> Tensor:
+        """Look the tokens up.
+
+        Raises:
+            ConfigError: the view does not say what its tokens are.
+        """
+        if view.ids is None:
+            raise ConfigError("token_scorer of a table: expected a view with ids, got None")
+        return self.scores[view.ids].to(view.values.dtype)
+
+
 @register("token_scorer", "norm")
 class Norm(TokenScorer):
     """The length of a token's vector."""

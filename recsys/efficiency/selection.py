@@ -80,8 +80,8 @@ class RowSelection:
 
     def view(self, view: TokenView) -> TokenView:
         """The tokens of a view that are kept; their positions stay what they were."""
-        groups, protected = (None if x is None else x[self.index] for x in (view.groups, view.protected))
-        return TokenView(self.gather(view.values), self.offsets, view.positions[self.index], groups, protected, view.context)
+        groups, protected, ids = (None if x is None else x[self.index] for x in (view.groups, view.protected, view.ids))
+        return TokenView(self.gather(view.values), self.offsets, view.positions[self.index], groups, protected, view.context, ids)
 
     def compose(self, then: "RowSelection") -> "RowSelection":
         """First this choice, then another one among what it kept: one choice among the original tokens."""

@@ -22,6 +22,7 @@ class TokenView:
             row. None where each token stands for itself.
         protected: bool ``[S]``, tokens that are always kept, or None.
         context: float ``[B, M, d]``, what the tokens are judged for: target, query or candidates. None where there is none.
+        ids: int64 ``[S]``, what each token is, such as a row of the catalogue; None where that is not known.
     """
 
     values: Tensor
@@ -30,22 +31,15 @@ class TokenView:
     groups: Tensor | None = None
     protected: Tensor | None = None
     context: Tensor | None = None
+    ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self)
 
     @classmethod
-    def of(
-        cls,
-        values: Tensor,
-        offsets: Tensor,
-        *,
-        groups: Tensor | None = None,
-        protected: Tensor | None = None,
-        context: Tensor | None = None,
-    ) -> Self:
-        """A view whose positions are counted from 0 in every row."""
-        return cls(values, offsets, torch.arange(len(values), device=values.device) - offsets[row_of(offsets)], groups, protected, context)
+    def of(cls, values: Tensor, offsets: Tensor, **others: Tensor | None) -> Self:
+        """A view whose positions are counted from 0 in every row; ``others`` are further attributes."""
+        return cls(values, offsets, torch.arange(len(values), device=values.device) - offsets[row_of(offsets)], **others)
 
     @classmethod
     def padded(cls, values_bld: Tensor, lengths_b: Tensor, **others: Tensor | None) -> Self:
@@ -127,7 +121,7 @@ def _check(view: TokenView) -> None:
         raise DataError(f"offsets: expected int64 [B + 1] from 0 to the number of tokens, {count}, got {tuple(view.offsets.shape)}")
     if bool((view.lengths < 0).any()):
         raise DataError("offsets: expected rising values")
-    for name in ("positions", "groups", "protected"):
+    for name in ("positions", "groups", "protected", "ids"):
         given = getattr(view, name)
         if given is not None and given.shape != (count,):
             raise DataError(f"{name}: expected one for each of the {count} tokens, got {tuple(given.shape)}")

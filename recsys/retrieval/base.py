@@ -12,7 +12,9 @@ from recsys.core.config import Config
 from recsys.core.errors import BundleError, ConfigError, DataError
 from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
+from recsys.efficiency.history import HistoryPruning
 from recsys.retrieval.code_table import CodeTable
+from recsys.retrieval.efficiency import RetrieverEfficiency, pruned_history
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.state import EncoderMemory, SlotLogProbs, SlotVectors
 
@@ -27,13 +29,20 @@ class Retriever(nn.Module, ABC):
 
     max_length: int
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.take_efficiency(None)
+
     @abstractmethod
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss, a scalar, and its detached parts by name."""
 
     @abstractmethod
     def encode(self, batch: SequenceBatch) -> SlotVectors | SlotLogProbs | EncoderMemory:
-        """The state after the whole history of each row (only its last ``max_length`` events count). Empty histories are allowed."""
+        """The state after the whole history of each row (only its last ``max_length`` events count). Empty histories are allowed.
+
+        Of a history that is pruned (`take_efficiency`), the events that are left count in its place.
+        """
 
     @property
     @abstractmethod
@@ -44,6 +53,22 @@ class Retriever(nn.Module, ABC):
     def reads_codes(cls, config: Config) -> bool:
         """Whether a model of this configuration reads the codes of items, so that a recipe has to name what makes them."""
         return False
+
+    def event_vectors(self, items: Tensor) -> Tensor:
+        """float ``[S, d]``: vectors by which events, int64 ``[S]`` catalogue rows, can be judged and compared.
+
+        Raises:
+            ConfigError: the model has none, so that its histories cannot be pruned.
+        """
+        raise ConfigError(f"efficiency: history: {type(self).__name__} has no vectors of events to judge them by")
+
+    def take_efficiency(self, config: RetrieverEfficiency | None) -> None:
+        """Spend as little as this says from now on; None to spend everything."""
+        self.pruning: HistoryPruning | None = None if config is None or config.history is None else HistoryPruning(config.history)
+
+    def pruned(self, batch: SequenceBatch) -> SequenceBatch:
+        """The events that a state is made of: the whole histories, or what `take_efficiency` leaves of them."""
+        return batch if self.pruning is None else pruned_history(self.pruning, batch, self.event_vectors(batch.items))
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and buffers, by which an index knows what its content came from."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import VectorRetriever
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import after_all, known_histories, training_targets
+from recsys.retrieval.padding import after_all, known_histories, require_known_rows, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy, sampled_cross_entropy
 from recsys.retrieval.state import SlotVectors
 from recsys.retrieval.transformer import TransformerConfig
@@ -55,6 +55,7 @@ class IdRetriever(VectorRetriever):
         with torch.no_grad():
             self.item.weight[~self.warm] = 0.0
         self.start = nn.Parameter(torch.randn(config.dim) * config.init_std)
+        self.take_efficiency(config.efficiency)
 
     @abstractmethod
     def sequence(self, x_btd: Tensor) -> Tensor:
@@ -85,8 +86,18 @@ class IdRetriever(VectorRetriever):
         Raises:
             CannotScoreNewItems: a history holds a row that the catalogue did not have when the model was built.
         """
-        padded, lengths = known_histories(batch, self.max_length, self.count)
+        padded, lengths = known_histories(self.pruned(batch), self.max_length, self.count)
         return SlotVectors(after_all(self._states(padded), lengths)[:, None])
+
+    def event_vectors(self, items: Tensor) -> Tensor:
+        """See `Retriever.event_vectors`: the embeddings.
+
+        Raises:
+            CannotScoreNewItems: a row that the catalogue did not have when the model was built.
+        """
+        require_known_rows(SequenceBatch(items, items.new_zeros(1)), self.count)
+        vectors: Tensor = self.item(items)
+        return vectors
 
     def item_vectors(self) -> Tensor:
         """float ``[N, d]``: the item embeddings, of unit length under ``cosine``; zero for items that are not warm."""

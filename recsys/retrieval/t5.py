@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.core.config import Config
+from recsys.retrieval.efficiency import RetrieverEfficiency
 
 
 class T5Config(Config):
@@ -30,6 +31,7 @@ class T5Config(Config):
         dropout: on embeddings, feed-forward layers and what each sub-layer adds.
         buckets: of relative positions.
         max_distance: beyond which all positions fall into the last bucket.
+        efficiency: how the retriever spends less; null to spend everything.
     """
 
     dim: int = Field(128, ge=1)
@@ -40,6 +42,7 @@ class T5Config(Config):
     dropout: float = Field(0.1, ge=0, lt=1)
     buckets: int = Field(32, ge=4, multiple_of=4)
     max_distance: int = Field(128, ge=2)
+    efficiency: RetrieverEfficiency | None = None
 
     @model_validator(mode="after")
     def _distances_beyond_the_exact_buckets(self) -> Self:

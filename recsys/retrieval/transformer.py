@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.core.config import Config
+from recsys.retrieval.efficiency import RetrieverEfficiency
 
 
 class TransformerConfig(Config):
@@ -22,6 +23,7 @@ class TransformerConfig(Config):
         dropout: on the input and on what each sub-layer adds; attention weights are not dropped.
         max_length: the longest history L.
         init_std: of the normal distribution from which weights and embeddings are drawn.
+        efficiency: how the retriever spends less; null to spend everything.
     """
 
     dim: int = Field(default=64, ge=1)
@@ -31,6 +33,7 @@ class TransformerConfig(Config):
     dropout: float = Field(default=0.2, ge=0.0, lt=1.0)
     max_length: int = Field(default=50, ge=1)
     init_std: float = Field(default=0.02, gt=0.0)
+    efficiency: RetrieverEfficiency | None = None
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Self:

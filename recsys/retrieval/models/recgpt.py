@@ -77,6 +77,7 @@ class RecGPT(CodeRetriever):
             nn.init.normal_(self.aux.weight, std=config.init_std)
             self.register_buffer("text", text, persistent=False)
         self._take_codes()
+        self.take_efficiency(config.efficiency)
 
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over targets and slots of cross-entropies over all codes.
@@ -99,11 +100,15 @@ class RecGPT(CodeRetriever):
         Raises:
             CannotScoreNewItems: a row without codes.
         """
-        padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
+        padded, lengths = known_histories(self.pruned(batch), self.max_length, len(self.tokens))
         last_bkd = after_all(self._states(padded), lengths)
         with torch.autocast(last_bkd.device.type, enabled=False):
             logits = last_bkd.to(self.head.dtype) @ self.head.T
             return SlotLogProbs((logits / self.config.temperature).log_softmax(-1), self.table.tokenizer)
+
+    def event_vectors(self, items: Tensor) -> Tensor:
+        """See `Retriever.event_vectors`: what the transformer reads of each item, its slots beside one another."""
+        return self._item_tokens(items).flatten(1)
 
     def tokens_of(self, table: CodeTable) -> Tensor:
         """See `CodeRetriever.tokens_of`: one table serves all slots."""
@@ -131,12 +136,16 @@ class RecGPT(CodeRetriever):
         slices: Tensor = items.text.unflatten(1, (self.slots, -1))
         return slices
 
+    def _item_tokens(self, items: Tensor) -> Tensor:
+        """``[…, K, d]`` of items ``[…]``: the embedded codes and the auxiliary text stream."""
+        tokens: Tensor = self.token_norm(self.embedding(self.tokens[items]))
+        if self.config.auxiliary:
+            tokens = tokens + self.aux_norm(self.aux(self.text[items]))
+        return tokens
+
     def _states(self, padded_bl: Tensor) -> Tensor:
         """``[B, L + 1, K, d]``: the states after 0, 1, … L items."""
-        tokens_blkd = self.token_norm(self.embedding(self.tokens[padded_bl]))
-        if self.config.auxiliary:
-            tokens_blkd = tokens_blkd + self.aux_norm(self.aux(self.text[padded_bl]))
         start = self.start.expand(len(padded_bl), 1, -1, -1)
-        groups = torch.cat((start, tokens_blkd), 1) + self.slot
+        groups = torch.cat((start, self._item_tokens(padded_bl)), 1) + self.slot
         states: Tensor = self.transformer(groups, bidirectional=self.config.bidirectional)
         return states

@@ -79,6 +79,7 @@ class RPG(CodeRetriever):
         self.transformer = CausalTransformer(config)
         self.head = ResidualHeads(self.slots, config.dim, config.init_std)
         self._take_codes()
+        self.take_efficiency(config.efficiency)
 
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over targets and slots of cross-entropies.
@@ -101,9 +102,13 @@ class RPG(CodeRetriever):
         Raises:
             CannotScoreNewItems: a row without codes.
         """
-        padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
+        padded, lengths = known_histories(self.pruned(batch), self.max_length, len(self.tokens))
         last_bd = after_all(self._states(padded), lengths)
         return SlotLogProbs(self._log_probs(last_bd).transpose(0, 1) / self.slots, self.table.tokenizer)
+
+    def event_vectors(self, items: Tensor) -> Tensor:
+        """See `Retriever.event_vectors`: the means of the codes' embeddings."""
+        return F.embedding_bag(self.tokens[items], self.embedding.flatten(0, 1), mode="mean")
 
     def tokens_of(self, table: CodeTable) -> Tensor:
         """See `CodeRetriever.tokens_of`."""

@@ -116,6 +116,7 @@ class SETRec(VectorRetriever):
         self.slots = self.semantic.tokens + 1
         self.queries = nn.Parameter(torch.randn(self.slots, dim) * config.init_std)
         self.transformer = SetTransformer(config) if backbone is None else backbone
+        self.take_efficiency(config.efficiency)
 
     @property
     def scorable(self) -> Tensor:
@@ -177,6 +178,7 @@ class SETRec(VectorRetriever):
             CannotScoreNewItems: a row beyond the catalogue; see `replace_items`.
         """
         require_known_rows(batch, len(self.warm))
+        batch = self.pruned(batch)
         rows, inverse = batch.items.unique(return_inverse=True)
         used = SequenceBatch(inverse, batch.offsets)
         tokens_und = self.tokenize(self.content[rows], self.collaborative[rows])
@@ -184,6 +186,16 @@ class SETRec(VectorRetriever):
         states_bnd = self._states(used, tokens_und, seen)[:, 0] * self.slot_weights()[:, None]
         compressing = self._compressing()
         return SlotVectors(states_bnd if compressing is None else self._compressed(compressing, states_bnd)[:, None])
+
+    def event_vectors(self, items: Tensor) -> Tensor:
+        """See `Retriever.event_vectors`: the concatenated tokens.
+
+        Raises:
+            CannotScoreNewItems: a row beyond the catalogue; see `replace_items`.
+        """
+        require_known_rows(SequenceBatch(items, items.new_zeros(1)), len(self.warm))
+        rows, inverse = items.unique(return_inverse=True)
+        return self.tokenize(self.content[rows], self.collaborative[rows]).flatten(1)[inverse]
 
     def item_vectors(self) -> Tensor:
         """float ``[N, n * d]``: the concatenated tokens of all catalogue rows; with ``compress`` their factors and a 1."""

@@ -61,6 +61,7 @@ class TIGER(CodeRetriever):
         self.t5 = T5(config, 1 + sum(sizes))
         self.drafts: Sequence[DraftSource] = ()
         self._take_codes()
+        self.take_efficiency(config.efficiency)
 
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over targets of the sum over levels of cross-entropies, so that it is an item's negative log-likelihood.
@@ -89,7 +90,7 @@ class TIGER(CodeRetriever):
         Raises:
             CannotScoreNewItems: a row without codes.
         """
-        padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
+        padded, lengths = known_histories(self.pruned(batch), self.max_length, len(self.tokens))
         values, valid = self._memory(padded, lengths)
         return EncoderMemory(values, valid, self.table.tokenizer, self._scorer)
 
@@ -117,6 +118,10 @@ class TIGER(CodeRetriever):
             if len(own):
                 found[own, :size] = self.log_probs(states_nd[None, own], level)[0]
         return found
+
+    def event_vectors(self, items: Tensor) -> Tensor:
+        """See `Retriever.event_vectors`: the means of the codes' embeddings."""
+        return F.embedding_bag(self.tokens[items], self.t5.embedding.weight, mode="mean")
 
     def log_probs(self, states_bwd: Tensor, level: int) -> Tensor:
         """``[B, W, V]``: log-probabilities of a level's codes, in the softmax that the model is trained with."""
