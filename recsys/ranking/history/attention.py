@@ -9,10 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.core.components import register
-from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.data.spec import SequenceSpec
-from recsys.ranking.history.base import Events, HistoryEncoder
+from recsys.ranking.history.base import Events, HistoryConfig, HistoryEncoder
 from recsys.ranking.history.segments import segment_softmax, segment_sum
 from recsys.ranking.mlp import mlp
 
@@ -77,8 +76,8 @@ class TargetAttention(HistoryEncoder):
     A row without events gets a learned vector, zero at first.
     """
 
-    class Config(BaseConfig):
-        """How events are weighed.
+    class Config(HistoryConfig):
+        """Besides the `HistoryConfig`, how events are weighed.
 
         Attributes:
             unit: ``mlp``, DIN's activation unit, or ``dot``, multi-head attention.
@@ -92,7 +91,7 @@ class TargetAttention(HistoryEncoder):
         heads: int = Field(1, ge=1)
 
     def __init__(self, config: Config, sequence: SequenceSpec, dim: int, extra_widths: Sequence[int] | None = None) -> None:
-        super().__init__(sequence, dim, extra_widths)
+        super().__init__(sequence, dim, extra_widths, config.pruning)
         self.unit = ActivationUnit(dim, config.hidden) if config.unit == "mlp" else DotAttention(dim, config.heads)
         self.empty = nn.Parameter(torch.zeros(dim))
 

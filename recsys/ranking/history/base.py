@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import DataError
 from recsys.data.spec import SequenceSpec
+from recsys.efficiency.history import HistoryPruning
+from recsys.efficiency.view import TokenView, offsets_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,16 @@ class Events:
     target: Tensor
 
 
+class HistoryConfig(BaseConfig):
+    """What all history encoders have in common.
+
+    Attributes:
+        pruning: which events are read, in training and when serving; they are judged for the candidate. Null to read all.
+    """
+
+    pruning: HistoryPruning.Config | None = None
+
+
 class HistoryEncoder(nn.Module, ABC):
     """One history as ``vectors`` field vectors.
 
@@ -42,6 +55,7 @@ class HistoryEncoder(nn.Module, ABC):
         sequence: which keys hold the events and the candidate.
         dim: d, the width of the items' embeddings, of the candidate's, and of each vector of the result.
         extra_widths: those of the aligned extras' embeddings, one for each of ``sequence.keys[1:]``; d by default.
+        pruning: see `HistoryConfig`.
 
     Attributes:
         vectors: n, how many vectors a history becomes.
@@ -49,8 +63,15 @@ class HistoryEncoder(nn.Module, ABC):
 
     vectors: int = 1
 
-    def __init__(self, sequence: SequenceSpec, dim: int, extra_widths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        sequence: SequenceSpec,
+        dim: int,
+        extra_widths: Sequence[int] | None = None,
+        pruning: HistoryPruning.Config | None = None,
+    ) -> None:
         super().__init__()
+        self.pruning = None if pruning is None else HistoryPruning(pruning)
         self.sequence, self.dim = sequence, dim
         extras = sequence.keys[1:]
         widths = [dim] * len(extras) if extra_widths is None else extra_widths
@@ -71,11 +92,19 @@ class HistoryEncoder(nn.Module, ABC):
         Raises:
             DataError: the keys are not aligned, or a row does not have exactly one target.
         """
-        return self.encode(self.events(sequences))
+        return self.encode(self.pruned(self.events(sequences)))
 
     @abstractmethod
     def encode(self, events: Events) -> Tensor:
         """``[B, n, d]``; a row without events gets a result all the same."""
+
+    def pruned(self, events: Events) -> Events:
+        """The events that are read."""
+        if self.pruning is None:
+            return events
+        view = TokenView.of(events.vectors, offsets_of(events.lengths.long()), context=events.target[:, None])
+        kept = self.pruning(view)
+        return Events(kept.gather(events.vectors), kept.gather(events.row), kept.lengths.to(events.lengths.dtype), events.target)
 
     def events(self, sequences: Mapping[str, JaggedTensor]) -> Events:
         """The vectors of all events, and what belongs to them."""

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recsys.core.components import register
-from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.data.spec import SequenceSpec
 from recsys.layers.hstu import HSTULayer
 from recsys.ranking.history.attention import TargetAttention
-from recsys.ranking.history.base import Events, HistoryEncoder
+from recsys.ranking.history.base import Events, HistoryConfig, HistoryEncoder
 
 
 @register("history", "hstu")
@@ -36,8 +35,8 @@ class HSTU(HistoryEncoder):
         ConfigError: heads do not divide d; no vector is read out.
     """
 
-    class Config(BaseConfig):
-        """Sizes and readout.
+    class Config(HistoryConfig):
+        """Besides the `HistoryConfig`, sizes and readout.
 
         Attributes:
             layers: how many.
@@ -60,7 +59,7 @@ class HSTU(HistoryEncoder):
         dropout: float = Field(0.0, ge=0, lt=1)
 
     def __init__(self, config: Config, sequence: SequenceSpec, dim: int, extra_widths: Sequence[int] | None = None) -> None:
-        super().__init__(sequence, dim, extra_widths)
+        super().__init__(sequence, dim, extra_widths, config.pruning)
         if dim % config.heads:
             raise ConfigError(f"{sequence.name}: expected heads that divide the embedding's dim, got dim={dim} and heads={config.heads}")
         if not config.vectors and config.attention is None:

@@ -8,6 +8,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from recsys.core.errors import ConfigError, DataError
 from recsys.data.spec import SequenceSpec
+from recsys.efficiency.history import HistoryPruning
+from recsys.efficiency.scoring import ContextSimilarity
+from recsys.efficiency.selectors import TopK
 from recsys.ranking.history import TargetAttention
 from recsys.ranking.history.segments import segment_softmax, segment_sum
 
@@ -160,3 +163,28 @@ def test_misaligned_keys_are_named() -> None:
         module(jagged(rows | {"age": [rows["age"][0][:2], *rows["age"][1:]]}))
     with pytest.raises(DataError, match="history: expected one 'item' for each of 5 rows, got 4"):
         module(jagged(rows | {"item": rows["item"][:4]}))
+
+
+PRUNING = HistoryPruning.Config(events=2, recent=1, scorer=ContextSimilarity.Config(), selector=TopK.Config())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_pruned_history_is_read_as_if_nothing_else_had_happened(config: TargetAttention.Config) -> None:
+    """Kept are the last event and the one most like the candidate; the gradient reaches no other."""
+    whole, pruned = build(config), build(config.model_copy(update={"pruning": PRUNING}))
+    assert set(whole.state_dict()) == set(pruned.state_dict())
+    rows = vectors([4, 0, 1, 5])
+    rows["seen"] = [values.requires_grad_() for values in rows["seen"]]
+    left: dict[str, list[torch.Tensor]] = {key: [] for key in rows}
+    for b, target in enumerate(rows["item"]):
+        events = rows["seen"][b] + pruned.extras[0](rows["stars"][b]) + pruned.extras[1](rows["age"][b])
+        cosines = nn.functional.cosine_similarity(events[:-1], target, dim=1)
+        kept = sorted({*([int(cosines.argmax())] if len(cosines) else []), *([len(events) - 1] if len(events) else [])})
+        for key in SEQUENCE.keys:
+            left[key].append(rows[key][b][kept])
+        left["item"].append(target)
+    found = pooled(pruned, rows)
+    torch.testing.assert_close(found, pooled(whole, left))
+    found.sum().backward()
+    touched = [int((values.grad.abs().sum(1) > 0).sum()) for values in rows["seen"] if values.grad is not None and len(values)]
+    assert touched == [2, 1, 2]
