@@ -33,6 +33,8 @@ def sparse_attend(
     """
     (batch, heads, length, _), key_heads = q.shape, k.shape[1]
     _, groups, blocks, kept = selection.index.shape
+    if len(selection.index) != batch:
+        raise ConfigError(f"selection: expected one for a batch of {batch}, got {len(selection.index)}")
     if heads % key_heads or groups not in (1, key_heads, heads):
         raise ConfigError(
             f"selection: expected 1, {key_heads} or {heads} groups for {heads} heads over {key_heads} key heads, got {groups}"
@@ -47,14 +49,14 @@ def sparse_attend(
         key_heads = heads
     keys_bgqke, values_bgqke = (gather_keys(x, selection.index) for x in (k, v))
     q = F.pad(q, (0, 0, 0, blocks * size - length)) if blocks * size > length else q
-    queries = q.view(batch, heads, blocks, size, -1).transpose(1, 2).flatten(0, 1)
+    queries = q.view(batch, heads, blocks, size, q.shape[-1]).transpose(1, 2).flatten(0, 1)
     mask = _mask(selection, size, query_positions)
     if mask is not None:
         mask = mask.expand(batch, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
         mask = mask if groups == 1 or groups == heads else mask.repeat_interleave(heads // groups, 1)
     keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys_bgqke, values_bgqke))
     if kept == 0:
-        return q.new_zeros(batch, heads, length, v.shape[-1])
+        return q[:, :, :length].sum(-1, keepdim=True) * v.sum(2, keepdim=True)[:, :1] * 0.0  # zeros that have a gradient, of zeros
     if mask is None:
         attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=key_heads != heads)
     else:
@@ -70,8 +72,9 @@ def gather_keys(x_bhne: Tensor, index_bgqk: Tensor) -> Tensor:
     index = index_bgqk.long().reshape(batch, groups, blocks * kept)
     if batch == 1 and groups == 1:
         return x_bhne.index_select(2, index[0, 0]).view(1, heads, blocks, kept, width)
-    index = index.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, width)
-    return x_bhne.gather(2, index).view(batch, heads, blocks, kept, width)
+    first = x_bhne.shape[2] * torch.arange(batch * heads, device=index.device).view(batch, heads, 1)
+    rows = x_bhne.reshape(-1, width).index_select(0, (first + index).flatten())  # several times faster on a CPU than `gather`
+    return rows.view(batch, heads, blocks, kept, width)
 
 
 def _mask(selection: BlockSelection, size: int, query_positions: Tensor | None) -> Tensor | None:

@@ -9,7 +9,9 @@ from recsys.efficiency.view import TokenView, held, row_of, to_padded
 
 
 def keep_counts(view: TokenView, share: float | None = None, count: int | None = None) -> Tensor:
-    """int64 ``[B]``: how many units of each row are kept, at least 1 of a row that has any, at most all.
+    """int64 ``[B]``: the k of `Selector.select` with which a budget is met, protected units counted as kept.
+
+    At least one unit of a row that has any is kept, at least the protected ones, and at most all.
 
     Args:
         view: the tokens; see `TokenView.units` for what is counted.
@@ -21,7 +23,8 @@ def keep_counts(view: TokenView, share: float | None = None, count: int | None =
     """
     if (share is None) == (count is None):
         raise ConfigError(f"budget: expected either share or count, got share={share!r} and count={count!r}")
-    lengths = view.units()[0].lengths
+    units, _ = view.units()
+    lengths = units.lengths
     if share is not None:
         if not 0.0 < share <= 1.0:
             raise ConfigError(f"budget: share: expected above 0 and at most 1, got {share!r}")
@@ -31,7 +34,10 @@ def keep_counts(view: TokenView, share: float | None = None, count: int | None =
         if count < 1:
             raise ConfigError(f"budget: count: expected at least 1, got {count!r}")
         wanted = torch.full_like(lengths, count)
-    return torch.minimum(wanted, lengths)
+    forced = torch.zeros_like(lengths)
+    if units.protected is not None:
+        forced = forced.index_add(0, units.rows, units.protected.long())
+    return (torch.minimum(wanted, lengths) - forced).clamp(min=0)
 
 
 def allocate(weights: Tensor, offsets: Tensor, totals: Tensor, caps: Tensor, floors: Tensor | None = None) -> Tensor:
@@ -55,6 +61,15 @@ def allocate(weights: Tensor, offsets: Tensor, totals: Tensor, caps: Tensor, flo
         ConfigError: a weight is negative or not a number, a floor is above its cap, or a row's total below the sum of its floors.
     """
     floors = torch.zeros_like(caps) if floors is None else floors
+    count = int(offsets[-1])
+    for name, given, length in (
+        ("weights", weights, count),
+        ("caps", caps, count),
+        ("floors", floors, count),
+        ("totals", totals, len(offsets) - 1),
+    ):
+        if given.shape != (length,):
+            raise ConfigError(f"allocate: {name}: expected {length} values, got {tuple(given.shape)}")
     if bool((~(weights >= 0) | weights.isinf()).any()):
         raise ConfigError(f"allocate: weights: expected numbers of at least 0, got {float(weights[~(weights >= 0) | weights.isinf()][0])}")
     if bool((floors > caps).any()):
@@ -65,7 +80,7 @@ def allocate(weights: Tensor, offsets: Tensor, totals: Tensor, caps: Tensor, flo
         b = int((totals < least).long().argmax())
         raise ConfigError(f"allocate: totals: row {b}: expected at least {int(least[b])}, the sum of its floors, got {int(totals[b])}")
     totals = torch.minimum(totals, most)
-    shares = _filled(weights.double(), offsets, totals.double(), caps.double(), floors.double())
+    shares = _filled(_relative(weights.double(), offsets), offsets, totals.double(), caps.double(), floors.double())
     whole = shares.floor().long().clamp(min=floors, max=caps)
     return whole + _rounded_up(shares - whole, whole < caps, rows, totals - _row_sums(whole, offsets), offsets)
 
@@ -81,6 +96,13 @@ def _filled(weights: Tensor, offsets: Tensor, totals: Tensor, caps: Tensor, floo
     level_w = torch.where(short, padded_w, 1.0) * filling
     filled = _leveled(level_w, totals - rest.sum(1), padded_c * filling, padded_f * filling)
     return (rest + filled)[held(offsets[1:] - offsets[:-1], padded_w.shape[1])]
+
+
+def _relative(weights: Tensor, offsets: Tensor) -> Tensor:
+    """Weights as shares of their row's largest; 0 for what is too small beside it to be told from none."""
+    highest = weights.new_zeros(len(offsets) - 1).scatter_reduce(0, row_of(offsets), weights, "amax")
+    shares = weights / highest.clamp(min=torch.finfo(weights.dtype).smallest_normal)[row_of(offsets)]
+    return torch.where(shares < 1e-200, 0.0, shares)
 
 
 def _leveled(weights: Tensor, totals: Tensor, caps: Tensor, floors: Tensor) -> Tensor:

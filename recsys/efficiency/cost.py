@@ -25,7 +25,18 @@ def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], dropo
     return 2 * batch * heads * pairs * (width + v[3])
 
 
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # which PyTorch's counter does not know
+def _backward_flops(gradient: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *rest: Any, **_: Any) -> int:
+    """Five products over the same pairs: the scores again, and the gradients of values, weights, queries and keys."""
+    batch, heads, length, width = q
+    causal = bool(rest[3]) if len(rest) > 3 else False
+    pairs = length * (length + 1) // 2 if causal else length * k[2]
+    return 2 * batch * heads * pairs * (3 * width + 2 * v[3])
+
+
+_CPU_ATTENTION = {  # which PyTorch's counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
+}
 
 
 class Cost:

@@ -39,6 +39,7 @@ class HistoryPruning(nn.Module):
             recent: the last events that are always kept; they count as kept.
             context: how many last events the others are judged for.
             min_length: histories of at most so many events stay whole.
+            reach: the last events that are looked at; whoever hands histories over need not hand over more.
         """
 
         share: float | None = Field(default=None, gt=0.0, le=1.0)
@@ -48,6 +49,7 @@ class HistoryPruning(nn.Module):
         recent: int = Field(default=1, ge=0)
         context: int = Field(default=1, ge=1)
         min_length: int = Field(default=0, ge=0)
+        reach: int = Field(default=2500, ge=1)
 
         @model_validator(mode="after")
         def _one_budget(self) -> Self:
@@ -67,12 +69,9 @@ class HistoryPruning(nn.Module):
     def forward(self, view: TokenView) -> RowSelection:
         """What each history keeps; ``view.groups`` are kept or dropped whole."""
         view = self._judged(view)
-        units, _ = view.units()
-        assert units.protected is not None
-        forced = torch.zeros(len(view), dtype=torch.long, device=units.offsets.device).index_add(0, units.rows, units.protected.long())
         kept = keep_counts(view, share=self.config.share, count=self.config.events)
-        kept = torch.where(units.lengths <= self.config.min_length, units.lengths, torch.maximum(kept, forced))
-        return self.selector.select(view, self.scorer.score(view), kept - forced)
+        kept = torch.where(view.lengths <= self.config.min_length, keep_counts(view, share=1.0), kept)
+        return self.selector.select(view, self.scorer.score(view), kept)
 
     def _judged(self, view: TokenView) -> TokenView:
         """The view with what is protected and, where there is none, a context."""

@@ -78,9 +78,9 @@ class PruneSchedule(nn.Module):
         Raises:
             ConfigError: a layer of the schedule is not among ``layers``.
         """
-        last = max([*self.config.keep, self.config.stop_layer or 0], default=0)
-        if last >= len(layers):
-            raise ConfigError(f"keep: expected layers 0 to {len(layers) - 1}, got {last}")
+        used = [*self.config.keep, *([] if self.config.stop_layer is None else [self.config.stop_layer])]
+        if used and max(used) >= len(layers):
+            raise ConfigError(f"keep, stop_layer: expected layers of the {len(layers)} that there are, counted from 0, got {max(used)}")
         view = view if view.protected is not None else replace(view, protected=_last_of_each_row(view))
         original, chosen, carried = _prunable(view), RowSelection.all(view), None
         for number, layer in enumerate(layers):
@@ -100,8 +100,9 @@ class PruneSchedule(nn.Module):
             scores = self.scorer.score(view, probe)
             selection = self.selector.select(view, scores, torch.minimum(wanted, _prunable(view)))
         if self.stop is not None and probe.layer == self.config.stop_layer:
-            assert view.protected is not None
-            stays = view.protected | ~self.stop.stop(view, probe)[view.rows]
+            units, unit = view.units()
+            assert units.protected is not None
+            stays = units.protected[unit] | ~self.stop.stop(view, probe)[view.rows]
             stays = stays if selection is None else stays & selection.mask()
             selection = RowSelection.of_mask(stays, view.offsets)
         return selection

@@ -133,7 +133,8 @@ class Norm(TokenScorer):
 
     def score(self, view: TokenView, probe: LayerProbe | None = None) -> Tensor:
         """Euclidean norms."""
-        return view.values.square().sum(-1).sqrt()
+        norms: Tensor = torch.linalg.vector_norm(view.values, dim=-1)
+        return norms
 
 
 @register("token_scorer", "context")

@@ -167,6 +167,8 @@ def _composed(first: RowSelection, then: RowSelection) -> Merge | None:
     if first.merge is None and then.merge is None:
         return None
     one, two = _merge_of(first), _merge_of(then)
+    if not then.size:
+        return one
     used = one.into >= 0
     middle = one.into.clamp(min=0)
     into = torch.where(used, two.into[middle], -1)

@@ -13,7 +13,7 @@ from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.efficiency.scoring import row_extreme, unit_scaled
 from recsys.efficiency.selection import BlockSelection, RowSelection
-from recsys.efficiency.view import TokenView, group_means, held, row_of, to_padded
+from recsys.efficiency.view import TokenView, group_means, held, offsets_of, row_of, to_padded
 
 
 class Selector(ABC):
@@ -29,10 +29,12 @@ class Selector(ABC):
                 chooses their number itself takes it as the most, and None as no bound.
 
         Raises:
-            ConfigError: a score is not a number, or ``k`` is out of its range, or not given to a selector that needs it.
+            ConfigError: a score is not a finite number, or ``k`` is out of its range, or not given to a selector that needs it.
         """
-        if scores.shape != (len(view.values),) or bool(scores.isnan().any()):
-            raise ConfigError(f"select: scores: expected a number for each of the {len(view.values)} tokens, got {tuple(scores.shape)}")
+        if scores.shape != (len(view.values),) or not bool(scores.isfinite().all()):
+            raise ConfigError(f"select: scores: expected a finite number for each of {len(view.values)} tokens, got {_bad(scores)}")
+        if k is not None and k.shape != (len(view),):
+            raise ConfigError(f"select: k: expected one for each of the {len(view)} rows, got {tuple(k.shape)}")
         units, unit = view.units()
         scores = scores if view.groups is None else group_means(scores, unit, len(units.values))
         free = torch.ones_like(unit[: len(units.values)], dtype=torch.bool) if units.protected is None else ~units.protected
@@ -95,7 +97,7 @@ class MMR(Selector):
     def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
         """See `Selector.choose`. What is protected counts as kept from the start."""
         wanted, width = needed(k, "mmr"), int(units.lengths.max()) if len(units) else 0
-        importance = to_padded(unit_scaled(scores, units.offsets), units.offsets, width=width)
+        importance = to_padded(_unit_scaled_free(scores, free, units), units.offsets, width=width)
         vectors = nn.functional.normalize(to_padded(units.values, units.offsets, width=width), dim=-1)
         inside = held(units.lengths, width)
         open_ = to_padded(free, units.offsets, width=width)
@@ -228,14 +230,11 @@ class Coverage(Selector):
         if bool((scores[free] < 0).any()):
             raise ConfigError("selector 'coverage': expected scores of at least 0")
         rank = ranks(scores.masked_fill(~free, -torch.inf), units.offsets)
-        mass = torch.where(free, scores.double(), 0.0)
-        order = (units.rows * len(rank) + (units.lengths[units.rows] - 1 - rank)).argsort()  # ascending in each row
-        running = mass[order].cumsum(0)
-        before = torch.cat((running.new_zeros(1), running))[units.offsets[:-1]]
-        upto = torch.empty_like(running)
-        upto[order] = running - before[units.rows[order]]
-        whole = torch.zeros_like(before).index_add(0, units.rows, mass)
-        dropped = upto < self.config.tail * whole[units.rows]
+        mass = to_padded(torch.where(free, scores.double(), 0.0), units.offsets)
+        ascending = mass.sort(dim=1, stable=True).indices
+        upto = torch.empty_like(mass).scatter_(1, ascending, mass.gather(1, ascending).cumsum(1))
+        tail = upto < self.config.tail * mass.sum(1, keepdim=True)
+        dropped = tail[held(units.lengths, mass.shape[1])]
         return free & (~dropped | (rank < self.config.at_least)) & bounded(rank, units, k)
 
 
@@ -255,9 +254,12 @@ def top_keys(scores: Tensor, k: int, allowed: Tensor | None = None, forced: Tens
 
     Args:
         scores: ``[B, G, Q, N]``.
-        k: keys that are read, where so many are allowed; forced ones count.
+        k: keys that are read, where so many are allowed; forced ones count. Of equal scores the later keys are read.
         allowed: bool, broadcastable to ``scores``: what may be read.
         forced: bool, broadcastable: read in any case, where allowed.
+
+    Raises:
+        ConfigError: ``k`` is below 1, or below the number of forced keys.
     """
     if k < 1:
         raise ConfigError(f"top_keys: k: expected at least 1, got {k}")
@@ -265,11 +267,42 @@ def top_keys(scores: Tensor, k: int, allowed: Tensor | None = None, forced: Tens
         scores = scores.masked_fill(forced, torch.inf)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
+    if forced is not None and int((scores == torch.inf).sum(-1).max() if scores.numel() else 0) > k:
+        raise ConfigError(f"top_keys: k: expected at least the {int((scores == torch.inf).sum(-1).max())} forced keys, got {k}")
+    return top_recent(scores, k)
+
+
+def top_recent(scores: Tensor, k: int) -> BlockSelection:
+    """The k highest of the scores ``[B, G, Q, N]`` above -inf, in ascending order; of equal ones the later.
+
+    Where many scores are the same, as those behind a relu, what wins among equals must not depend on how the keys are laid out.
+    """
     k = min(k, scores.shape[-1])
+    if k == 0 or not scores.numel():
+        index = torch.zeros(*scores.shape[:-1], k, dtype=torch.int32, device=scores.device)
+        return BlockSelection(index, torch.zeros_like(index, dtype=torch.bool))
     found = scores.topk(k, sorted=False)
-    index, order = found.indices.sort(dim=-1)
-    valid = found.values.gather(-1, order) > -torch.inf
-    return BlockSelection(index.int(), valid).sorted() if not bool(valid.all()) else BlockSelection(index.int(), valid)
+    lowest = found.values.amin(-1, keepdim=True)
+    equal, wanted = scores == lowest, (found.values == lowest).sum(-1, keepdim=True)
+    if not bool(((equal.sum(-1, keepdim=True) > wanted) & (lowest > -torch.inf)).any()):
+        return BlockSelection(found.indices.int(), found.values > -torch.inf).sorted()
+    from_right = equal.flip(-1).cumsum(-1).flip(-1)
+    kept = (scores > lowest) | (equal & (from_right <= wanted) & (scores > -torch.inf))
+    place = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
+    index = torch.where(kept, place, -1).topk(k, sorted=False).values
+    return BlockSelection(index.clamp(min=0), index >= 0).sorted()
+
+
+def _unit_scaled_free(scores: Tensor, free: Tensor, units: TokenView) -> Tensor:
+    """Scores scaled to [0, 1] by the ``free`` units of each row; 0 for the others."""
+    rows = units.rows[free]
+    lengths = torch.zeros(len(units), dtype=torch.long, device=rows.device).index_add(0, rows, torch.ones_like(rows))
+    return torch.zeros_like(scores).masked_scatter(free, unit_scaled(scores[free], offsets_of(lengths)))
+
+
+def _bad(scores: Tensor) -> str:
+    wrong = scores[~scores.isfinite()]
+    return f"{float(wrong.flatten()[0])}" if wrong.numel() else f"{tuple(scores.shape)}"
 
 
 def needed(k: Tensor | None, who: str) -> Tensor:

@@ -39,11 +39,14 @@ class TokenView:
     @classmethod
     def of(cls, values: Tensor, offsets: Tensor, **others: Tensor | None) -> Self:
         """A view whose positions are counted from 0 in every row; ``others`` are further attributes."""
+        _check_offsets(offsets, len(values))
         return cls(values, offsets, torch.arange(len(values), device=values.device) - offsets[row_of(offsets)], **others)
 
     @classmethod
     def padded(cls, values_bld: Tensor, lengths_b: Tensor, **others: Tensor | None) -> Self:
         """A view of right-padded rows ``[B, L, d]`` of which row b holds ``lengths_b[b]`` tokens; see `to_padded` for the way back."""
+        if lengths_b.shape != values_bld.shape[:1] or bool(((lengths_b < 0) | (lengths_b > values_bld.shape[1])).any()):
+            raise DataError(f"lengths: expected 0 to {values_bld.shape[1]} for each of {len(values_bld)} rows, got {lengths_b.tolist()}")
         return cls.of(values_bld[held(lengths_b, values_bld.shape[1])], offsets_of(lengths_b), **others)
 
     def __len__(self) -> int:
@@ -109,21 +112,27 @@ def held(lengths_b: Tensor, width: int) -> Tensor:
 def to_padded(values: Tensor, offsets: Tensor, fill: float = 0.0, width: int | None = None) -> Tensor:
     """Right-padded rows ``[B, L, …]`` of jagged ``values`` ``[S, …]``; L is ``width`` or the longest row's length."""
     lengths = offsets[1:] - offsets[:-1]
-    if width is None:
-        width = int(lengths.max()) if len(lengths) else 0
+    longest = int(lengths.max()) if len(lengths) else 0
+    width = longest if width is None else width
+    if width < longest:
+        raise DataError(f"width: expected at least {longest}, the longest row, got {width}")
     padded = values.new_full((len(lengths), width, *values.shape[1:]), fill)
     return padded.masked_scatter(held(lengths, width).view(*padded.shape[:2], *[1] * (values.dim() - 1)).expand_as(padded), values)
 
 
 def _check(view: TokenView) -> None:
     count = len(view.values)
-    if view.offsets.dim() != 1 or not len(view.offsets) or int(view.offsets[0]) != 0 or int(view.offsets[-1]) != count:
-        raise DataError(f"offsets: expected int64 [B + 1] from 0 to the number of tokens, {count}, got {tuple(view.offsets.shape)}")
-    if bool((view.lengths < 0).any()):
-        raise DataError("offsets: expected rising values")
+    _check_offsets(view.offsets, count)
     for name in ("positions", "groups", "protected", "ids"):
         given = getattr(view, name)
         if given is not None and given.shape != (count,):
             raise DataError(f"{name}: expected one for each of the {count} tokens, got {tuple(given.shape)}")
     if view.context is not None and (view.context.dim() != 3 or len(view.context) != len(view)):
         raise DataError(f"context: expected [B, M, d] with B={len(view)}, got {tuple(view.context.shape)}")
+
+
+def _check_offsets(offsets: Tensor, count: int) -> None:
+    if offsets.dim() != 1 or not len(offsets) or int(offsets[0]) != 0 or int(offsets[-1]) != count:
+        raise DataError(f"offsets: expected int64 [B + 1] from 0 to the number of tokens, {count}, got {offsets.tolist()}")
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        raise DataError(f"offsets: expected values that do not fall, got {offsets.tolist()}")

@@ -16,7 +16,7 @@ class SparseAttentionConfig(BaseConfig):
     """What all have in common.
 
     Attributes:
-        min_length: with at most so many keys, attention is dense: below it choosing costs more than it saves.
+        min_length: a row of at most so many keys is attended to densely: below it choosing costs more than it saves.
     """
 
     min_length: int = Field(4096, ge=0)
@@ -57,7 +57,18 @@ class SparseAttention(nn.Module, ABC):
         """
         if k.shape[2] <= self.config.min_length:
             return dense_attend(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
-        return self.attend(q, k, v, query_positions, lengths, scale)
+        attended = self.attend(q, k, v, query_positions, lengths, scale)
+        return self.whole_where_short(attended, q, k, v, query_positions, lengths, scale)
+
+    def whole_where_short(
+        self, attended: Tensor, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """What was attended to, but for the rows of at most ``min_length`` keys, which are dense whatever their batch mates."""
+        short = None if lengths is None else (lengths <= self.config.min_length).nonzero()[:, 0]
+        if lengths is None or short is None or not len(short):
+            return attended
+        dense = dense_attend(q[short], k[short], v[short], query_positions=query_positions, lengths=lengths[short], scale=scale)
+        return attended.index_copy(0, short, dense)
 
     @abstractmethod
     def attend(

@@ -25,7 +25,8 @@ class Route:
     Attributes:
         branch: int64 ``[S]``.
         probability: float ``[S, M]`` of each branch.
-        gate: float ``[S, M]``, one-hot, with the gradient of the probabilities while training; None where no gradient is wanted.
+        gate: float ``[S, M]``, what each branch's result is weighed by: one-hot with the gradient of the probabilities, or soft, while
+            training; None where no gradient is wanted.
     """
 
     branch: Tensor
@@ -87,7 +88,11 @@ def dispatch(route: Route, branches: Sequence[Branch]) -> Tensor:
         raise ConfigError(f"dispatch: the route has {route.probability.shape[1]} branches, but {len(branches)} were given")
     if route.gate is not None:
         everyone = torch.arange(len(route.branch), device=route.branch.device)
-        return (torch.stack([branch(everyone) for branch in branches], 1) * route.gate[..., None]).sum(1)
+        results = torch.stack([branch(everyone) for branch in branches], 1)
+        chosen = F.one_hot(route.branch, len(branches)).bool().view(*results.shape[:2], *[1] * (results.dim() - 2))
+        # What overflows in a branch that a token does not take must reach neither the result nor the router.
+        finite = torch.where(chosen | results.isfinite(), results, 0.0)
+        return (finite * route.gate.view(chosen.shape)).sum(1)
     result: Tensor | None = None
     for number, branch in enumerate(branches):
         index = (route.branch == number).nonzero()[:, 0]
@@ -165,7 +170,7 @@ def oracle(loss_of: Callable[[Tensor], Tensor], layers: int, branches: int, allo
     if not len(routes):
         raise ConfigError("oracle: no route is allowed")
     losses, best = loss_of(routes).min(0)
-    return Oracle(routes[best], losses)
+    return Oracle(routes.to(best.device)[best], losses)
 
 
 def threshold_for_recall(probability: Tensor, label: Tensor, recall: float) -> float:
