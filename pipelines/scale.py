@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A scaling study: a recipe, the sweep along one axis, the laws, and one page that shows them."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.study import StudyRecipe, load, page
 from recsys.bundle.environment import code_commit
 from recsys.core import components
-from recsys.core.components import load_plugins
-from recsys.core.config import Config, apply_overrides, parse, read_recipe
+from recsys.core.config import Config
 from recsys.core.errors import ConfigError, unknown
 from recsys.core.files import write_bytes, write_json
 from recsys.evaluation.bootstrap import Interval
@@ -24,7 +23,6 @@ from recsys.scaling.subject import Measures, Subject
 from recsys.scaling.sweep import Axis, Plan, cells, subject_of, sweep
 from recsys.training.progress import NoProgress, RichProgress
 
-QUICK = "-quick"  # after the name of a recipe's folder
 _X: dict[Axis, tuple[str, ...]] = {"params": ("params", "flops"), "flops": ("params", "flops"), "data": ("rows",)}
 
 
@@ -43,20 +41,14 @@ class FitConfig(Config):
     level: float = Field(0.95, gt=0, lt=1)
 
 
-class ScaleRecipe(Plan):
+class ScaleRecipe(StudyRecipe, Plan):
     """A scaling study.
 
     Attributes:
-        name: results stand below a folder of this name.
-        plugins: packages that register a user's own components.
         fit: the laws.
-        quick: keys and values that ``--quick`` sets, by dotted key.
     """
 
-    name: str
-    plugins: tuple[str, ...] = ()
     fit: FitConfig
-    quick: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,19 +73,8 @@ class Study:
 
 
 def load_scale_recipe(recipe: str, overrides: Sequence[str] = (), *, quick: bool = False) -> ScaleRecipe:
-    """Read a recipe; ``quick`` applies its own quick settings before the overrides.
-
-    Raises:
-        ConfigError: names the key, its value and what was expected.
-    """
-    data, source = read_recipe(recipe)
-    own = data.get("quick") or {}
-    if quick and not (isinstance(own, dict) and own):
-        raise ConfigError(f"{source}: --quick: the recipe has no section 'quick'")
-    settings = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in own.items()] if quick else []
-    data = apply_overrides(data, [*settings, *overrides])
-    load_plugins(data.get("plugins", ()))
-    return parse(ScaleRecipe, data, source=source, overrides=[*settings, *overrides])
+    """See `pipelines.study.load`."""
+    return load(ScaleRecipe, recipe, overrides, quick=quick)
 
 
 def execute(recipe: ScaleRecipe, axis: Axis, directory: Path, console: Console, only: Sequence[str] = ()) -> Study:
@@ -168,7 +149,7 @@ def _write(study: Study, recipe: ScaleRecipe, axis: Axis) -> None:
     write_bytes(study.directory / "scaling.csv", table(study.found, study.baseline, measures).encode())
     body = section(study.found, study.baseline, study.laws, study.references, "\n".join(pictures.values()), measures)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    write_bytes(study.directory / "report.html", _page(f"{recipe.name}: scaling in {axis}", body, text).encode())
+    write_bytes(study.directory / "report.html", page(f"{recipe.name}: scaling in {axis}", body, text).encode())
     write_json(study.directory / "summary.json", summary(study, recipe, axis))
 
 
@@ -217,21 +198,3 @@ def show(study: Study, console: Console) -> None:
         console.print(grid)
         for reason in law.refused:
             console.print(f"[yellow]{reason}[/]", highlight=False)
-
-
-_CSS = """
-:root { --ink:#1f2933; --muted:#616e7c; --line:#e4e7eb; --soft:#f5f7fa; }
-body { font: 15px/1.55 system-ui, "Segoe UI", sans-serif; color: var(--ink); margin: 0 auto; max-width: 1080px; padding: 32px 24px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px } h3 { font-size: 15px; margin: 22px 0 6px } p { max-width: 76ch }
-table { border-collapse: collapse; margin: 8px 0 16px; font-variant-numeric: tabular-nums }
-th, td { padding: 5px 14px 5px 0; text-align: left; border-bottom: 1px solid var(--line) } th { color: var(--muted); font-size: 13px }
-pre { background: var(--soft); padding: 12px; font-size: 12px; overflow-x: auto }
-"""
-
-
-def _page(title: str, body: str, recipe: str) -> str:
-    details = f"<details><summary>Resolved recipe</summary><pre>{html.escape(recipe)}</pre></details>"
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n'
-        f"</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n{details}\n</body>\n</html>\n"
-    )

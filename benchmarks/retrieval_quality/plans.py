@@ -43,9 +43,13 @@ def training(batch_size: int, epochs: int, rate: float, patience: int, decay: fl
 
 _SMALL = {"dim": 64, "blocks": 2, "heads": 2}
 _PLAIN = {"model.dropout": 0.5}
+_COSINE = {"training.trainer.schedule": {"name": "cosine", "warmup_steps": 200}}
 _SETREC = _SMALL | {"warm_start": True, "semantic_tokens": 4, "beta": 0.1, "negatives": 2048}
 # At SASRec's own rate the transformer forgets what it began with (docs/results/retrieval.md).
-_SLOWER = tuple({"training.trainer.optimizer.learning_rate": 3e-4, "model.dropout": dropout} for dropout in (0.2, 0.5))
+_SLOWER = (
+    *({"training.trainer.optimizer.learning_rate": 3e-4, "model.dropout": dropout} for dropout in (0.2, 0.5)),
+    {"training.trainer.optimizer.learning_rate": 5e-4, "model.dropout": 0.3, "model.semantic_tokens": 2, **_COSINE},
+)
 _BETAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 _FSQ = {"tokenizer": {"name": "fsq", "slots": 4, "levels": [8, 8, 8, 6, 5], "epochs": 100, "learning_rate": 1e-3}, "repair": "keep"}
 _OPQ = {"tokenizer": {"name": "opq", "slots": 32, "dim": 192}, "repair": "keep"}

@@ -15,6 +15,7 @@ VERBS = {
     "run": "run a recipe: from raw events to a promoted bundle, with a report",
     "pretrain": "train a model over codes on several catalogues, to be used on others",
     "scale": "train models at many sizes and fit scaling laws, with a picture",
+    "efficiency": "ask a trained retriever with less of each history, and say what that saves and costs",
     "ingest": "turn raw files into a data set, counting what was dropped",
     "serve": "answer requests over HTTP with the champion",
     "rollback": "make the previous champion the champion again",

@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.paper:
         return _paper(arguments.recipe, arguments.overrides)
-    from pipelines.scale import QUICK, execute, load_scale_recipe, show
+    from pipelines.scale import execute, load_scale_recipe, show
+    from pipelines.study import QUICK
 
     recipe = load_scale_recipe(arguments.recipe, arguments.overrides, quick=arguments.quick)
     directory = arguments.home / "scale" / (recipe.name + (QUICK if arguments.quick else ""))

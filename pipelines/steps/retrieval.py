@@ -199,7 +199,7 @@ def _choose_beta(retriever: Retriever, betas: tuple[float, ...], histories: Hist
     quality = {}
     for beta in betas:
         retriever.set_beta(beta)
-        ranks = event_ranks(vector_scorer(retriever), histories.data, steps, retriever.max_length)
+        ranks = event_ranks(vector_scorer(retriever), histories.data, steps, retriever.reach)
         quality[beta] = float(ndcg_at(ranks, 10).mean())
     retriever.set_beta(max(betas, key=lambda beta: quality[beta]))
 

@@ -98,7 +98,7 @@ def list_ranks(
     """
     device = _device(model.eval())
     ranks, done = [], 0
-    for batch, seen in histories(data, steps, model.max_length, chunk):
+    for batch, seen in histories(data, steps, model.reach, chunk):
         targets = _targets(steps, done, len(batch))
         rows, _ = index.search(
             model.encode(batch.to(device)), k, view, exclude=tuple(seen) if exclude_seen else None, scorable=model.scorable
@@ -132,10 +132,10 @@ def model_ranks(
         exclude_seen: whether items of the history are left out.
     """
     if isinstance(model, VectorRetriever):
-        return event_ranks(vector_scorer(model), data, steps, model.max_length, exclude_seen=exclude_seen)
+        return event_ranks(vector_scorer(model), data, steps, model.reach, exclude_seen=exclude_seen)
     assert index is not None
     if isinstance(index, GatherIndex):
-        return event_ranks(gather_scorer(model, index), data, steps, model.max_length, exclude_seen=exclude_seen)
+        return event_ranks(gather_scorer(model, index), data, steps, model.reach, exclude_seen=exclude_seen)
     return list_ranks(model, index, view, data, steps, places, exclude_seen=exclude_seen)
 
 

@@ -66,6 +66,11 @@ class Retriever(nn.Module, ABC):
         """Spend as little as this says from now on; None to spend everything."""
         self.pruning: HistoryPruning | None = None if config is None or config.history is None else HistoryPruning(config.history)
 
+    @property
+    def reach(self) -> int:
+        """How many last events of a history have a say in its state: ``max_length``, or those among which `pruned` chooses."""
+        return self.max_length if self.pruning is None else self.pruning.config.reach
+
     def pruned(self, batch: SequenceBatch) -> SequenceBatch:
         """The events that a state is made of: the whole histories, or what `take_efficiency` leaves of them."""
         return batch if self.pruning is None else pruned_history(self.pruning, batch, self.event_vectors(batch.items))

@@ -81,7 +81,7 @@ def masks(data: SequenceData, train: SequenceData, steps: EvaluationSteps, count
 def target_losses(model: VectorRetriever, data: SequenceData, steps: EvaluationSteps) -> np.ndarray:
     """``−log softmax`` of every target over the scorable items: float64 ``[targets]``, infinite where the target is none of them."""
     scorer, losses, done = vector_scorer(model), [np.zeros(0)], 0
-    for batch, _ in histories(data, steps, model.max_length, _CHUNK):
+    for batch, _ in histories(data, steps, model.reach, _CHUNK):
         offsets = steps.targets.offsets[done : done + len(batch) + 1]
         row, targets = np.repeat(np.arange(len(batch)), np.diff(offsets)), steps.targets.values[offsets[0] : offsets[-1]]
         scores = torch.from_numpy(scorer(batch)).double()

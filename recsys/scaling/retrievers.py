@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +20,7 @@ from recsys.data.batch import SequenceBatch
 from recsys.data.sequences import EvaluationSteps
 from recsys.data.windows import SequenceLoader
 from recsys.evaluation.metrics.ranking import ndcg_at
-from recsys.evaluation.retrieval import Scorer, event_ranks
+from recsys.evaluation.retrieval import Scorer, event_ranks, model_ranks
 from recsys.evaluation.tuned_baselines import tuned_item_knn, tuned_text_knn
 from recsys.ranking.model import Costs
 from recsys.retrieval.base import CodeRetriever, Retriever
@@ -106,15 +107,27 @@ class Retrievers(Subject):
         self, config: Config, rows: int, seed: int, batch_size: int, trainer: Trainer
     ) -> tuple[History, dict[str, float]]:
         """See `Subject.train_and_measure`."""
-        split, train = self.data.split, self.data.draw(rows, seed)
+        history, model = self.train(config, rows, seed, batch_size, trainer)
+        return history, self.judge(self.data.split.test, self._index(model)).sliced(model)
+
+    def train(self, config: Config, rows: int, seed: int, batch_size: int, trainer: Trainer) -> tuple[History, Retriever]:
+        """Train a model on ``rows`` users or events, stopped as the trainer is told to; it comes back with its best weights."""
+        train = self.data.draw(rows, seed)
         items = self._items.table(config, train, rows, seed, trainer.progress)
         torch.manual_seed(seed)
         model = self._build(config, items)
         index = self._index(model)
-        valid, test = (Judge(split.data, split.train, steps, items.count, index, self._view) for steps in (split.valid, split.test))
         loader = SequenceLoader(train, model.max_length, batch_size, seed, config=self.data.config.windows)
-        history = trainer.fit(model, loader, valid)
-        return history, test.sliced(model)
+        return trainer.fit(model, loader, self.judge(self.data.split.valid, index)), model
+
+    def judge(self, steps: EvaluationSteps, index: Index | None) -> Judge:
+        """What measures models on some steps."""
+        split = self.data.split
+        return Judge(split.data, split.train, steps, self.data.items.num_rows, index, self._view)
+
+    def ranks(self, model: Retriever, steps: EvaluationSteps, places: int = CUTOFF) -> np.ndarray:
+        """The rank of every target of some steps; a model of codes is asked through its index."""
+        return model_ranks(model.eval(), self.data.split.data, steps, self._view, self._index(model), places=places)
 
     def _count(self, config: Config) -> Costs:
         with torch.random.fork_rng(devices=[]):
