@@ -96,30 +96,44 @@ class MMR(Selector):
 
     def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
         """See `Selector.choose`. What is protected counts as kept from the start."""
-        wanted, width = needed(k, "mmr"), int(units.lengths.max()) if len(units) else 0
-        importance = to_padded(_unit_scaled_free(scores, free, units), units.offsets, width=width)
-        vectors = nn.functional.normalize(to_padded(units.values, units.offsets, width=width), dim=-1)
-        inside = held(units.lengths, width)
-        open_ = to_padded(free, units.offsets, width=width)
-        kept = inside & ~open_
+        wanted, importance = needed(k, "mmr"), _unit_scaled_free(scores, free, units)
+        kept = torch.zeros_like(free)
+        size = units.lengths.clamp(min=1).double().log2().ceil().long()  # rows of alike length together: few places are padded
+        for own in size.unique():
+            tokens = (size == own)[units.rows]
+            lengths = units.lengths[size == own]
+            vectors = nn.functional.normalize(to_padded(units.values[tokens], offsets_of(lengths)), dim=-1)
+            padded, open_ = (to_padded(x[tokens], offsets_of(lengths)) for x in (importance, free))
+            inside = held(lengths, open_.shape[1])
+            taken = self._greedy(vectors, padded, open_, inside & ~open_, wanted[size == own])
+            kept = kept.masked_scatter(tokens, taken[inside])
+        return kept
+
+    def _greedy(self, vectors: Tensor, importance: Tensor, open_: Tensor, kept: Tensor, left: Tensor) -> Tensor:
+        """bool ``[B, N]``: the ``left`` units that padded rows take of the open ones, given what is kept already."""
         weight = self.config.importance
-        similarity = self._begin(vectors, kept)
-        place = torch.arange(width, device=importance.device)
-        left = wanted.clone()
+        free, similarity = open_, self._begin(vectors, kept)
         while bool((left > 0).any()):
             first = ~kept.any(1, keepdim=True)
             value = weight * importance - (1 - weight) * similarity
             value = torch.where(first, importance, value).masked_fill(~open_, -torch.inf)
             step = min(self.config.parallel, int(left.max()))
-            order = value.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :step]
-            taken = width - 1 - order
-            valid = torch.arange(step, device=place.device) < torch.where(first[:, 0], 1, left.clamp(max=step))[:, None]
-            valid &= (left > 0)[:, None]
+            taken, valid = self._best(value, step)
+            valid &= torch.arange(step, device=valid.device) < torch.where(first[:, 0], left.clamp(max=1), left.clamp(max=step))[:, None]
             chosen = torch.zeros_like(kept).scatter_(1, taken, valid)
             kept, open_ = kept | chosen, open_ & ~chosen
             left = left - chosen.sum(1)
             similarity = self._with(similarity, vectors, taken, valid)
-        return (kept & to_padded(free, units.offsets, width=width))[inside]
+        return kept & free
+
+    @staticmethod
+    def _best(value: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The places of the ``step`` highest of each row, of equal ones the later, and whether they are above -inf."""
+        if step == 1:
+            taken = value.shape[1] - 1 - value.flip(1).argmax(1, keepdim=True)
+        else:
+            taken = value.shape[1] - 1 - value.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :step]
+        return taken, value.gather(1, taken) > -torch.inf
 
     def _begin(self, vectors: Tensor, kept: Tensor) -> Tensor:
         nearest = self.config.similarity == "nearest"
