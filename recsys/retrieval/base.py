@@ -28,10 +28,11 @@ class Retriever(nn.Module, ABC):
     """
 
     max_length: int
+    carries: ClassVar[frozenset[str]] = frozenset()  # the parts of `RetrieverEfficiency` besides ``history`` that the model can carry
 
     def __init__(self) -> None:
         super().__init__()
-        self.take_efficiency(None)
+        self.pruning: HistoryPruning | None = None
 
     @abstractmethod
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,8 +64,21 @@ class Retriever(nn.Module, ABC):
         raise ConfigError(f"efficiency: history: {type(self).__name__} has no vectors of events to judge them by")
 
     def take_efficiency(self, config: RetrieverEfficiency | None) -> None:
-        """Spend as little as this says from now on; None to spend everything."""
-        self.pruning: HistoryPruning | None = None if config is None or config.history is None else HistoryPruning(config.history)
+        """Spend as little as this says from now on; None to spend everything.
+
+        Raises:
+            ConfigError: the model cannot carry a part of it; names the part and what it needs.
+        """
+        config = RetrieverEfficiency() if config is None else config
+        for part in ("attention", "schedule", "drafts"):
+            if getattr(config, part) is not None and part not in self.carries:
+                carried = ", ".join(sorted(("history", *self.carries)))
+                raise ConfigError(f"efficiency: {part}: {type(self).__name__} cannot carry it, it carries {carried} only")
+        self.pruning = None if config.history is None else HistoryPruning(config.history)
+        self.carry(config)
+
+    def carry(self, config: RetrieverEfficiency) -> None:
+        """Take the parts of it that are in ``carries``."""
 
     @property
     def reach(self) -> int:

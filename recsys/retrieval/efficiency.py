@@ -1,12 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a retriever can be told to save: the recipe's key ``efficiency`` of a retriever."""
 
+from pydantic import Field
 from torch import Tensor
 
+from recsys.core.components import component_config
 from recsys.core.config import Config as BaseConfig
 from recsys.data.batch import SequenceBatch
 from recsys.efficiency.history import HistoryPruning
+from recsys.efficiency.schedule import PruneSchedule
 from recsys.efficiency.view import TokenView
+
+
+class DraftConfig(BaseConfig):
+    """Token Recycling, see `recsys.efficiency.decoding.token_recycling.AdjacencyDraft`.
+
+    Attributes:
+        successors: k, how many likely successors of each code are remembered.
+        level_sizes: nodes of the drafted tree, level by level.
+    """
+
+    successors: int = Field(8, ge=1)
+    level_sizes: tuple[int, ...] = (8, 16)
 
 
 class RetrieverEfficiency(BaseConfig):
@@ -14,9 +29,15 @@ class RetrieverEfficiency(BaseConfig):
 
     Attributes:
         history: which events of a history the model reads when it is asked for a state. Training reads its windows whole.
+        attention: in the place of fused attention, in training too; for models with a `CausalTransformer`.
+        schedule: which events go on from layer to layer when the model is asked for a state; for the same models.
+        drafts: what decoding guesses ahead, for models that generate codes one after another (TIGER).
     """
 
     history: HistoryPruning.Config | None = None
+    attention: component_config("sparse_attention", optional=True) = None  # type: ignore[valid-type]
+    schedule: PruneSchedule.Config | None = None
+    drafts: DraftConfig | None = None
 
 
 def pruned_history(pruning: HistoryPruning, batch: SequenceBatch, vectors: Tensor) -> SequenceBatch:

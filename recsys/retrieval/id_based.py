@@ -55,11 +55,14 @@ class IdRetriever(VectorRetriever):
         with torch.no_grad():
             self.item.weight[~self.warm] = 0.0
         self.start = nn.Parameter(torch.randn(config.dim) * config.init_std)
-        self.take_efficiency(config.efficiency)
 
     @abstractmethod
     def sequence(self, x_btd: Tensor) -> Tensor:
         """``[B, T, d] → [B, T, d]``: the start token and the items; each place sees itself and those before it."""
+
+    def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, d]``: the last of the ``lengths_b`` states of each row, the start token's among them."""
+        return after_all(self.sequence(x_btd), lengths_b - 1)
 
     @property
     def scorable(self) -> Tensor:
@@ -87,7 +90,7 @@ class IdRetriever(VectorRetriever):
             CannotScoreNewItems: a history holds a row that the catalogue did not have when the model was built.
         """
         padded, lengths = known_histories(self.pruned(batch), self.max_length, self.count)
-        return SlotVectors(after_all(self._states(padded), lengths)[:, None])
+        return SlotVectors(self._compared_state(self.last(self._read(padded), lengths + 1))[:, None])
 
     def event_vectors(self, items: Tensor) -> Tensor:
         """See `Retriever.event_vectors`: the embeddings.
@@ -117,6 +120,12 @@ class IdRetriever(VectorRetriever):
 
     def _states(self, padded_bl: Tensor) -> Tensor:
         """``[B, L + 1, d]``: the state after 0, 1, … L events."""
-        start = self.start.expand(len(padded_bl), 1, -1)
-        states = self.sequence(torch.cat((start, self.item(padded_bl)), 1))
+        return self._compared_state(self.sequence(self._read(padded_bl)))
+
+    def _read(self, padded_bl: Tensor) -> Tensor:
+        """``[B, L + 1, d]``: the start token and the items."""
+        return torch.cat((self.start.expand(len(padded_bl), 1, -1), self.item(padded_bl)), 1)
+
+    def _compared_state(self, states: Tensor) -> Tensor:
+        """States as items are compared with them."""
         return F.normalize(states, dim=-1) / self.config.tau if self.config.similarity == "cosine" else states

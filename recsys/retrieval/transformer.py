@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from recsys.core import components
 from recsys.core.config import Config
+from recsys.core.errors import ConfigError
+from recsys.efficiency.attention.base import SparseAttention
+from recsys.efficiency.probe import LayerProbe
+from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
+from recsys.efficiency.view import TokenView, held, to_padded
 from recsys.retrieval.efficiency import RetrieverEfficiency
 
 
@@ -100,16 +106,81 @@ class Transformer(nn.Module):
 
 
 class CausalTransformer(Transformer):
-    """Each token sees itself and the earlier ones."""
+    """Each token sees itself and the earlier ones.
+
+    Attributes:
+        attention: in the place of PyTorch's; see `take_efficiency`.
+        schedule: which tokens go on from layer to layer where only the last state is wanted.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.take_efficiency(None)
+
+    def take_efficiency(self, config: RetrieverEfficiency | None) -> None:
+        """Take another attention, and a schedule for `last`; None for neither.
+
+        Raises:
+            ConfigError: the attention needs rotary positions; those here are learned.
+        """
+        attention = None if config is None or config.attention is None else components.build("sparse_attention", config.attention)
+        if attention is not None and attention.needs_rotary:
+            raise ConfigError(f"efficiency: attention: {config.attention.name!r} needs rotary positions, got learned ones")  # type: ignore[union-attr]
+        self.attention: SparseAttention | None = attention
+        self.schedule: PruneSchedule | None = None if config is None or config.schedule is None else PruneSchedule(config.schedule)
 
     def forward(self, x_btd: Tensor) -> Tensor:
         """``[B, T, d]`` to ``[B, T, d]``. Right padding needs no mask: it comes after everything that matters."""
         x_btd = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
         for block in self._layers():
             query, key, value = block.project(x_btd)
-            x_btd = block.update(x_btd, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+            x_btd = block.update(x_btd, self._attend(query, key, value))
         normed: Tensor = self.norm(x_btd)
         return normed
+
+    def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, d]``: the state of the last token of each row, which has ``lengths_b`` of them, at least 1."""
+        if self.schedule is None:
+            states: Tensor = self(x_btd)
+            return states[torch.arange(len(x_btd), device=x_btd.device), lengths_b - 1]
+        placed = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
+        values, kept = self.schedule([self._probed(block) for block in self._layers()], TokenView.padded(placed, lengths_b))
+        normed: Tensor = self.norm(values[kept.offsets[1:] - 1])
+        return normed
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.attention is None:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended: Tensor = self.attention(query, key, value, query_positions=torch.arange(query.shape[2], device=query.device))
+        return attended
+
+    def _probed(self, block: Block) -> ProbedLayer:
+        """A block over jagged tokens, with what a scorer may want to know; the last token of each row is the context."""
+
+        def layer(view: TokenView) -> tuple[Tensor, LayerProbe]:
+            x_btd = to_padded(view.values, view.offsets)
+            inside, last = held(view.lengths, x_btd.shape[1]), view.lengths - 1
+            query, key, value = block.project(x_btd)
+            added = block.out(self._attend(query, key, value).transpose(1, 2).flatten(2))
+            between = x_btd + added
+            read = block.ffn_norm(between)
+            hidden = block.ffn[:-1](read)
+            update = block.ffn[-1](hidden)
+            rows = torch.arange(len(last), device=last.device)
+            probe = LayerProbe(
+                0,
+                attention_in=block.attention_norm(x_btd)[inside],
+                attention_out=added[inside],
+                ffn_in=read[inside],
+                ffn_out=update[inside],
+                ffn_hidden=hidden[inside],
+                query=query[rows, :, last][:, :, None],
+                key=key.transpose(1, 2)[inside],
+                value=value.transpose(1, 2)[inside],
+            )
+            return (between + update)[inside], probe
+
+        return layer
 
 
 class HybridTransformer(Transformer):

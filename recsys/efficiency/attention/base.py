@@ -2,6 +2,7 @@
 """What every sparse attention offers to a model."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -30,6 +31,7 @@ class SparseAttention(nn.Module, ABC):
     """
 
     config: SparseAttentionConfig
+    needs_rotary: ClassVar[bool] = False  # whether queries and keys must carry rotary positions
 
     def forward(
         self,

@@ -111,6 +111,7 @@ class FasaAttention(SelectedAttention):
         layout: Layout = "half"
         per: Literal["head", "key_head"] = "head"
 
+    needs_rotary = True
     dominant_pairs: Tensor
 
     def __init__(self, config: Config) -> None:

@@ -37,6 +37,7 @@ class HSTU(IdRetriever):
         nn.init.normal_(self.position.weight, std=config.init_std)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(HSTULayer(config.dim, config.heads, window, config.dropout) for _ in range(config.blocks))
+        self.take_efficiency(config.efficiency)
 
     def sequence(self, x_btd: Tensor) -> Tensor:
         """See `IdRetriever.sequence`."""

@@ -12,8 +12,9 @@ from recsys.core.components import register
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
+from recsys.retrieval.efficiency import RetrieverEfficiency
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import after_all, known_histories, training_targets
+from recsys.retrieval.padding import known_histories, training_targets
 from recsys.retrieval.state import SlotLogProbs
 from recsys.retrieval.transformer import CausalTransformer, TransformerConfig
 
@@ -68,6 +69,7 @@ class RPG(CodeRetriever):
 
     _first: Tensor
     equal_levels: ClassVar[bool] = True
+    carries = frozenset({"attention", "schedule"})
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(items)
@@ -103,7 +105,7 @@ class RPG(CodeRetriever):
             CannotScoreNewItems: a row without codes.
         """
         padded, lengths = known_histories(self.pruned(batch), self.max_length, len(self.tokens))
-        last_bd = after_all(self._states(padded), lengths)
+        last_bd = self.transformer.last(self._read(padded), lengths + 1)
         return SlotLogProbs(self._log_probs(last_bd).transpose(0, 1) / self.slots, self.table.tokenizer)
 
     def event_vectors(self, items: Tensor) -> Tensor:
@@ -116,11 +118,17 @@ class RPG(CodeRetriever):
 
     def _states(self, padded_bl: Tensor) -> Tensor:
         """``[B, L + 1, d]``: the state after 0, 1, … L events."""
-        table = self.embedding.flatten(0, 1)
-        items_bld = F.embedding_bag(self.tokens[padded_bl.flatten()], table, mode="mean").unflatten(0, padded_bl.shape)
-        start = self.start.expand(len(padded_bl), 1, -1)
-        states: Tensor = self.transformer(torch.cat((start, items_bld), 1))
+        states: Tensor = self.transformer(self._read(padded_bl))
         return states
+
+    def _read(self, padded_bl: Tensor) -> Tensor:
+        """``[B, L + 1, d]``: the start token and the items."""
+        items_bld = self.event_vectors(padded_bl.flatten()).unflatten(0, padded_bl.shape)
+        return torch.cat((self.start.expand(len(padded_bl), 1, -1), items_bld), 1)
+
+    def carry(self, config: RetrieverEfficiency) -> None:
+        """See `Retriever.carry`."""
+        self.transformer.take_efficiency(config)
 
     def _log_probs(self, states_sd: Tensor) -> Tensor:
         """``[K, S, V]``, in float32."""

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from recsys.core.components import register
+from recsys.retrieval.efficiency import RetrieverEfficiency
 from recsys.retrieval.id_based import IdConfig, IdRetriever
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.transformer import CausalTransformer
@@ -25,9 +26,20 @@ class SASRec(IdRetriever):
 
         name: Literal["sasrec"] = "sasrec"
 
+    carries = frozenset({"attention", "schedule"})
+
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(config, items)
         self.transformer = CausalTransformer(config)
+        self.take_efficiency(config.efficiency)
+
+    def carry(self, config: RetrieverEfficiency) -> None:
+        """See `Retriever.carry`."""
+        self.transformer.take_efficiency(config)
+
+    def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
+        """See `IdRetriever.last`."""
+        return self.transformer.last(x_btd, lengths_b)
 
     def sequence(self, x_btd: Tensor) -> Tensor:
         """See `IdRetriever.sequence`."""

@@ -13,9 +13,11 @@ from recsys.core.components import register
 from recsys.core.errors import DataError
 from recsys.data.batch import SequenceBatch
 from recsys.efficiency.decoding.steps import TreeSteps
+from recsys.efficiency.decoding.token_recycling import AdjacencyDraft
 from recsys.efficiency.decoding.tree import DraftSource, PrefixTree
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
+from recsys.retrieval.efficiency import DraftConfig, RetrieverEfficiency
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.padding import known_histories, training_targets
 from recsys.retrieval.state import EncoderMemory, PrefixScorer
@@ -52,6 +54,8 @@ class TIGER(CodeRetriever):
         name: Literal["tiger"] = "tiger"
         max_length: int = Field(20, ge=1)
         softmax: Literal["level", "vocabulary"] = "level"
+
+    carries = frozenset({"drafts"})
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(items)
@@ -122,6 +126,15 @@ class TIGER(CodeRetriever):
     def event_vectors(self, items: Tensor) -> Tensor:
         """See `Retriever.event_vectors`: the means of the codes' embeddings."""
         return F.embedding_bag(self.tokens[items], self.t5.embedding.weight, mode="mean")
+
+    def carry(self, config: RetrieverEfficiency) -> None:
+        """See `Retriever.carry`."""
+        self.drafts = [] if config.drafts is None else [self._adjacency(config.drafts)]
+
+    def _adjacency(self, config: DraftConfig) -> AdjacencyDraft:
+        """What remembers likely successors, level by level; no draft goes deeper than a code's last successor is asked for."""
+        sizes = config.level_sizes[: self.table.levels - 1]
+        return AdjacencyDraft(max(self.table.level_sizes), config.successors, self.table.levels, sizes)
 
     def log_probs(self, states_bwd: Tensor, level: int) -> Tensor:
         """``[B, W, V]``: log-probabilities of a level's codes, in the softmax that the model is trained with."""

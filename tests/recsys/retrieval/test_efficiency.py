@@ -4,6 +4,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,9 @@ from recsys.core.components import get
 from recsys.core.config import validate
 from recsys.core.errors import ConfigError
 from recsys.data.batch import SequenceBatch
+from recsys.efficiency.cost import Cost
 from recsys.retrieval.base import Retriever
+from recsys.retrieval.catalogue import BeamIndex, Catalogue
 from recsys.retrieval.efficiency import RetrieverEfficiency
 from tests.recsys.retrieval.coded import SMALL, batch_of, items_of, table_of
 
@@ -74,3 +77,80 @@ def test_a_model_without_vectors_of_events_says_so() -> None:
     model.take_efficiency(validate(RetrieverEfficiency, PRUNING))
     with pytest.raises(ConfigError, match="Plain has no vectors of events"):
         model.pruned(batch_of(LONG))
+
+
+CAUSAL = ("sasrec", "rpg")
+TOP = {"scorer": {"name": "transprune", "layers": [0]}, "selector": {"name": "top_k"}}
+KEEP_ALL = {"hisa": {"keep": 8, "block": 2, "blocks": 4}, "token_select": {"keep": 8}, "biformer": {"region_size": 4, "top_k": 4}}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("attention", sorted(KEEP_ALL))
+@torch.no_grad()
+def test_another_attention_that_reads_everything_changes_nothing(name: str, attention: str) -> None:
+    whole = build(name)
+    saving = build(name, efficiency={"attention": {"name": attention, "min_length": 0, **KEEP_ALL[attention]}})
+    torch.testing.assert_close(state_of(saving, batch_of(LONG)), state_of(whole, batch_of(LONG)))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_another_attention_reads_less_in_training_too(name: str) -> None:
+    targets = [(0, 5, 3), (2, 6, 1), (3, 1, 2)]
+    short = [history[:6] for history in LONG]
+    whole = build(name).train()
+    few = {"name": "hisa", "min_length": 0, "keep": 1, "block": 1, "blocks": 2}
+    saving = build(name, efficiency={"attention": few}).train()
+    loss, _ = saving.loss(batch_of(short, targets))
+    assert not torch.allclose(loss, whole.loss(batch_of(short, targets))[0])
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in saving.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_a_schedule_that_keeps_everything_changes_nothing_and_one_that_does_not_reads_as_if_the_rest_were_masked(name: str) -> None:
+    whole = build(name)
+    kept = build(name, efficiency={"schedule": {"keep": {0: 1.0}, **TOP}})
+    torch.testing.assert_close(state_of(kept, batch_of(LONG)), state_of(whole, batch_of(LONG)))
+    half = build(name, efficiency={"schedule": {"keep": {0: 0.5}, **TOP}})
+    found = state_of(half, batch_of(LONG))
+    torch.testing.assert_close(found[[1, 3]], state_of(whole, batch_of(LONG))[[1, 3]])  # start token, at most one event: nothing to drop
+    assert not torch.allclose(found[0], state_of(whole, batch_of(LONG))[0])
+    alone = state_of(half, batch_of([LONG[0]]))
+    torch.testing.assert_close(found[:1], alone)
+
+
+@torch.no_grad()
+def test_a_pruned_layer_saves_what_the_counter_counts() -> None:
+    long = [list(range(50))]
+    costs = []
+    for efficiency in (None, {"schedule": {"keep": {0: 0.25}, **TOP}}):
+        model = build("sasrec", max_length=50, efficiency=efficiency)
+        with Cost() as cost:
+            model.encode(batch_of(long))
+        costs.append(cost.macs)
+    assert costs[1] < 0.75 * costs[0]  # the second of two layers has a quarter of the tokens
+
+
+def test_what_a_model_cannot_carry_is_refused_by_name() -> None:
+    attention = {"attention": {"name": "hisa"}}
+    for name in ("setrec", "tiger", "hstu", "recgpt"):
+        with pytest.raises(ConfigError, match=r"efficiency: attention: .* cannot carry it, it carries .*history"):
+            build(name, efficiency=attention)
+    with pytest.raises(ConfigError, match="efficiency: drafts: SASRec cannot carry it"):
+        build("sasrec", efficiency={"drafts": {}})
+    with pytest.raises(ConfigError, match="'fasa' needs rotary positions, got learned ones"):
+        build("sasrec", efficiency={"attention": {"name": "fasa"}})
+
+
+@torch.no_grad()
+def test_drafts_by_recipe_change_no_list() -> None:
+    view = Catalogue([str(i) for i in range(len(table_of()))]).snapshot()
+    lists = []
+    for efficiency in (None, {"drafts": {"successors": 4, "level_sizes": [4, 8, 8]}}):
+        model = build("tiger", efficiency=efficiency)
+        index = BeamIndex.over(BeamIndex.Config(width=5), model, view)
+        lists += [index.search(model.encode(batch_of(LONG)), 5, view) for _ in range(2)]
+    for rows, scores in lists[1:]:
+        np.testing.assert_array_equal(rows, lists[0][0])
+        np.testing.assert_allclose(scores, lists[0][1], atol=1e-5)
