@@ -34,6 +34,7 @@ from recsys.training.trainer import Trainer, Training
 
 WHOLE, LAST, POPULAR, RANDOM = "whole", "last", "popular", "random"
 _FORMAT = 1  # of a cell; another one makes every cell new
+_DRAWN = 0  # seed of the histories that are timed
 _PLAIN = {"selector": {"name": "top_k"}}
 _BASELINES: Mapping[str, Mapping[str, Any]] = {
     LAST: {"history": {"scorer": {"name": "recency"}, **_PLAIN}},
@@ -82,7 +83,7 @@ class TradeoffPlan(Config):
         training: how it is trained; once for each seed, on whole windows.
         methods: beside the baselines *last*, *popular* and *random*.
         budgets: shares of each history.
-        timed: histories whose encoding is counted and timed, the longest ones of the test.
+        timed: histories whose encoding is counted and timed, one by one, drawn from the test's.
         rounds: of timing.
         max_loss: the share of NDCG@10 that a recommended setting may lose.
     """
@@ -163,7 +164,7 @@ class _Measured:
 
     def __init__(self, plan: TradeoffPlan, subject: Retrievers, model: Retriever) -> None:
         self._plan, self._subject, self._model = plan, subject, model
-        self._timed = _longest(subject, plan.timed)
+        self._timed = _sample(subject, plan.timed)
         split = subject.data.split
         self._popular = Table(torch.from_numpy(np.bincount(split.train.items, minlength=subject.data.items.num_rows)).double())
         self._users = np.repeat(np.arange(len(split.test)), np.diff(split.test.targets.offsets))
@@ -205,24 +206,28 @@ class _Measured:
             found[name] = [interval.estimate, interval.low, interval.high]
         return found
 
+    def _encode(self) -> None:
+        for history in self._timed:
+            self._model.encode(history)
+
     @torch.no_grad()
     def _cost(self, setting: Setting) -> dict[str, float]:
         """Of one history, on average over the timed ones."""
         self._take(setting)
         count = len(self._timed)
         with Cost() as cost:
-            self._model.encode(self._timed)
+            self._encode()
         mine, whole = list[float](), list[float]()
         for _ in range(self._plan.rounds):
             for times, one in ((mine, setting), (whole, Setting(WHOLE, 1.0, None))):
                 self._take(one)
                 started = time.perf_counter()
-                self._model.encode(self._timed)
+                self._encode()
                 times.append((time.perf_counter() - started) / count)
         self._take(setting)
-        kept = self._model.pruned(self._timed).lengths.clamp(max=self._model.max_length)
+        kept = [min(int(self._model.pruned(history).lengths), self._model.max_length) for history in self._timed]
         return {
-            "events": float(kept.double().mean()),
+            "events": float(np.mean(kept)),
             "macs": cost.macs / count,
             "gathered_bytes": cost.gathered_bytes / count,
             "ms": 1e3 * float(np.median(mine)),
@@ -230,13 +235,12 @@ class _Measured:
         }
 
 
-def _longest(subject: Retrievers, count: int) -> SequenceBatch:
-    """The whole histories before the test steps that have the longest ones."""
+def _sample(subject: Retrievers, count: int) -> list[SequenceBatch]:
+    """The whole histories before some test steps, one by one, as a server gets them."""
     split = subject.data.split
-    lengths = split.test.event - split.test.start
-    chosen = split.test.take(np.sort(np.argsort(-lengths, kind="stable")[:count]))
-    batch, _ = next(iter(histories(split.data, chosen, max(int(lengths.max()), 1), count)))
-    return batch
+    chosen = split.test.sample(count, _DRAWN)
+    longest = max(int((chosen.event - chosen.start).max()), 1)
+    return [batch for batch, _ in histories(split.data, chosen, longest, 1)]
 
 
 def _trained(plan: TradeoffPlan, subject: Retrievers, seed: int, directory: Path, progress: TrainingProgress) -> Retriever:
