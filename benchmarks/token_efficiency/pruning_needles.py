@@ -31,11 +31,11 @@ class Sizes:
         tested: histories that quality is measured on.
     """
 
-    length: int = 64
+    length: int = 48
     dim: int = 32
     heads: int = 4
-    batch: int = 32
-    steps: int = 250
+    batch: int = 16
+    steps: int = 200
     tuning: int = 80
     tested: int = 1024
 
@@ -45,14 +45,14 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def needles(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Histories int64 ``[B, N]`` and labels ``[B]``: which of 8 kinds the one event was that is no noise, at any place; a query comes last."""
+def needles(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Histories int64 ``[B, N]``, the one event of each that is no noise, ``[B]`` of 8 kinds, and its place; a query comes last."""
     items = torch.randint(NOISE, (rows, length), generator=generator)
     label = torch.randint(CLASSES, (rows,), generator=generator)
     place = torch.randint(length - 1, (rows,), generator=generator)
     items[torch.arange(rows), place] = NOISE + label
     items[:, -1] = QUERY
-    return items, label
+    return items, label, place
 
 
 class Layer(nn.Module):
@@ -126,12 +126,22 @@ class Reader(nn.Module):
         logits: Tensor = self.head(self.norm(values[offsets[1:] - 1]))
         return logits
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Logits ``[B, 8]`` of histories ``[B, N]``."""
+    def read(self, items: Tensor) -> Tensor:
+        """Vectors ``[B N, d]`` of histories ``[B, N]``."""
         view = self.view(items)
         for layer in self.probed():
             view = view.with_values(layer(view)[0])
-        return self.answer(view.values, view.offsets)
+        return view.values
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Logits ``[B, 8]`` of histories ``[B, N]``."""
+        return self.answer(self.read(items), torch.arange(len(items) + 1) * items.shape[1])
+
+    def loss(self, items: Tensor, label: Tensor, place: Tensor) -> Tensor:
+        """Every token from the planted one on is asked, as sequential recommenders are trained at every event."""
+        asked = (torch.arange(items.shape[1]) >= place[:, None]).flatten()
+        logits = self.head(self.norm(self.read(items)[asked]))
+        return F.cross_entropy(logits, label[:, None].expand_as(items).flatten()[asked])
 
 
 def _probed(layer: nn.Module, reader: nn.Module | None) -> ProbedLayer:
@@ -146,12 +156,8 @@ def trained_reader(seed: int, sizes: Sizes, depth: int) -> Reader:
     """A reader that learned from drawn histories."""
     torch.manual_seed(seed)
     model, generator = Reader(sizes, depth), seeded(seed)
-    fit(model.parameters(), sizes.steps, lambda: F.cross_entropy(*_asked(model, needles(sizes.batch, sizes.length, generator))))
+    fit(model.parameters(), sizes.steps, lambda: model.loss(*needles(sizes.batch, sizes.length, generator)))
     return model.eval()
-
-
-def _asked(model: Callable[[Tensor], Tensor], drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return model(drawn[0]), drawn[1]
 
 
 def fit(parameters: object, steps: int, loss: Callable[[], Tensor], rate: float = 2e-3) -> None:
@@ -170,6 +176,6 @@ def fit(parameters: object, steps: int, loss: Callable[[], Tensor], rate: float 
 @torch.no_grad()
 def accuracy(answer: Callable[[Tensor], Tensor], sizes: Sizes, seed: int, chunk: int = 128) -> float:
     """The share of new histories whose planted event is told; ``answer`` gives logits ``[B, 8]``."""
-    items, label = needles(sizes.tested, sizes.length, seeded(10_000 + seed))
+    items, label, _ = needles(sizes.tested, sizes.length, seeded(10_000 + seed))
     found = [answer(own).argmax(-1) == true for own, true in zip(items.split(chunk), label.split(chunk), strict=True)]
     return float(torch.cat(found).double().mean())

@@ -78,15 +78,22 @@ SPARSE: dict[str, tuple[dict[str, Any], ...]] = {
 }
 FORMS = [(name, form) for name in ATTENTIONS for form in range(max(len(SPARSE.get(name, ())), 1))]
 
+REFUSED = {("biformer", 2): "candidates"}  # a call that a form says it cannot serve: there the values have no place beside the queries
+
 # What does not claim that a later token leaves an earlier one's result as it is, and why.
 NOT_CAUSAL = {"token_sparse": "the last queries choose for the whole row"}
 
-CALLS: dict[str, Callable[[int], Tensor | None]] = {  # the places of the queries among so many keys
-    "whole": torch.arange,
-    "unordered": lambda keys: None,
-    "tail": lambda keys: torch.arange(max(keys - 5, 0), keys),
-    "one": lambda keys: torch.tensor([keys - 1]),
+# Which of so many queries a call asks, and whether it says where they stand among the keys.
+CALLS: dict[str, tuple[Callable[[int], Tensor], bool]] = {
+    "whole": (torch.arange, True),
+    "tail": (lambda keys: torch.arange(keys - 5, keys), True),
+    "one": (lambda keys: torch.tensor([keys - 1]), True),
+    "apart": (lambda keys: torch.tensor([2, 7, 8, keys - 3]), True),
+    "unordered": (torch.arange, False),
+    "candidates": (lambda keys: torch.arange(3), False),
 }
+ASKED = [(name, form, call) for name, form in FORMS for call in CALLS if REFUSED.get((name, form)) != call]
+OWN_QUERIES = ("whole", "unordered")  # a row has as many queries as keys; else every row has all of the call's
 EXACT = {"atol": 1e-10, "rtol": 0.0}
 
 
@@ -324,7 +331,7 @@ def attention(name: str, table: dict[str, Any], form: int | None = None, min_len
     given = table[name] if form is None else table[name][form]
     made: SparseAttention = build("sparse_attention", name, **given, min_length=min_length).double()
     if hasattr(made, "calibrate"):
-        q, k, _ = inputs(seed=5)
+        q, k, _ = inputs(keys=2 * KEYS, seed=5)
         made.calibrate([(q, k)])
     return made
 
@@ -336,17 +343,21 @@ def inputs(batch: int = 3, keys: int = KEYS, seed: int = 0, key_heads: int = KEY
     return q, k, v
 
 
+def calls(name: str, form: int) -> list[str]:
+    return [call for called, number, call in ASKED if (called, number) == (name, form)]
+
+
 def asked(q: Tensor, call: str) -> tuple[Tensor, Tensor | None]:
-    """The queries of a call and their places; for ``unordered`` all, without places."""
-    positions = CALLS[call](q.shape[2])
-    return (q if positions is None else q[:, :, positions]), positions
+    """The queries of a call, and their places."""
+    which, placed = CALLS[call][0](q.shape[2]), CALLS[call][1]
+    return q[:, :, which], which if placed else None
 
 
-def real(found: Tensor, positions: Tensor | None, lengths: Tensor) -> Tensor:
-    """Results with zeros for queries that are padding; of a single query or a tail, which a caller places in every row, for none."""
-    if found.shape[2] < KEYS:
+def real(found: Tensor, call: str, lengths: list[int] | None) -> Tensor:
+    """Results with zeros for queries that are padding."""
+    if call not in OWN_QUERIES or lengths is None:
         return found
-    return found.masked_fill((torch.arange(found.shape[2]) >= lengths[:, None])[:, None, :, None], 0.0)
+    return found.masked_fill((torch.arange(found.shape[2]) >= torch.tensor(lengths)[:, None])[:, None, :, None], 0.0)
 
 
 @pytest.mark.parametrize("lengths", [None, [24, 0, 9]])
@@ -357,20 +368,19 @@ def test_reading_everything_is_dense_attention(name: str, call: str, key_heads: 
     q, k, v = inputs(key_heads=key_heads)
     queries, positions = asked(q, call)
     more: dict[str, Any] = {"query_positions": positions, "lengths": None if lengths is None else torch.tensor(lengths)}
-    whole = torch.full((3,), KEYS) if lengths is None else torch.tensor(lengths)
     modules = [attention(name, KEEP_ALL)] if key_heads == KEY_HEADS else []
     for module in (*modules, attention(name, SPARSE, 0, min_length=KEYS)):
         for scale in (None, 0.3):
             found, dense = (one(queries, k, v, scale=scale, **more) for one in (module, dense_attend))
             assert found.shape == (*queries.shape[:3], VALUE_WIDTH)
-            torch.testing.assert_close(real(found, positions, whole), real(dense, positions, whole), **EXACT)
+            torch.testing.assert_close(real(found, call, lengths), real(dense, call, lengths), **EXACT)
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_it_leaves_keys_out(name: str, form: int) -> None:
     q, k, v = inputs()
     module, differs = attention(name, SPARSE, form), False
-    for call in CALLS:
+    for call in calls(name, form):
         queries, positions = asked(q, call)
         differs |= not torch.allclose(
             module(queries, k, v, query_positions=positions), dense_attend(queries, k, v, query_positions=positions)
@@ -378,59 +388,56 @@ def test_it_leaves_keys_out(name: str, form: int) -> None:
     assert differs, f"sparse_attention {name!r}: form {form} of SPARSE reads everything, so that it tests nothing"
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if call != "unordered"])
+@pytest.mark.parametrize("call", [call for call, (_, placed) in CALLS.items() if placed])
 @pytest.mark.parametrize(("name", "form"), [(name, form) for name, form in FORMS if name not in NOT_CAUSAL])
 def test_later_tokens_change_nothing(name: str, form: int, call: str) -> None:
-    module, (q, k, v), (other_q, other_k, other_v) = attention(name, SPARSE, form), inputs(), inputs(seed=9)
-    positions = CALLS[call](KEYS)
+    module, mine, others = attention(name, SPARSE, form), inputs(), inputs(seed=9)
+    queries, positions = asked(mine[0], call)
     assert positions is not None
-    positions = positions[positions < KEYS - 1] if call != "one" else torch.tensor([KEYS // 2])
-    for last in {int(positions[0]), int(positions[len(positions) // 2]), int(positions[-1])}:
-        later = torch.arange(KEYS) > last
-        changed_q, changed_k, changed_v = (torch.where(later[:, None], 9 * x, own) for x, own in ((other_q, q), (other_k, k), (other_v, v)))
-        before = module(q[:, :, positions], k, v, query_positions=positions)
-        after = module(changed_q[:, :, positions], changed_k, changed_v, query_positions=positions)
+    positions = positions if call == "whole" else positions - 2  # so that there are keys behind the last query too
+    before = module(queries, *mine[1:], query_positions=positions)
+    for last in {int(positions[0]), int(positions[len(positions) // 2]), int(positions[-2:][0])}:
+        k, v = (torch.where((torch.arange(KEYS) > last)[:, None], 9 * other, own) for own, other in zip(mine[1:], others[1:], strict=True))
+        q = torch.where((positions > last)[:, None], 9 * asked(others[0], call)[0], queries)
+        after = module(q, k, v, query_positions=positions)
         torch.testing.assert_close(after[:, :, positions <= last], before[:, :, positions <= last], **EXACT)
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize(("name", "form", "call"), ASKED)
 def test_a_row_reads_like_alone_whatever_its_batch_mates_and_padding(name: str, form: int, call: str) -> None:
     module, (q, k, v) = attention(name, SPARSE, form), inputs(batch=4)
-    lengths = torch.tensor([KEYS, 0, 11, 17])
-    padding = (torch.arange(KEYS) >= lengths[:, None])[:, None, :, None]
-    k, v = k.masked_fill(padding, 50.0), v.masked_fill(padding, -80.0)
+    lengths = [KEYS, 0, 11, 17]
+    padding = (torch.arange(KEYS) >= torch.tensor(lengths)[:, None])[:, None, :, None]
+    q, k, v = q.masked_fill(padding, 30.0) if call in OWN_QUERIES else q, k.masked_fill(padding, 50.0), v.masked_fill(padding, -80.0)
     queries, positions = asked(q, call)
-    found = module(queries, k, v, query_positions=positions, lengths=lengths)
+    found = module(queries, k, v, query_positions=positions, lengths=torch.tensor(lengths))
     assert found.isfinite().all()
-    if call != "whole" and call != "unordered":
-        assert not found[1].any()
-    for row, length in enumerate(lengths.tolist()):
+    assert call in OWN_QUERIES or not found[1].any()
+    for row, length in enumerate(lengths):
         own = slice(row, row + 1)
-        shorter = positions is None or call == "whole"
-        asked_for = queries[own, :, :length] if shorter else queries[own]
-        alone = module(
-            asked_for, k[own, :, :length], v[own, :, :length], query_positions=positions[:length] if call == "whole" else positions
-        )
-        torch.testing.assert_close(found[own, :, : asked_for.shape[2]], alone, **EXACT)
+        alone = module(queries[own], k[own], v[own], query_positions=positions, lengths=torch.tensor([length]))
+        torch.testing.assert_close(real(alone, call, [length]), real(found[own], call, [length]), **EXACT)
+        if length and (call in OWN_QUERIES or positions is None):
+            asked_for = queries[own, :, :length]
+            unpadded = module(
+                asked_for, k[own, :, :length], v[own, :, :length], query_positions=None if positions is None else positions[:length]
+            )
+            torch.testing.assert_close(unpadded, found[own, :, : asked_for.shape[2]], **EXACT)
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize(("name", "form", "call"), ASKED)
 def test_a_short_row_is_dense_among_long_ones(name: str, form: int, call: str) -> None:
     if SPARSE[name][form].get("local_kernel"):
         return  # it adds something to dense attention too
     q, k, v = inputs()
     queries, positions = asked(q, call)
-    lengths = torch.tensor([KEYS, 8, 10])
-    module = attention(name, SPARSE, form, min_length=8)
-    found = module(queries, k, v, query_positions=positions, lengths=lengths)
-    dense = dense_attend(queries, k, v, query_positions=positions, lengths=lengths)
-    torch.testing.assert_close(real(found, positions, lengths)[1], real(dense, positions, lengths)[1], **EXACT)
+    lengths = [KEYS, 8, 10]
+    more = {"query_positions": positions, "lengths": torch.tensor(lengths)}
+    found, dense = (one(queries, k, v, **more) for one in (attention(name, SPARSE, form, min_length=8), dense_attend))
+    torch.testing.assert_close(real(found, call, lengths)[1], real(dense, call, lengths)[1], **EXACT)
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize(("name", "form", "call"), ASKED)
 def test_gradients_are_finite_and_reach_what_was_read(name: str, form: int, call: str) -> None:
     module, (q, k, v) = attention(name, SPARSE, form), inputs()
     queries, positions = asked(q, call)
@@ -450,7 +457,7 @@ def test_an_attention_says_the_same_again_and_after_a_checkpoint(name: str, form
     torch.manual_seed(1)
     other = components.build("sparse_attention", module.config).double().eval()
     other.load_state_dict(module.state_dict())
-    for call in CALLS:
+    for call in calls(name, form):
         queries, positions = asked(q, call)
         first = module(queries, k, v, query_positions=positions)
         assert torch.equal(module(queries, k, v, query_positions=positions), first)
@@ -460,7 +467,7 @@ def test_an_attention_says_the_same_again_and_after_a_checkpoint(name: str, form
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_the_layout_in_memory_does_not_matter(name: str, form: int) -> None:
     module, (q, k, v) = attention(name, SPARSE, form), inputs()
-    for call in CALLS:
+    for call in calls(name, form):
         queries, positions = asked(q, call)
         turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (queries, k, v)]
         torch.testing.assert_close(module(*turned, query_positions=positions), module(queries, k, v, query_positions=positions), **EXACT)
@@ -470,11 +477,19 @@ def test_the_layout_in_memory_does_not_matter(name: str, form: int) -> None:
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_it_runs_in_low_precision(name: str, form: int, dtype: torch.dtype) -> None:
     module, (q, k, v) = attention(name, SPARSE, form).to(dtype), (x.to(dtype) for x in inputs())
-    for call in CALLS:
+    for call in calls(name, form):
         queries, positions = asked(q, call)
         found = module(queries, k, v, query_positions=positions, lengths=torch.tensor([KEYS, 0, 13]))
         assert found.dtype == dtype
         assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "form"), REFUSED)
+def test_what_a_form_cannot_serve_it_refuses(name: str, form: int) -> None:
+    q, k, v = inputs()
+    queries, positions = asked(q, REFUSED[name, form])
+    with pytest.raises(ConfigError, match="expected"):
+        attention(name, SPARSE, form)(queries, k, v, query_positions=positions)
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
