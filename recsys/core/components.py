@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "set_backbone": ("recsys.retrieval.backbones",),
     "index": ("recsys.retrieval.catalogue",),
     "token_scorer": ("recsys.efficiency.scoring", "recsys.efficiency.pruning"),
-    "selector": ("recsys.efficiency.selectors",),
+    "selector": ("recsys.efficiency.selectors", "recsys.efficiency.pruning"),
     "sparse_attention": ("recsys.efficiency.attention",),
     "stop_test": ("recsys.efficiency.pruning",),
     "text_encoder": ("recsys.text",),

@@ -5,7 +5,7 @@ from recsys.efficiency.pruning.adaptive_sparse import AdaptiveSparseEncoder, Cla
 from recsys.efficiency.pruning.cacovid import CaCoVIDScorer
 from recsys.efficiency.pruning.core_matching import CoreMatching
 from recsys.efficiency.pruning.idpruner import IDPruner
-from recsys.efficiency.pruning.quota import QuotaAllocator
+from recsys.efficiency.pruning.quota import QuotaAllocator, SessionQuota
 from recsys.efficiency.pruning.todre import DiverseRetention, InformationMigration
 from recsys.efficiency.pruning.transprune import TransPrune
 
@@ -18,5 +18,6 @@ __all__ = [
     "IDPruner",
     "InformationMigration",
     "QuotaAllocator",
+    "SessionQuota",
     "TransPrune",
 ]

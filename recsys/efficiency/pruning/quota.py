@@ -10,14 +10,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.core import components
-from recsys.core.components import component_config
+from recsys.core.components import component_config, register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError
 from recsys.efficiency.budget import allocate, keep_counts
 from recsys.efficiency.scoring import ContextSimilarity, Recency, TokenScorer
 from recsys.efficiency.selection import Merge, RowSelection
-from recsys.efficiency.selectors import Selector, TopK, ranks
-from recsys.efficiency.view import TokenView, offsets_of
+from recsys.efficiency.selectors import Selector, TopK, needed, ranks
+from recsys.efficiency.view import TokenView, group_means, offsets_of, row_of
 
 Relevance: TypeAlias = Callable[[TokenView], Tensor]
 """From the sessions, each a token: the mean of its events, with the row's context, to float ``[G]``, at least 0, such as a chance."""
@@ -130,6 +130,48 @@ class QuotaAllocator(nn.Module):
                 raise DataError("quota: sessions: expected all tokens of a group in one session")
         context = None if view.context is None else view.context[judged.rows]
         return replace(view, offsets=offsets_of(torch.bincount(session, minlength=len(judged.values))), context=context)
+
+
+@register("selector", "quota")
+class SessionQuota(Selector):
+    """QuoTA's allocation as a selector: sessions are runs of ``session`` units, counted back from a row's last one.
+
+    A session's relevance is the mean of its units' scores, those below 0 counting as 0; its quota is filled with its own best or last ones.
+    """
+
+    class Config(BaseConfig):
+        """How a budget is shared out and filled.
+
+        Attributes:
+            session: units of a session.
+            exponent: of the relevance; 0 shares out evenly.
+            floor: units that each session gets where it has them; the most relevant first, where the budget does not reach for all.
+            within: what fills a quota: the highest scores, or the latest units.
+        """
+
+        name: Literal["quota"] = "quota"
+        session: int = Field(20, ge=1)
+        exponent: float = Field(2.0, ge=0.0)
+        floor: int = Field(0, ge=0)
+        within: Literal["score", "recent"] = "score"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def choose(self, units: TokenView, scores: Tensor, free: Tensor, k: Tensor | None) -> Tensor:
+        """See `Selector.choose`."""
+        totals, rows = needed(k, "quota"), units.rows
+        runs = -(-units.lengths // self.config.session)
+        from_end = (units.offsets[1:][rows] - 1 - torch.arange(len(rows), device=rows.device)) // self.config.session
+        session = offsets_of(runs)[1:][rows] - 1 - from_end
+        offsets, count = offsets_of(runs), int(runs.sum())
+        caps = torch.zeros(count, dtype=torch.long, device=rows.device).index_add(0, session, free.long())
+        weights = group_means(scores.double().clamp(min=0), session, count) ** self.config.exponent
+        fits = (ranks(weights, offsets) + 1) * self.config.floor <= totals[row_of(offsets)]
+        quota = allocate(weights, offsets, totals, caps, torch.where(fits, caps.clamp(max=self.config.floor), 0))
+        order = scores if self.config.within == "score" else units.positions.to(scores.dtype)
+        inside = ranks(order.masked_fill(~free, -torch.inf), offsets_of(torch.bincount(session, minlength=count)))
+        return free & (inside < quota[session])
 
 
 def context_relevance(sessions: TokenView) -> Tensor:

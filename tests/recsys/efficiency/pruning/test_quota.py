@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from recsys.core.errors import ConfigError, DataError
-from recsys.efficiency.pruning.quota import QuotaAllocator, Relevance, context_relevance
+from recsys.efficiency.budget import allocate
+from recsys.efficiency.pruning.quota import QuotaAllocator, Relevance, SessionQuota, context_relevance
 from recsys.efficiency.selection import RowSelection
 from recsys.efficiency.selectors import TopK
 from recsys.efficiency.view import TokenView, offsets_of
@@ -314,3 +315,33 @@ def test_wrong_input_is_named():
         quota(fixed(*[-c for c in CHANCES]), events=3)(made, SESSIONS)
     with pytest.raises(ConfigError, match="context"):
         quota(events=3)(view(context=None), SESSIONS)
+
+
+@pytest.mark.parametrize("within", ["score", "recent"])
+@pytest.mark.parametrize("floor", [0, 1])
+def test_the_selector_shares_out_among_runs_counted_from_the_end(within: str, floor: int) -> None:
+    """Against a loop: quotas by `allocate` for each row alone, then the best or the last of each run."""
+    draw = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([11, 0, 3, 8])
+    view = TokenView.of(torch.randn(22, 4, generator=draw, dtype=torch.float64), offsets_of(lengths))
+    scores = torch.randn(22, generator=draw, dtype=torch.float64)
+    k = torch.tensor([5, 0, 2, 8])
+    selector = SessionQuota(SessionQuota.Config(session=4, floor=floor, within=within))
+    kept = set(selector.select(view, scores, k).index.tolist())
+    expected: set[int] = set()
+    for b, length in enumerate(lengths.tolist()):
+        begin = int(view.offsets[b])
+        runs: dict[int, list[int]] = {}
+        for i in range(length):
+            runs.setdefault(-((length - 1 - i) // 4), []).append(begin + i)
+        own = [runs[number] for number in sorted(runs)]
+        if not own:
+            continue
+        weights = torch.stack([scores[run].clamp(min=0).mean() ** 2 for run in own])
+        place = sorted(range(len(own)), key=lambda j: (-float(weights[j]), -j))
+        floors = torch.tensor([min(floor, len(run)) if (place.index(j) + 1) * floor <= int(k[b]) else 0 for j, run in enumerate(own)])
+        quota = allocate(weights, torch.tensor([0, len(own)]), k[b : b + 1], torch.tensor([len(run) for run in own]), floors)
+        for run, count in zip(own, quota.tolist(), strict=True):
+            ordered = sorted(run, key=lambda i: (-float(scores[i]), -i)) if within == "score" else run[::-1]
+            expected |= set(ordered[:count])
+    assert kept == expected
