@@ -73,15 +73,10 @@ class Pattention(nn.Module):
         if self.activation == "softmax":
             weights = scores.softmax(-1) * tau
         elif self.activation == "l2_norm_gelu":
-            weights = F.gelu(self._unit(scores) * tau)
+            weights = F.gelu(unit_scores(scores, self.eps) * tau)
         else:
-            weights = self._unit(F.gelu(scores)) * tau
+            weights = unit_scores(F.gelu(scores), self.eps) * tau
         return weights @ self.value
-
-    def _unit(self, scores: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)
-        unit: Tensor = (scores / norm.clamp(min=self.eps)).masked_fill(norm < self.eps, 0.0)
-        return unit
 
     @torch.no_grad()
     def grow(self, pairs: int) -> None:
@@ -95,8 +90,8 @@ class Pattention(nn.Module):
         if pairs < 0:
             raise ConfigError(f"grow: pairs: expected at least 0, got {pairs!r}")
         values = torch.randn(pairs, self.out_features, dtype=self.value.dtype, device=self.value.device) * self.value_std
-        _replace(self.key, torch.cat((self.key, self.key.new_zeros(pairs, self.in_features))))
-        _replace(self.value, torch.cat((self.value, values)))
+        replace_parameter(self.key, torch.cat((self.key, self.key.new_zeros(pairs, self.in_features))))
+        replace_parameter(self.value, torch.cat((self.value, values)))
 
     @torch.no_grad()
     def shrink(self, pairs: int) -> None:
@@ -109,7 +104,7 @@ class Pattention(nn.Module):
             raise ConfigError(f"shrink: pairs: expected 0 to {self.pairs - 1}, got {pairs!r}")
         left = self.pairs - pairs
         for parameter in (self.key, self.value):
-            _replace(parameter, parameter[:left].clone())
+            replace_parameter(parameter, parameter[:left].clone())
 
     def extra_repr(self) -> str:
         """For the module's representation."""
@@ -120,11 +115,18 @@ class Pattention(nn.Module):
         key, value = (state_dict.get(prefix + name) for name in ("key", "value"))
         if isinstance(key, Tensor) and isinstance(value, Tensor) and len(key) == len(value) != self.pairs:
             for parameter in (self.key, self.value):
-                _replace(parameter, parameter.detach().new_zeros(len(key), parameter.shape[1]))
+                replace_parameter(parameter, parameter.detach().new_zeros(len(key), parameter.shape[1]))
         super()._load_from_state_dict(state_dict, prefix, *others)  # type: ignore[arg-type]
 
 
-def _replace(parameter: nn.Parameter, values: Tensor) -> None:
+def unit_scores(scores: Tensor, eps: float) -> Tensor:
+    """Scores ``[…, n]`` over their norm; zeros, without a gradient, where that is below ``eps``."""
+    norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)
+    unit: Tensor = (scores / norm.clamp(min=eps)).masked_fill(norm < eps, 0.0)
+    return unit
+
+
+def replace_parameter(parameter: nn.Parameter, values: Tensor) -> None:
     """Give a parameter other values, of any size. It stays the same object, so whoever holds it keeps it."""
     parameter.data, parameter.grad = values, None
 
