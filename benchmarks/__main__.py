@@ -11,7 +11,17 @@ from rich.table import Table
 from benchmarks.frame import Result
 from recsys.core.errors import unknown
 
-NAMES = ("catalogue_decoding", "ranking_depth", "ranking_mfu", "ranking_quality", "ranking_training", "retrieval_quality", "sparse_moe")
+NAMES = (
+    "catalogue_decoding",
+    "ranking_depth",
+    "ranking_growth",
+    "ranking_mfu",
+    "ranking_quality",
+    "ranking_training",
+    "retrieval_quality",
+    "sparse_moe",
+    "token_efficiency",
+)
 
 
 def show(result: Result, console: Console) -> None:
