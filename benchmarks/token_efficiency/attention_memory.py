@@ -2,6 +2,7 @@
 """The most bytes of tensors that executed code holds at once, the same on every machine."""
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class PeakBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak, self._live = 0, 0
+        self.peak: int = 0
+        self._live = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def hold(self, *tensors: Tensor) -> None:
@@ -32,9 +34,9 @@ class PeakBytes(TorchDispatchMode):
             if key not in self._known:
                 self._live += size
                 self.peak = max(self.peak, self._live)
-                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._drop(key, size))
+                self._known[key] = weakref.ref(storage, partial(self._drop, key, size))
 
-    def _drop(self, key: int, size: int) -> None:
+    def _drop(self, key: int, size: int, _: object) -> None:
         self._live -= size
         del self._known[key]
 
@@ -54,7 +56,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def eager_peak(heads: int, length: int, width: int) -> int:
     """The peak of `eager_attention` in single precision with its inputs, executed on the meta device."""
     q, k, v = (torch.empty(1, heads, length, width, device="meta") for _ in range(3))
-    with PeakBytes() as bytes_:
-        bytes_.hold(q, k, v)
+    held = PeakBytes()
+    with held:
+        held.hold(q, k, v)
         eager_attention(q, k, v)
-    return bytes_.peak
+    return held.peak

@@ -26,11 +26,11 @@ def sessions(length: int, shortest: int, longest: int, seed: int = 0) -> Tensor:
     return begins
 
 
-def topical(begins: Tensor, heads: int, width: int, topics: int, sharp: float = 0.75, noise: float = 0.3, seed: int = 0) -> Planted:
+def topical(begins: Tensor, heads: int, width: int, topics: int, sharp: float = 1.0, noise: float = 0.3, seed: int = 0) -> Planted:
     """Sessions that each have one of some topics, and queries that look for events of their own session's topic.
 
-    A key is its topic's vector and ``noise`` of standard deviation, a query ``sharp`` times its topic's vector and noise of 1. An event of
-    the query's own topic has a logit that is about ``sharp √e`` above the others'.
+    A key is its topic's vector and ``noise`` of standard deviation, a query ``sharp`` times its topic's vector and noise of 1, a value its
+    topic's and noise of 1. An event of the query's own topic has a logit that is about ``sharp √e`` above the others'.
     """
     drawn = torch.Generator().manual_seed(seed)
     of = torch.randint(topics, (int(begins.sum()) + 1,), generator=drawn)[begins.long().cumsum(0)]
@@ -38,7 +38,8 @@ def topical(begins: Tensor, heads: int, width: int, topics: int, sharp: float = 
     shape = (heads, len(begins), width)
     k = vectors + noise * torch.randn(shape, generator=drawn)
     q = sharp * vectors + torch.randn(shape, generator=drawn)
-    return Planted(q[None], k[None], torch.randn(shape, generator=drawn)[None], begins[None])
+    v = torch.randn(heads, topics, width, generator=drawn)[:, of] + torch.randn(shape, generator=drawn)
+    return Planted(q[None], k[None], v[None], begins[None])
 
 
 def skewed(length: int, heads: int, width: int, deviation: float, run: int = 16, seed: int = 0) -> Planted:
@@ -50,7 +51,8 @@ def skewed(length: int, heads: int, width: int, deviation: float, run: int = 16,
 
     def coherent(rows: int) -> Tensor:
         runs = torch.randn(rows, -(-length // run), generator=drawn).repeat_interleave(run, 1)[:, :length]
-        return 0.8**0.5 * runs + 0.2**0.5 * torch.randn(rows, length, generator=drawn)
+        mixed: Tensor = 0.8**0.5 * runs + 0.2**0.5 * torch.randn(rows, length, generator=drawn)
+        return mixed
 
     weight = deviation * 0.5**0.5 * (coherent(1) + coherent(heads))
     direction = torch.nn.functional.normalize(torch.randn(heads, 1, width, generator=drawn), dim=-1)
@@ -73,7 +75,8 @@ def weights(q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if positions is not None:
         logits.masked_fill_(torch.arange(k.shape[2]) > positions[:, None], -torch.inf)
-    return logits.softmax(-1)
+    attention: Tensor = logits.softmax(-1)
+    return attention
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,12 @@ class Loss:
     """What queries lose when they read only some keys.
 
     Attributes:
+        share: how concentrated attention is: what the best hundredth of the keys have of it.
         mass: the share of their dense attention that is not read, the mean over heads and queries.
         error: of their results, the norm of the difference over the norm of the dense ones.
     """
 
+    share: float
     mass: float
     error: float
 
@@ -94,7 +99,7 @@ class Loss:
         return max(self.mass, self.error)
 
     def __str__(self) -> str:
-        return f"{self.mass:.2%} of attention dropped, {self.error:.2%} output error"
+        return f"{self.mass:.2%} of attention dropped, {self.error:.2%} output error (top 1% of keys have {self.share:.0%})"
 
 
 def loss(attention: Tensor, read: Tensor, v: Tensor) -> Loss:
@@ -102,9 +107,9 @@ def loss(attention: Tensor, read: Tensor, v: Tensor) -> Loss:
     kept = attention * read
     share = kept.sum(-1, keepdim=True)
     dense, ours = attention @ v, (kept @ v) / share.clamp(min=1e-30)
-    return Loss(float(1 - share.double().mean()), float((ours - dense).norm() / dense.norm()))
+    return Loss(top_share(attention), float(1 - share.double().mean()), float((ours - dense).norm() / dense.norm()))
 
 
 def top_share(attention: Tensor, share: float = 0.01) -> float:
-    """How concentrated attention is: what the ``share`` of keys with the most get of it."""
+    """What the ``share`` of keys with the most attention have of it."""
     return float(attention.topk(max(1, int(share * attention.shape[-1])), dim=-1, sorted=False).values.sum(-1).mean())

@@ -42,6 +42,7 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("selector", "threshold"): {"threshold": 0.6},
     ("selector", "elbow"): {"at_least": 2},
     ("selector", "coverage"): {"tail": 0.4},
+    ("selector", "quota"): {"session": 3, "floor": 1},
     ("stop_test", "todre"): {"threshold": 0.5},
 }
 
