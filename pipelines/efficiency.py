@@ -2,6 +2,7 @@
 """A trade-off study: a recipe, a trained model asked with less and less, and one page that shows what that saves and costs."""
 
 import csv
+import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,8 +120,8 @@ def _write(recipe: EfficiencyRecipe, directory: Path, lines: Sequence[Line], bes
     write_bytes(directory / "efficiency.svg", picture.encode())
     write_bytes(directory / "efficiency.csv", _csv(lines).encode())
     header = "".join(f"<th>{name}</th>" for name in ("method", "budget", "NDCG@10", "less whole", *_COSTS.values()))
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in _cells(line)) + "</tr>" for line in lines)
-    section = f"<p>{_sentence(best)}</p>\n{picture}\n<table><tr>{header}</tr>{body}</table>"
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(line)) + "</tr>" for line in lines)
+    section = f"<p>{html.escape(_sentence(best))}</p>\n{picture}\n<table><tr>{header}</tr>{body}</table>"
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     write_bytes(directory / "report.html", page(f"{recipe.name}: quality against cost", section, text).encode())
     write_json(

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from recsys.core.errors import ConfigError
-from recsys.efficiency.view import TokenView, held, row_of, to_padded
+from recsys.efficiency.selectors import ranks
+from recsys.efficiency.view import TokenView, held, row_of, row_sums, to_padded
 
 
 def keep_counts(view: TokenView, share: float | None = None, count: int | None = None) -> Tensor:
@@ -75,14 +76,16 @@ def allocate(weights: Tensor, offsets: Tensor, totals: Tensor, caps: Tensor, flo
     if bool((floors > caps).any()):
         raise ConfigError("allocate: floors: expected at most the caps")
     rows = row_of(offsets)
-    least, most = (_row_sums(x, offsets) for x in (floors, caps))
+    least, most = (row_sums(x, offsets) for x in (floors, caps))
     if bool((totals < least).any()):
         b = int((totals < least).long().argmax())
         raise ConfigError(f"allocate: totals: row {b}: expected at least {int(least[b])}, the sum of its floors, got {int(totals[b])}")
     totals = torch.minimum(totals, most)
     shares = _filled(_relative(weights.double(), offsets), offsets, totals.double(), caps.double(), floors.double())
     whole = shares.floor().long().clamp(min=floors, max=caps)
-    return whole + _rounded_up(shares - whole, whole < caps, rows, totals - _row_sums(whole, offsets), offsets)
+    left = totals - row_sums(whole, offsets)
+    remainders = (shares - whole).masked_fill(whole >= caps, -1.0)
+    return whole + (ranks(remainders, offsets) < left[rows]).long()
 
 
 def _filled(weights: Tensor, offsets: Tensor, totals: Tensor, caps: Tensor, floors: Tensor) -> Tensor:
@@ -120,19 +123,3 @@ def _leveled(weights: Tensor, totals: Tensor, caps: Tensor, floors: Tensor) -> T
     below, above = (sums.gather(1, i) for i in ((after - 1).clamp(min=0), after))
     part = torch.where(above > below, (totals[:, None] - below) / (above - below), 0.0).clamp(0.0, 1.0)
     return torch.clamp((low + (high - low) * part) * weights, floors, caps)
-
-
-def _rounded_up(remainders: Tensor, open_: Tensor, rows: Tensor, left: Tensor, offsets: Tensor) -> Tensor:
-    """int64 ``[G]``: 1 for the ``left[b]`` largest remainders of each row among the groups that are not full."""
-    remainders = remainders.masked_fill(~open_, -1.0)
-    order = torch.arange(len(rows), device=rows.device).flip(0)
-    order = order[remainders[order].argsort(stable=True, descending=True)]
-    order = order[rows[order].argsort(stable=True)]
-    place = torch.arange(len(rows), device=rows.device) - offsets[rows]
-    added = torch.zeros_like(rows)
-    added[order] = (place < left[rows]).long()
-    return added
-
-
-def _row_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    return values.new_zeros(len(offsets) - 1).index_add(0, row_of(offsets), values)

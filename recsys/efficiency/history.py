@@ -68,10 +68,15 @@ class HistoryPruning(nn.Module):
     @torch.no_grad()
     def forward(self, view: TokenView) -> RowSelection:
         """What each history keeps; ``view.groups`` are kept or dropped whole."""
-        view = self._judged(view)
+        ends = view.offsets[1:][view.rows]
+        seen = RowSelection.of_mask(ends - torch.arange(len(ends), device=ends.device) <= self.config.reach, view.offsets)
+        return seen.compose(self._choose(self._judged(seen.view(view))))
+
+    def _choose(self, view: TokenView) -> RowSelection:
         kept = keep_counts(view, share=self.config.share, count=self.config.events)
-        kept = torch.where(view.lengths <= self.config.min_length, keep_counts(view, share=1.0), kept)
-        return self.selector.select(view, self.scorer.score(view), kept)
+        chosen = self.selector.select(view, self.scorer.score(view), kept)
+        short = view.lengths <= max(self.config.min_length, self.config.events or 0)
+        return RowSelection.of_mask(chosen.mask() | short[view.rows], view.offsets) if bool(short.any()) else chosen
 
     def _judged(self, view: TokenView) -> TokenView:
         """The view with what is protected and, where there is none, a context."""

@@ -17,7 +17,7 @@ from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.scoring import TokenScorer
 from recsys.efficiency.selection import RowSelection
 from recsys.efficiency.selectors import Selector
-from recsys.efficiency.view import TokenView
+from recsys.efficiency.view import TokenView, free_units
 
 ProbedLayer: TypeAlias = Callable[[TokenView], tuple[Tensor, LayerProbe]]
 """A layer over jagged tokens: its new vectors ``[S, d]``, and what it saw and made."""
@@ -82,7 +82,7 @@ class PruneSchedule(nn.Module):
         if used and max(used) >= len(layers):
             raise ConfigError(f"keep, stop_layer: expected layers of the {len(layers)} that there are, counted from 0, got {max(used)}")
         view = view if view.protected is not None else replace(view, protected=_last_of_each_row(view))
-        original, chosen, carried = _prunable(view), RowSelection.all(view), None
+        original, chosen, carried = free_units(view), RowSelection.all(view), None
         for number, layer in enumerate(layers):
             values, probe = layer(view)
             view, probe = view.with_values(values), replace(probe, layer=number, carried=carried)
@@ -98,7 +98,7 @@ class PruneSchedule(nn.Module):
         if probe.layer in self.config.keep:
             wanted = (original.double() * self.config.keep[probe.layer]).round().long().clamp(min=1)
             scores = self.scorer.score(view, probe)
-            selection = self.selector.select(view, scores, torch.minimum(wanted, _prunable(view)))
+            selection = self.selector.select(view, scores, torch.minimum(wanted, free_units(view)))
         if self.stop is not None and probe.layer == self.config.stop_layer:
             units, unit = view.units()
             assert units.protected is not None
@@ -112,12 +112,3 @@ def _last_of_each_row(view: TokenView) -> Tensor:
     last = torch.zeros(len(view.values), dtype=torch.bool, device=view.offsets.device)
     last[view.offsets[1:][view.lengths > 0] - 1] = True
     return last
-
-
-def _prunable(view: TokenView) -> Tensor:
-    """int64 ``[B]``: the unprotected units of each row."""
-    units, _ = view.units()
-    free = torch.ones(len(units.values), dtype=torch.long, device=units.offsets.device)
-    if units.protected is not None:
-        free = (~units.protected).long()
-    return torch.zeros(len(units), dtype=torch.long, device=free.device).index_add(0, units.rows, free)

@@ -14,7 +14,7 @@ from recsys.core.components import component_config, register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.efficiency.probe import LayerProbe
-from recsys.efficiency.view import TokenView, row_of
+from recsys.efficiency.view import TokenView, held, row_of, row_sums, to_padded
 
 
 class TokenScorer(nn.Module, ABC):
@@ -105,7 +105,7 @@ class Table(TokenScorer):
 
     def __init__(self, scores: Tensor) -> None:
         super().__init__()
-        self.register_buffer("scores", scores)
+        self.register_buffer("scores", scores, persistent=False)
 
     def score(self, view: TokenView, probe: LayerProbe | None = None) -> Tensor:
         """Look the tokens up.
@@ -115,7 +115,7 @@ class Table(TokenScorer):
         """
         if view.ids is None:
             raise ConfigError("token_scorer of a table: expected a view with ids, got None")
-        return self.scores[view.ids].to(view.values.dtype)
+        return self.scores[view.ids].to(torch.promote_types(view.values.dtype, torch.float32))  # counts that differ stay apart
 
 
 @register("token_scorer", "norm")
@@ -153,8 +153,11 @@ class ContextSimilarity(TokenScorer):
     def score(self, view: TokenView, probe: LayerProbe | None = None) -> Tensor:
         """In [-1, 1]."""
         context = context_of(view, "token_scorer 'context'")
+        if context.shape[1:] != (max(context.shape[1], 1), view.values.shape[1]):
+            raise ConfigError(f"context: expected [B, M, {view.values.shape[1]}] with M of at least 1, got {tuple(context.shape)}")
         tokens, context = (nn.functional.normalize(x, dim=-1) for x in (view.values, context))
-        cosines: Tensor = torch.einsum("sd,smd->sm", tokens, context[view.rows]).amax(-1)
+        padded = to_padded(tokens, view.offsets)
+        cosines: Tensor = (padded @ context.transpose(1, 2)).amax(-1)[held(view.lengths, padded.shape[1])]
         return cosines
 
 
@@ -206,7 +209,7 @@ def row_softmax(scores: Tensor, offsets: Tensor) -> Tensor:
     """Softmax of ``[S]`` within each row."""
     rows = row_of(offsets)
     weights = (scores - row_extreme(scores.detach(), offsets, "amax")[rows]).exp()
-    return weights / weights.new_zeros(len(offsets) - 1).index_add(0, rows, weights)[rows]
+    return (weights / row_sums(weights, offsets)[rows]).to(scores.dtype)
 
 
 def context_of(view: TokenView, who: str) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recsys.core.errors import DataError
-from recsys.efficiency.view import TokenView, held, offsets_of, row_of, to_padded
+from recsys.efficiency.view import TokenView, held, offsets_of, row_of, row_sums, to_padded
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class RowSelection:
         """``[S, …]`` to ``[S', …]``: the kept tokens, or the weighted sums that they stand for."""
         if self.merge is None:
             return x[self.index]
+        if not x.is_floating_point():
+            raise DataError(f"gather: expected floating-point values, of which a merge makes weighted sums, got {x.dtype}")
         used = self.merge.into >= 0
         weighted = x[used] * self.merge.weights[used].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
         return x.new_zeros(len(self.index), *x.shape[1:]).index_add(0, self.merge.into[used], weighted)
@@ -98,12 +100,12 @@ class RowSelection:
     def iou(self, other: "RowSelection") -> Tensor:
         """float ``[B]``: kept by both over kept by one of them; 1 for a row of which neither keeps anything."""
         ours, theirs = self.mask(), other.mask()
-        both, either = (_sums(m.double(), self.source) for m in (ours & theirs, ours | theirs))
+        both, either = (row_sums(m.double(), self.source) for m in (ours & theirs, ours | theirs))
         return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
     def recall(self, weights: Tensor) -> Tensor:
         """float ``[B]``: the share of the ``weights`` ``[S]``, at least 0, that is kept; 1 for a row that has none."""
-        kept, whole = _sums(weights.double() * self.mask(), self.source), _sums(weights.double(), self.source)
+        kept, whole = row_sums(weights.double() * self.mask(), self.source), row_sums(weights.double(), self.source)
         return torch.where(whole > 0, kept / whole.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
 
     def broadcast(self) -> "BlockSelection":
@@ -182,8 +184,3 @@ def _merge_of(selection: RowSelection) -> Merge:
     into = torch.full((selection.size,), -1, device=selection.index.device)
     into[selection.index] = torch.arange(len(selection.index), device=into.device)
     return Merge(into, (into >= 0).double())
-
-
-def _sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """The sum of each row, ``[B]``."""
-    return values.new_zeros(len(offsets) - 1).index_add(0, row_of(offsets), values)

@@ -138,10 +138,11 @@ class MMR(Selector):
     def _begin(self, vectors: Tensor, kept: Tensor) -> Tensor:
         nearest = self.config.similarity == "nearest"
         similarity = vectors.new_full(kept.shape, -1.0 if nearest else 0.0)
-        for column in kept.any(0).nonzero()[:, 0].tolist():
-            taken = torch.full((len(kept), 1), column, device=kept.device)
-            similarity = self._with(similarity, vectors, taken, kept[:, column : column + 1])
-        return similarity
+        most = int(kept.sum(1).max()) if kept.numel() else 0
+        if not most:
+            return similarity
+        taken = kept.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
+        return self._with(similarity, vectors, taken, kept.gather(1, taken))
 
     def _with(self, similarity: Tensor, vectors: Tensor, taken: Tensor, valid: Tensor) -> Tensor:
         """The similarity of each unit with what is kept, after ``taken`` int64 ``[B, P]`` were kept too."""
@@ -295,11 +296,12 @@ def top_recent(scores: Tensor, k: int) -> BlockSelection:
     if k == 0 or not scores.numel():
         index = torch.zeros(*scores.shape[:-1], k, dtype=torch.int32, device=scores.device)
         return BlockSelection(index, torch.zeros_like(index, dtype=torch.bool))
-    found = scores.topk(k, sorted=False)
-    lowest = found.values.amin(-1, keepdim=True)
-    equal, wanted = scores == lowest, (found.values == lowest).sum(-1, keepdim=True)
-    if not bool(((equal.sum(-1, keepdim=True) > wanted) & (lowest > -torch.inf)).any()):
-        return BlockSelection(found.indices.int(), found.values > -torch.inf).sorted()
+    found = scores.topk(min(k + 1, scores.shape[-1]))
+    values, index = found.values[..., :k], found.indices[..., :k]
+    lowest = values[..., -1:]
+    if k == scores.shape[-1] or not bool(((found.values[..., k:] == lowest) & (lowest > -torch.inf)).any()):
+        return BlockSelection(index.int(), values > -torch.inf).sorted()
+    equal, wanted = scores == lowest, (values == lowest).sum(-1, keepdim=True)
     from_right = equal.flip(-1).cumsum(-1).flip(-1)
     kept = (scores > lowest) | (equal & (from_right <= wanted) & (scores > -torch.inf))
     place = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)

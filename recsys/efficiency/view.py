@@ -87,11 +87,37 @@ class TokenView:
         return TokenView(group_means(self.values, unit, count), offsets, self.positions[begins], None, protected, self.context), unit
 
 
+def group_sums(values: Tensor, group: Tensor, count: int) -> Tensor:
+    """Sums ``[count, …]`` of the ``values`` ``[S, …]`` of each group, in single precision at least: a long sum in bf16 stands still."""
+    wide = values if not values.is_floating_point() else values.to(torch.promote_types(values.dtype, torch.float32))
+    return wide.new_zeros(count, *values.shape[1:]).index_add(0, group, wide)
+
+
 def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
     """Means ``[count, …]`` of the ``values`` ``[S, …]`` of each group; zero for a group without any."""
-    total = values.new_zeros(count, *values.shape[1:]).index_add(0, group, values)
-    sizes = torch.bincount(group, minlength=count).clamp(min=1).to(values.dtype)
-    return total / sizes.view(-1, *[1] * (values.dim() - 1))
+    sizes = torch.bincount(group, minlength=count).clamp(min=1)
+    return (group_sums(values, group, count) / sizes.view(-1, *[1] * (values.dim() - 1))).to(values.dtype)
+
+
+def row_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums ``[B, …]`` of each row, as `group_sums` makes them."""
+    return group_sums(values, row_of(offsets), len(offsets) - 1)
+
+
+def free_tokens(view: "TokenView") -> Tensor:
+    """bool ``[S]``: the tokens that may be dropped: those of groups of which no token is protected."""
+    units, unit = view.units()
+    if units.protected is None:
+        return torch.ones(len(view.values), dtype=torch.bool, device=view.offsets.device)
+    return ~units.protected[unit]
+
+
+def free_units(view: "TokenView") -> Tensor:
+    """int64 ``[B]``: the unprotected units of each row, see `TokenView.units`."""
+    units, _ = view.units()
+    if units.protected is None:
+        return units.lengths
+    return row_sums((~units.protected).long(), units.offsets)
 
 
 def offsets_of(lengths_b: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
 from recsys.efficiency.history import HistoryPruning
 from recsys.retrieval.code_table import CodeTable
-from recsys.retrieval.efficiency import RetrieverEfficiency, pruned_history
+from recsys.retrieval.efficiency import RetrieverEfficiency, placed, pruned_history
 from recsys.retrieval.items import ItemTable
+from recsys.retrieval.padding import require_known_rows
 from recsys.retrieval.state import EncoderMemory, SlotLogProbs, SlotVectors
 
 
@@ -74,7 +75,9 @@ class Retriever(nn.Module, ABC):
             if getattr(config, part) is not None and part not in self.carries:
                 carried = ", ".join(sorted(("history", *self.carries)))
                 raise ConfigError(f"efficiency: {part}: {type(self).__name__} cannot carry it, it carries {carried} only")
-        self.pruning = None if config.history is None else HistoryPruning(config.history)
+        if config.history is not None and type(config.history) is not HistoryPruning.Config:
+            raise ConfigError(f"efficiency: history: expected a HistoryPruning.Config, got a {type(config.history).__qualname__}")
+        self.pruning = None if config.history is None else placed(HistoryPruning(config.history), self)
         self.carry(config)
 
     def carry(self, config: RetrieverEfficiency) -> None:
@@ -86,8 +89,15 @@ class Retriever(nn.Module, ABC):
         return self.max_length if self.pruning is None else self.pruning.config.reach
 
     def pruned(self, batch: SequenceBatch) -> SequenceBatch:
-        """The events that a state is made of: the whole histories, or what `take_efficiency` leaves of them."""
-        return batch if self.pruning is None else pruned_history(self.pruning, batch, self.event_vectors(batch.items))
+        """The events that a state is made of: the whole histories, or what `take_efficiency` leaves of them.
+
+        Raises:
+            CannotScoreNewItems: a row that the model does not know.
+        """
+        if self.pruning is None:
+            return batch
+        require_known_rows(batch, len(self.scorable))
+        return pruned_history(self.pruning, batch, self.event_vectors(batch.items))
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and buffers, by which an index knows what its content came from."""

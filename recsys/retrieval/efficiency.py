@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a retriever can be told to save: the recipe's key ``efficiency`` of a retriever."""
 
+from typing import TypeVar
+
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys.core.components import component_config
 from recsys.core.config import Config as BaseConfig
@@ -38,6 +40,15 @@ class RetrieverEfficiency(BaseConfig):
     attention: component_config("sparse_attention", optional=True) = None  # type: ignore[valid-type]
     schedule: PruneSchedule.Config | None = None
     drafts: DraftConfig | None = None
+
+
+P = TypeVar("P", bound=nn.Module)
+
+
+def placed(part: P, model: nn.Module) -> P:
+    """A part that a model takes, on the model's device, in its precision and mode."""
+    like = next(model.parameters(), None)
+    return (part if like is None else part.to(device=like.device, dtype=like.dtype)).train(model.training)
 
 
 def pruned_history(pruning: HistoryPruning, batch: SequenceBatch, vectors: Tensor) -> SequenceBatch:

@@ -57,12 +57,12 @@ class IdRetriever(VectorRetriever):
         self.start = nn.Parameter(torch.randn(config.dim) * config.init_std)
 
     @abstractmethod
-    def sequence(self, x_btd: Tensor) -> Tensor:
-        """``[B, T, d] → [B, T, d]``: the start token and the items; each place sees itself and those before it."""
+    def sequence(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, T, d] → [B, T, d]``: the start token and the items, ``lengths_b`` in all; each place sees itself and those before it."""
 
     def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """``[B, d]``: the last of the ``lengths_b`` states of each row, the start token's among them."""
-        return after_all(self.sequence(x_btd), lengths_b - 1)
+        return after_all(self.sequence(x_btd, lengths_b), lengths_b - 1)
 
     @property
     def scorable(self) -> Tensor:
@@ -76,9 +76,9 @@ class IdRetriever(VectorRetriever):
             DataError: no targets, a row longer than ``max_length``, or a target outside its history.
             CannotScoreNewItems: a row that the catalogue did not have when the model was built.
         """
-        padded, _ = known_histories(batch, self.max_length, self.count)
+        padded, lengths = known_histories(batch, self.max_length, self.count)
         targets, states = training_targets(batch, self.max_length, known=self.warm)
-        hidden_sd = self._states(padded)[states.row, states.position]
+        hidden_sd = self._states(padded, lengths)[states.row, states.position]
         candidates_cd, rank = self._compared(self.item.weight[self.warm]), self.warm.cumsum(0) - 1
         loss = self._cross_entropy(hidden_sd, candidates_cd, rank[targets], states.of_target)
         return loss, {"cross_entropy": loss.detach()}
@@ -118,9 +118,9 @@ class IdRetriever(VectorRetriever):
         evenly = items_cd.new_full((count,), 1.0 / count)
         return sampled_cross_entropy(states_sd, items_cd, targets, of_target, drawn, evenly)
 
-    def _states(self, padded_bl: Tensor) -> Tensor:
-        """``[B, L + 1, d]``: the state after 0, 1, … L events."""
-        return self._compared_state(self.sequence(self._read(padded_bl)))
+    def _states(self, padded_bl: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, L + 1, d]``: the state after 0, 1, … L events, of which each row has ``lengths_b``."""
+        return self._compared_state(self.sequence(self._read(padded_bl), lengths_b + 1))
 
     def _read(self, padded_bl: Tensor) -> Tensor:
         """``[B, L + 1, d]``: the start token and the items."""

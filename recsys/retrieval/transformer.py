@@ -15,7 +15,7 @@ from recsys.efficiency.attention.base import SparseAttention
 from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
 from recsys.efficiency.view import TokenView, held, to_padded
-from recsys.retrieval.efficiency import RetrieverEfficiency
+from recsys.retrieval.efficiency import RetrieverEfficiency, placed
 
 
 class TransformerConfig(Config):
@@ -121,37 +121,46 @@ class CausalTransformer(Transformer):
         """Take another attention, and a schedule for `last`; None for neither.
 
         Raises:
-            ConfigError: the attention needs rotary positions; those here are learned.
+            ConfigError: the attention needs rotary positions, where those here are learned, or is not causal.
         """
         attention = None if config is None or config.attention is None else components.build("sparse_attention", config.attention)
-        if attention is not None and attention.needs_rotary:
-            raise ConfigError(f"efficiency: attention: {config.attention.name!r} needs rotary positions, got learned ones")  # type: ignore[union-attr]
-        self.attention: SparseAttention | None = attention
-        self.schedule: PruneSchedule | None = None if config is None or config.schedule is None else PruneSchedule(config.schedule)
+        if attention is not None and config is not None:
+            name = config.attention.name
+            if attention.needs_rotary:
+                raise ConfigError(f"efficiency: attention: {name!r} needs rotary positions, got learned ones")
+            if not attention.causal:
+                raise ConfigError(f"efficiency: attention: {name!r} as configured lets later events choose what earlier ones read")
+        self.attention: SparseAttention | None = None if attention is None else placed(attention, self)
+        schedule = None if config is None else config.schedule
+        self.schedule: PruneSchedule | None = None if schedule is None else placed(PruneSchedule(schedule), self)
 
-    def forward(self, x_btd: Tensor) -> Tensor:
-        """``[B, T, d]`` to ``[B, T, d]``. Right padding needs no mask: it comes after everything that matters."""
+    def forward(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, T, d]`` to ``[B, T, d]``, of right-padded rows of ``lengths_b`` tokens.
+
+        Fused attention needs no mask for padding, which comes after everything that matters; a form that chooses is told the lengths.
+        """
         x_btd = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
         for block in self._layers():
             query, key, value = block.project(x_btd)
-            x_btd = block.update(x_btd, self._attend(query, key, value))
+            x_btd = block.update(x_btd, self._attend(query, key, value, lengths_b))
         normed: Tensor = self.norm(x_btd)
         return normed
 
     def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """``[B, d]``: the state of the last token of each row, which has ``lengths_b`` of them, at least 1."""
         if self.schedule is None:
-            states: Tensor = self(x_btd)
+            states: Tensor = self(x_btd, lengths_b)
             return states[torch.arange(len(x_btd), device=x_btd.device), lengths_b - 1]
         placed = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
         values, kept = self.schedule([self._probed(block) for block in self._layers()], TokenView.padded(placed, lengths_b))
         normed: Tensor = self.norm(values[kept.offsets[1:] - 1])
         return normed
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, lengths_b: Tensor) -> Tensor:
         if self.attention is None:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        attended: Tensor = self.attention(query, key, value, query_positions=torch.arange(query.shape[2], device=query.device))
+        places = torch.arange(query.shape[2], device=query.device)
+        attended: Tensor = self.attention(query, key, value, query_positions=places, lengths=lengths_b)
         return attended
 
     def _probed(self, block: Block) -> ProbedLayer:
@@ -161,7 +170,7 @@ class CausalTransformer(Transformer):
             x_btd = to_padded(view.values, view.offsets)
             inside, last = held(view.lengths, x_btd.shape[1]), view.lengths - 1
             query, key, value = block.project(x_btd)
-            added = block.out(self._attend(query, key, value).transpose(1, 2).flatten(2))
+            added = block.out(self._attend(query, key, value, view.lengths).transpose(1, 2).flatten(2))
             between = x_btd + added
             read = block.ffn_norm(between)
             hidden = block.ffn[:-1](read)

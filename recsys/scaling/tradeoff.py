@@ -90,7 +90,7 @@ class TradeoffPlan(Config):
 
     data: component_config("scaling_data")  # type: ignore[valid-type]
     rows: int = Field(ge=1)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
     model: component_config("retriever")  # type: ignore[valid-type]
     training: Training
     methods: tuple[Method, ...] = ()
@@ -132,13 +132,13 @@ def study(plan: TradeoffPlan, subject: Retrievers, directory: Path, commit: str,
     lines = Lines(directory / "cells.jsonl")
     wanted = settings(plan)
     for seed in plan.seeds:
-        keys = {setting: _key(plan, subject, setting, seed) for setting in wanted}
+        keys = [(_key(plan, subject, setting, seed), setting) for setting in wanted]
         done = lines.read()
-        if all(key in done for key in keys.values()):
-            yield from (done[key] for key in keys.values())
+        if all(key in done for key, _ in keys):
+            yield from (done[key] for key, _ in keys)
             continue
         measured = _Measured(plan, subject, _trained(plan, subject, seed, directory, progress))
-        for setting, key in keys.items():
+        for key, setting in keys:
             row = done.get(key) or {"key": key, "seed": seed, "commit": commit, **measured(setting)}
             if key not in done:
                 lines.append(row)

@@ -118,6 +118,16 @@ def test_the_figures_are_those_of_the_model_asked_directly(recipe: str, tmp_path
     assert lines[POPULAR, 0.5]["test"]["ndcg@10"] == pytest.approx(found, abs=1e-6)
 
 
+def test_a_method_may_be_a_schedule_inside_the_model(recipe: str, tmp_path: Path) -> None:
+    schedule = {"schedule": {"keep": {0: 0.5}, "scorer": {"name": "transprune", "layers": [0]}, "selector": {"name": "top_k"}}}
+    method = {"label": "inside", "efficiency": schedule, "budget": "schedule.keep.0"}
+    (tmp_path / "inside.yaml").write_text(yaml.safe_dump(content(tmp_path / "data", methods=[method], seeds=[0], budgets=[0.5])))
+    assert main(["efficiency", str(tmp_path / "inside.yaml"), "--home", str(tmp_path / "runs")]) == 0
+    lines = {line["method"]: line for line in lines_of(tmp_path / "runs" / "efficiency" / "tiny")}
+    assert lines["inside"]["cost"]["macs"] != lines["whole"]["cost"]["macs"]
+    assert lines["inside"]["cost"]["events"] == lines["whole"]["cost"]["events"]
+
+
 def test_the_recommendation_is_the_cheapest_that_validation_allows() -> None:
     plan = EfficiencyRecipe.model_construct(methods=(), budgets=(0.5, 0.25), max_loss=0.1)
     quality = {"whole": 0.5, "last": 0.46, "popular": 0.2, "random": 0.46}

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.core.config import Config as BaseConfig
+from recsys.core.errors import ConfigError
 from recsys.efficiency.attend import dense_attend, sparse_attend
 from recsys.efficiency.selection import BlockSelection
 
@@ -26,12 +27,17 @@ class SparseAttentionConfig(BaseConfig):
 class SparseAttention(nn.Module, ABC):
     """Stands in the place of fused attention, after the projections. Registered with ``@register("sparse_attention", name)``.
 
-    Keeping everything is dense attention. No key behind a query has an influence on its result, be it through what was chosen. A row's
-    result does not depend on its batch mates.
+    Keeping everything is dense attention. A row's result does not depend on its batch mates. Where ``causal``, no key behind a query has an
+    influence on its result.
     """
 
     config: SparseAttentionConfig
     needs_rotary: ClassVar[bool] = False  # whether queries and keys must carry rotary positions
+
+    @property
+    def causal(self) -> bool:
+        """Whether nothing behind a query's place has an influence on its result, be it through what was chosen."""
+        return True
 
     def forward(
         self,
@@ -57,7 +63,8 @@ class SparseAttention(nn.Module, ABC):
         Returns:
             ``[B, H, T, e_v]``; zeros for a query that may read nothing.
         """
-        if k.shape[2] <= self.config.min_length:
+        check_positions(query_positions, q, k)
+        if k.shape[2] <= self.config.min_length or not len(q) or not q.shape[2]:
             return dense_attend(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
         attended = self.attend(q, k, v, query_positions, lengths, scale)
         return self.whole_where_short(attended, q, k, v, query_positions, lengths, scale)
@@ -93,6 +100,21 @@ class SelectedAttention(SparseAttention):
         with torch.no_grad():
             selection = self.choose(q, k, query_positions, lengths)
         return sparse_attend(q, k, v, selection, query_positions=query_positions, scale=scale)
+
+
+def check_positions(query_positions: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Hold what `SparseAttention.forward` asks of ``query_positions``.
+
+    Raises:
+        ConfigError: not one for each query, not ascending, or outside of the keys.
+    """
+    if query_positions is None:
+        return
+    if query_positions.shape != (q.shape[2],):
+        raise ConfigError(f"query_positions: expected {q.shape[2]}, one for each query, got {tuple(query_positions.shape)}")
+    outside = bool(((query_positions < 0) | (query_positions >= k.shape[2])).any())
+    if outside or bool((query_positions[1:] < query_positions[:-1]).any()):
+        raise ConfigError(f"query_positions: expected ascending places among the {k.shape[2]} keys, got {query_positions.tolist()}")
 
 
 def allowed_keys(keys: int, last: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys.core.components import register
 from recsys.core.errors import DataError
 from recsys.efficiency.attend import dense_attend
-from recsys.efficiency.attention.base import SelectedAttention, SparseAttentionConfig
+from recsys.efficiency.attention.base import SelectedAttention, SparseAttentionConfig, check_positions
 from recsys.efficiency.attention.blocks import QueryBlocks, attend_segments, scored_slices
 from recsys.efficiency.attention.boundaries import BoundaryPredictor
 from recsys.efficiency.selection import BlockSelection
@@ -133,6 +133,11 @@ class DHSA(SelectedAttention):
         self.config = config
         self.predictor = None if config.predictor is None else BoundaryPredictor(config.predictor)
 
+    @property
+    def causal(self) -> bool:
+        """See `SparseAttention.causal`."""
+        return self.config.block_query == "first"
+
     def forward(
         self,
         q: Tensor,
@@ -155,7 +160,8 @@ class DHSA(SelectedAttention):
             scale: of the inner products.
             boundaries: where chunks begin, sessions for example; see `Begins`. A row's first token begins one in any case.
         """
-        if k.shape[2] <= self.config.min_length or not q.shape[2]:
+        check_positions(query_positions, q, k)
+        if k.shape[2] <= self.config.min_length or not len(q) or not q.shape[2]:
             return dense_attend(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
         chunks = self.chunks(k, lengths, query_positions is not None, boundaries)
         attended = self._attend(q, k, v, query_positions, lengths, scale, chunks)

@@ -51,14 +51,16 @@ class BlockMeans:
     def append(self, keys: Tensor) -> None:
         """Take keys ``[B, G, n, d]`` that come after those seen; what came before is only touched when a block fills, and then as means."""
         if self._means is None or self._open is None:
-            self._means, self._open = (keys.new_zeros(*keys.shape[:2], n, keys.shape[-1]) for n in (0, 1))
+            self._means = keys.new_zeros(*keys.shape[:2], 0, keys.shape[-1])
+            self._open = keys.new_zeros(*keys.shape[:2], 1, keys.shape[-1], dtype=torch.promote_types(keys.dtype, torch.float32))
         filled = self.count % self.size
         place = (filled + torch.arange(keys.shape[2], device=keys.device)) // self.size
         blocks = (filled + keys.shape[2]) // self.size
-        sums = keys.new_zeros(*keys.shape[:2], blocks + 1, keys.shape[-1]).index_add(2, place, keys)
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        sums = wide.new_zeros(*keys.shape[:2], blocks + 1, keys.shape[-1]).index_add(2, place, wide)
         sums[:, :, :1] += self._open
         if blocks:
-            self._means = torch.cat((self._means, sums[:, :, :blocks] / self.size), 2)
+            self._means = torch.cat((self._means, (sums[:, :, :blocks] / self.size).to(keys.dtype)), 2)
         self._open = sums[:, :, blocks:]
         self.count += keys.shape[2]
 

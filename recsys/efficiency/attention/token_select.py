@@ -83,6 +83,7 @@ class _Chunk:
         end: int64 ``[B]``, where what stands before the chunk ends; the keys from there to the last query are the chunk's own.
         own: int64 ``[W]``, places of the chunk's own keys.
         length: int64 ``[B]``, keys of each row.
+        queries: of the whole call.
     """
 
     part: slice
@@ -90,6 +91,7 @@ class _Chunk:
     end: Tensor
     own: Tensor
     length: Tensor
+    queries: int
 
 
 @register("sparse_attention", "token_select")
@@ -142,6 +144,11 @@ class TokenSelectAttention(SelectedAttention):
         if config.smoothing % 2 == 0:
             raise ConfigError(f"sparse_attention 'token_select': smoothing: expected an odd number, got {config.smoothing}")
         self.config: TokenSelectAttention.Config = config
+
+    @property
+    def causal(self) -> bool:
+        """See `SparseAttention.causal`."""
+        return self.config.representative == "first"
 
     def forward(
         self,
@@ -257,16 +264,16 @@ class TokenSelectAttention(SelectedAttention):
         for begin in range(0, q.shape[2], self.config.chunk):
             part = slice(begin, min(begin + self.config.chunk, q.shape[2]))
             if query_positions is None:
-                yield _Chunk(part, None, length, length.new_zeros(0), length)
+                yield _Chunk(part, None, length, length.new_zeros(0), length, q.shape[2])
                 continue
             positions = query_positions[part]
             first, last = int(positions[0]), min(int(positions[-1]), k.shape[2] - 1)
-            yield _Chunk(part, positions, length.clamp(max=first), torch.arange(first, last + 1, device=q.device), length)
+            yield _Chunk(part, positions, length.clamp(max=first), torch.arange(first, last + 1, device=q.device), length, q.shape[2])
 
     def _choose(self, q: Tensor, k: Tensor, chunk: _Chunk, keep: int, cache: SelectionCache | None) -> BlockSelection:
         """The keys that a chunk reads, ascending."""
         mean = chunk.positions is None or self.config.representative == "mean"
-        query = q.mean(2) if mean else q[:, :, 0]
+        query = self._mean(q, k, chunk) if mean else q[:, :, 0]
         middle = self._middle(query, k, chunk.end, keep) if cache is None else self._cached(query, k, chunk.end, keep, cache)
         first = torch.arange(min(self.config.initial, k.shape[2]), device=q.device).expand(len(q), -1)
         local = chunk.end[:, None] - self.config.local + torch.arange(self.config.local, device=q.device)
@@ -274,6 +281,17 @@ class TokenSelectAttention(SelectedAttention):
         valid = (first < chunk.end[:, None], middle.valid[:, 0, 0], local >= self.config.initial, own < chunk.length[:, None])
         index = torch.cat((first, middle.index[:, 0, 0], local, own), 1)
         return BlockSelection(index.int()[:, None, None], torch.cat(valid, 1)[:, None, None]).sorted()
+
+    @staticmethod
+    def _mean(q: Tensor, k: Tensor, chunk: _Chunk) -> Tensor:
+        """``[B, H, e]``: the mean of a chunk's queries; those at places that a row does not have are padding, where queries have places."""
+        places = chunk.positions
+        if places is None and chunk.queries == k.shape[2]:
+            places = torch.arange(chunk.part.start, chunk.part.stop, device=q.device)
+        if places is None:
+            return q.mean(2)
+        real = (places < chunk.length[:, None]).to(q.dtype)
+        return torch.einsum("bhce,bc->bhe", q, real) / real.sum(1).clamp(min=1)[:, None, None]
 
     def _middle(self, query: Tensor, k: Tensor, end: Tensor, keep: int) -> BlockSelection:
         """What the heads vote for between the first and the last keys, ``[B, 1, 1, keep]``."""

@@ -76,6 +76,11 @@ class TokenSparseAttention(SparseAttention):
         self.config = config
         self.inner: SparseAttention | None = None if config.inner is None else components.build("sparse_attention", config.inner)
 
+    @property
+    def causal(self) -> bool:
+        """See `SparseAttention.causal`: the last window chooses for all places before it."""
+        return False
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
     ) -> Tensor:

@@ -77,7 +77,7 @@ def beam(tree: PrefixTree, width: int, length: int, allowed: Allowed | None = No
         prefixes = [[*prefixes[beam_], token] for beam_, token in steps]
         if level + 1 < length:
             nodes = tree.children([(nodes[beam_], token) for beam_, token in steps])
-    return Beams(torch.tensor(prefixes), scores)
+    return Beams(torch.tensor(prefixes, device=scores.device), scores)
 
 
 def _masked(scores: Tensor, prefix: Sequence[int], allowed: Allowed | None) -> Tensor:

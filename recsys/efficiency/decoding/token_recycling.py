@@ -95,7 +95,8 @@ class AdjacencyDraft:
 
     def observe(self, depths: Tensor, tokens: Tensor, logits: Tensor) -> None:
         """See `DraftSource.observe`."""
-        successors = logits.topk(self.matrix.shape[2]).indices.int()
+        found = logits.topk(self.matrix.shape[2])
+        successors = found.indices.masked_fill(found.values == -torch.inf, -1).int()  # what cannot follow is no successor
         levels, rows = self._places(depths, tokens)
         _, key = torch.unique(levels * self.matrix.shape[1] + rows, return_inverse=True)
         number = torch.arange(len(key), device=key.device)

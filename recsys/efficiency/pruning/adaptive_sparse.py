@@ -16,7 +16,7 @@ from recsys.core.errors import ConfigError, DataError
 from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.scoring import TokenScorer, probe_of, row_softmax
 from recsys.efficiency.selection import RowSelection
-from recsys.efficiency.view import TokenView, group_means, held, to_padded
+from recsys.efficiency.view import TokenView, free_tokens, group_means, held, row_sums, to_padded
 
 
 def head_weighted(attention: Tensor, outputs: Tensor) -> Tensor:
@@ -284,9 +284,9 @@ class AdaptiveSparseEncoder(nn.Module):
                 stage = self.config.stages.index(number)
                 threshold, scores = self._threshold(stage), _unit_scores(view, cast(Tensor, scores))
                 if fit is not None:
-                    threshold.fit(scores[_free(view)], fit[stage] / before)
+                    threshold.fit(scores[free_tokens(view)], fit[stage] / before)
                     before = fit[stage]
-                selection = RowSelection.of_mask((threshold(scores) > 0) | ~_free(view), view.offsets)
+                selection = RowSelection.of_mask((threshold(scores) > 0) | ~free_tokens(view), view.offsets)
                 view, chosen = selection.view(view), chosen.compose(selection)
             counts.append(view.lengths.to(view.values.dtype))
             context, values, scores = block(context, view.values, view.offsets, None, self._scored(number))
@@ -300,8 +300,8 @@ class AdaptiveSparseEncoder(nn.Module):
         for number, block in enumerate(self.blocks):
             if number in self.config.stages:
                 decided = self._threshold(self.config.stages.index(number))(_unit_scores(view, cast(Tensor, scores)))
-                keep = keep * torch.where(_free(view), decided, torch.ones_like(decided))
-            counts.append(keep.new_zeros(len(view)).index_add(0, view.rows, keep))
+                keep = keep * torch.where(free_tokens(view), decided, torch.ones_like(decided))
+            counts.append(row_sums(keep, view.offsets))
             context, values, scores = block(context, values, view.offsets, keep, self._scored(number), self.config.eps)
         selection = RowSelection.of_mask(keep.detach() > 0.5, view.offsets)
         costs = self._costs(torch.stack(counts), view, context.shape[1])
@@ -353,11 +353,3 @@ def _unit_scores(view: TokenView, scores: Tensor) -> Tensor:
     units, unit = view.units()
     means: Tensor = group_means(scores, unit, len(units.values))[unit]
     return means
-
-
-def _free(view: TokenView) -> Tensor:
-    """bool ``[S]``: tokens that may be dropped."""
-    units, unit = view.units()
-    if units.protected is None:
-        return torch.ones(len(view.values), dtype=torch.bool, device=view.offsets.device)
-    return ~units.protected[unit]

@@ -282,7 +282,7 @@ class PolicyStep:
         loss: of the last pass.
         rewards: float ``[R, B]``, of all rollouts of all passes.
         used: bool ``[B]``, the rows that taught something: not empty, and not solved without a token.
-        evaluations: rows that the frozen model was run for.
+        evaluations: rows that were tried, and those that were run for nothing but to see whether they are solved without a history.
     """
 
     loss: float

@@ -106,7 +106,7 @@ class CoreMatching(TokenScorer):
         """Whole numbers from 0 to the number of core neurons."""
         hidden, frequency = self._measured(view, probe)
         core = sentence_core(frequency, self.config.beta) & (frequency > 0)
-        return match_score(hidden > 0, core, view.offsets).to(view.values.dtype)
+        return match_score(hidden > 0, core, view.offsets).to(torch.promote_types(view.values.dtype, torch.float32))
 
     def core(self, view: TokenView, probe: LayerProbe) -> Tensor:
         """bool ``[B, F]``: each row's core neurons, all rows the same number, for `slice_ffn`."""

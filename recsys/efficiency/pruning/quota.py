@@ -17,7 +17,7 @@ from recsys.efficiency.budget import allocate, keep_counts
 from recsys.efficiency.scoring import ContextSimilarity, Recency, TokenScorer
 from recsys.efficiency.selection import Merge, RowSelection
 from recsys.efficiency.selectors import Selector, TopK, needed, ranks
-from recsys.efficiency.view import TokenView, group_means, offsets_of, row_of
+from recsys.efficiency.view import TokenView, free_units, group_means, offsets_of, row_of
 
 Relevance: TypeAlias = Callable[[TokenView], Tensor]
 """From the sessions, each a token: the mean of its events, with the row's context, to float ``[G]``, at least 0, such as a chance."""
@@ -100,7 +100,7 @@ class QuotaAllocator(nn.Module):
         """int64 ``[G]``: how many units each session keeps besides its protected ones; for arguments and errors see `forward`."""
         each = self._each_session(view, sessions)
         judged, _ = replace(view, groups=sessions).units()
-        caps = _free_units(each)
+        caps = free_units(each)
         if self.config.cap is not None:
             caps = caps.clamp(max=self.config.cap)
         totals = keep_counts(view, share=self.config.share, count=self.config.events)
@@ -216,10 +216,3 @@ def merged(view: TokenView, each: TokenView, quota: Tensor) -> RowSelection:
     weights = protected.to(view.values.dtype)
     weights[place] = 1 / sizes[number].to(weights.dtype)
     return replace(selection, merge=Merge(into, weights))
-
-
-def _free_units(view: TokenView) -> Tensor:
-    """int64 ``[B]``: the unprotected units of each row."""
-    units, _ = view.units()
-    free = torch.ones(len(units.values), dtype=torch.bool, device=units.offsets.device) if units.protected is None else ~units.protected
-    return torch.zeros(len(units), dtype=torch.long, device=free.device).index_add(0, units.rows, free.long())

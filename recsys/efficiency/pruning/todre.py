@@ -12,11 +12,11 @@ from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.efficiency.history import HistoryPruning
 from recsys.efficiency.probe import LayerProbe
-from recsys.efficiency.pruning.transprune import context_attention, prunable
+from recsys.efficiency.pruning.transprune import context_attention
 from recsys.efficiency.scoring import Random
 from recsys.efficiency.selection import RowSelection
 from recsys.efficiency.selectors import MMR
-from recsys.efficiency.view import TokenView, held, to_padded
+from recsys.efficiency.view import TokenView, free_tokens, held, row_sums, to_padded
 
 
 class DiverseRetention(HistoryPruning):
@@ -77,8 +77,8 @@ class InformationMigration:
 
     def share(self, view: TokenView, probe: LayerProbe) -> Tensor:
         """``α_{t→v}`` of each row, ``[B]``; 0 for a row without prunable tokens."""
-        attention = torch.where(prunable(view), context_attention(view, probe, "stop_test 'todre'"), 0.0)
-        return attention.new_zeros(len(view)).index_add(0, view.rows, attention)
+        attention = torch.where(free_tokens(view), context_attention(view, probe, "stop_test 'todre'"), 0.0)
+        return row_sums(attention, view.offsets)
 
 
 def late_layer(depth: int) -> int:

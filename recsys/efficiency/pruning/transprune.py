@@ -14,7 +14,7 @@ from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.scoring import TokenScorer, probe_of
-from recsys.efficiency.view import TokenView, held, row_of, to_padded
+from recsys.efficiency.view import TokenView, free_tokens, held, row_sums, to_padded
 
 _SHARES = ((7, 0.875), (9, 0.625), (12, 0.125))  # of 32 layers: after so many, the share of the original tokens that goes on
 _DEPTH = 32
@@ -72,7 +72,7 @@ class TransPrune(TokenScorer):
             ConfigError: there is no probe, no layer so far was one of ``layers``, or the probe lacks the context's queries or the keys.
         """
         probe = probe_of(probe, "token_scorer 'transprune'")
-        free, alpha, total = prunable(view), self.config.alpha, view.values.new_zeros(len(view.values))
+        free, alpha, total = free_tokens(view), self.config.alpha, view.values.new_zeros(len(view.values))
         if alpha > 0:
             if probe.carried is None:
                 raise ConfigError(
@@ -94,7 +94,7 @@ def transition_variation(u: Tensor, o: Tensor, view: TokenView, *, signed: bool 
         view: the tokens.
         signed: whether a turn by more than a right angle counts as more change.
     """
-    free, before = prunable(view), u.norm(dim=-1)
+    free, before = free_tokens(view), u.norm(dim=-1)
     cosine = nn.functional.cosine_similarity(o, u, dim=-1, eps=torch.finfo(u.dtype).tiny)
     direction = 1 - (cosine if signed else cosine.abs())
     magnitude = torch.where(before > 0, o.norm(dim=-1) / torch.where(before > 0, before, 1.0), 0.0)
@@ -128,19 +128,11 @@ def context_attention(view: TokenView, probe: LayerProbe, who: str) -> Tensor:
     return weights.mean((1, 2))[inside]
 
 
-def prunable(view: TokenView) -> Tensor:
-    """bool ``[S]``: the tokens that may be dropped: those of groups of which no token is protected."""
-    units, unit = view.units()
-    if units.protected is None:
-        return torch.ones(len(view.values), dtype=torch.bool, device=view.offsets.device)
-    return ~units.protected[unit]
-
-
 def _shared(values: Tensor, free: Tensor, view: TokenView) -> Tensor:
     """Values over their row's sum among the free tokens; 0 for the other tokens, and in a row whose sum is 0."""
-    rows, values = row_of(view.offsets), torch.where(free, values, 0.0)
-    whole = values.new_zeros(len(view)).index_add(0, rows, values)[rows]
-    return values / torch.where(whole > 0, whole, 1.0)
+    values = torch.where(free, values, 0.0)
+    whole = row_sums(values, view.offsets)[view.rows]
+    return (values / torch.where(whole > 0, whole, 1.0)).to(values.dtype)
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def threshold_for_recall(probability: Tensor, label: Tensor, recall: float) -> f
     """
     if not 0.0 < recall <= 1.0:
         raise ConfigError(f"recall: expected above 0 and at most 1, got {recall!r}")
-    thresholds = torch.linspace(0.01, 0.99, 100, dtype=torch.float64)
+    thresholds = torch.linspace(0.01, 0.99, 100, dtype=torch.float64, device=probability.device)
     found = (
         (probability[label].double()[None] >= thresholds[:, None]).double().mean(1) if bool(label.any()) else torch.ones_like(thresholds)
     )

@@ -195,7 +195,13 @@ class DuoStack(nn.Module):
 
 
 def random_routes(
-    tokens: int, layers: int, branches: int, big: float = 0.5, skip: float = 0.0, generator: torch.Generator | None = None
+    tokens: int,
+    layers: int,
+    branches: int,
+    big: float = 0.5,
+    skip: float = 0.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
 ) -> list[Route]:
     """The routes of stage 1, drawn for each token in each layer.
 
@@ -206,13 +212,14 @@ def random_routes(
         big: probability of the big branch.
         skip: probability of skipping, where that is a branch. The paper is silent on it: there is nothing to train in it.
         generator: of the draws.
+        device: of the routes.
 
     Raises:
         ConfigError: the probabilities are not any.
     """
     if big < 0.0 or skip < 0.0 or big + skip > 1.0 or (skip and branches < 3):
         raise ConfigError(f"random_routes: expected probabilities of {branches} branches, got big={big!r} and skip={skip!r}")
-    draw = torch.rand(layers, tokens, generator=generator)
+    draw = torch.rand(layers, tokens, generator=generator, device=device)
     branch = torch.where(draw < big, BIG, torch.where(draw < big + skip, SKIP, SMALL))
     return [Route.of(one, branches) for one in branch]
 

@@ -292,7 +292,7 @@ def routed_beam(
         prefixes = torch.cat((prefixes[parents], (place % extended.shape[2]).reshape(-1, 1)), 1)
         step.follow(parents)
         beams = scores_nw.shape[1]
-    scores = torch.zeros(count, 1) if scores_nw is None else scores_nw
+    scores = torch.zeros(count, 1, device=start.device) if scores_nw is None else scores_nw
     return RoutedBeams(prefixes[:, start.shape[1] :].view(count, beams, levels), scores, step.usage)
 
 

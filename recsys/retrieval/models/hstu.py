@@ -39,7 +39,7 @@ class HSTU(IdRetriever):
         self.layers = nn.ModuleList(HSTULayer(config.dim, config.heads, window, config.dropout) for _ in range(config.blocks))
         self.take_efficiency(config.efficiency)
 
-    def sequence(self, x_btd: Tensor) -> Tensor:
+    def sequence(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """See `IdRetriever.sequence`."""
         x_btd = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
         for layer in self.layers:

@@ -90,9 +90,9 @@ class RPG(CodeRetriever):
             DataError: no targets, a row longer than ``max_length``, or a target outside its history.
             CannotScoreNewItems: a row without codes.
         """
-        padded, _ = known_histories(batch, self.max_length, len(self.tokens))
+        padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
         targets, states = training_targets(batch, self.max_length, known=None)
-        log_probs_ksv = self._log_probs(self._states(padded)[states.row, states.position])
+        log_probs_ksv = self._log_probs(self._states(padded, lengths)[states.row, states.position])
         wanted_km = (self.tokens[targets] - self._first).T
         taken = log_probs_ksv[torch.arange(self.slots, device=targets.device)[:, None], states.of_target, wanted_km]
         loss = -taken.mean() if taken.numel() else log_probs_ksv.sum() * 0.0
@@ -116,9 +116,9 @@ class RPG(CodeRetriever):
         """See `CodeRetriever.tokens_of`."""
         return table.codes + self._first.cpu()
 
-    def _states(self, padded_bl: Tensor) -> Tensor:
-        """``[B, L + 1, d]``: the state after 0, 1, … L events."""
-        states: Tensor = self.transformer(self._read(padded_bl))
+    def _states(self, padded_bl: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, L + 1, d]``: the state after 0, 1, … L events, of which each row has ``lengths_b``."""
+        states: Tensor = self.transformer(self._read(padded_bl), lengths_b + 1)
         return states
 
     def _read(self, padded_bl: Tensor) -> Tensor:

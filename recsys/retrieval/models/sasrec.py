@@ -41,9 +41,9 @@ class SASRec(IdRetriever):
         """See `IdRetriever.last`."""
         return self.transformer.last(x_btd, lengths_b)
 
-    def sequence(self, x_btd: Tensor) -> Tensor:
+    def sequence(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """See `IdRetriever.sequence`."""
-        states: Tensor = self.transformer(x_btd)
+        states: Tensor = self.transformer(x_btd, lengths_b)
         return states
 
     def collaborative_vectors(self) -> Tensor:

@@ -99,24 +99,6 @@ OWN_QUERIES = ("whole", "unordered")  # a row has as many queries as keys; else 
 EXACT = {"atol": 1e-10, "rtol": 0.0}
 
 
-# Tests that fail today, with the reason. Strict: whoever mends one takes it out of here.
-DEFECTS = {
-    ("alone", "token_select", 0, "unordered"): "the mean of a chunk's queries counts padding",
-    ("alone", "token_select", 1, "unordered"): "the mean of a chunk's queries counts padding",
-    **{
-        ("empty", name, form): "a batch without rows is no shape that it takes"
-        for name, form in FORMS
-        if name in ("biformer", "dhsa", "token_sparse")
-    },
-}
-
-
-def marked(test: str, cases: list[Any]) -> list[Any]:
-    """The cases of a test, those with a known defect marked."""
-    known = {case: DEFECTS.get((test, *case)) for case in cases}
-    return [pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason=why) if why else ()) for case, why in known.items()]
-
-
 def config_of(kind: str, name: str, **others: Any) -> Config:
     cls = components.get(kind, name)
     try:
@@ -423,7 +405,7 @@ def test_later_tokens_change_nothing(name: str, form: int, call: str) -> None:
         torch.testing.assert_close(after[:, :, positions <= last], before[:, :, positions <= last], **EXACT)
 
 
-@pytest.mark.parametrize(("name", "form", "call"), marked("alone", ASKED))
+@pytest.mark.parametrize(("name", "form", "call"), ASKED)
 def test_a_row_reads_like_alone_whatever_its_batch_mates_and_padding(name: str, form: int, call: str) -> None:
     module, (q, k, v) = attention(name, SPARSE, form), inputs(batch=4)
     lengths = [KEYS, 0, 11, 17]
@@ -510,7 +492,7 @@ def test_what_a_form_cannot_serve_it_refuses(name: str, form: int) -> None:
         attention(name, SPARSE, form)(queries, k, v, query_positions=positions)
 
 
-@pytest.mark.parametrize(("name", "form"), marked("empty", FORMS))
+@pytest.mark.parametrize(("name", "form"), FORMS)
 def test_a_batch_or_a_call_may_be_empty(name: str, form: int) -> None:
     module, (q, k, v) = attention(name, SPARSE, form), inputs()
     for queries, keys, values in ((q[:0], k[:0], v[:0]), (q[:, :, :0], k, v)):

@@ -85,3 +85,16 @@ def test_a_table_scores_what_the_tokens_are() -> None:
 def test_budgets_out_of_range_are_refused(config: dict[str, object], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         pruning(**config)
+
+
+def test_what_is_short_stays_whole_whatever_the_selector_would_keep() -> None:
+    threshold = {"name": "threshold", "threshold": 1e9}
+    assert pruning(share=0.5, min_length=7, selector=threshold)(view_of()).lengths.tolist() == [7, 0, 1, 2]
+    assert pruning(events=20, selector=threshold)(view_of()).lengths.tolist() == LENGTHS.tolist()
+
+
+def test_only_the_last_events_within_reach_are_looked_at() -> None:
+    kept = pruning(share=0.5, reach=6, scorer={"name": "norm"})(view_of())
+    assert kept.lengths.tolist() == [3, 0, 1, 3]
+    assert min(kept.index[4:].tolist()) >= 22
+    assert kept.size == 28

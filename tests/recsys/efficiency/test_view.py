@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from recsys.core.errors import DataError
-from recsys.efficiency.view import TokenView, group_means, held, offsets_of, row_of, to_padded
+from recsys.efficiency.view import TokenView, group_means, group_sums, held, offsets_of, row_of, row_sums, to_padded
 
 LENGTHS = torch.tensor([3, 0, 5, 1, 0])
 
@@ -147,3 +147,10 @@ def test_a_width_below_the_longest_row_does_not_shift_rows():
 def test_rows_of_offsets():
     assert row_of(torch.tensor([0, 0, 2, 2, 3])).tolist() == [1, 1, 3]
     assert offsets_of(torch.tensor([0, 2, 0, 1])).tolist() == [0, 0, 2, 2, 3]
+
+
+def test_long_sums_in_half_precision_do_not_stand_still() -> None:
+    ones, group = torch.ones(1000, dtype=torch.bfloat16), torch.zeros(1000, dtype=torch.long)
+    assert float(group_means(ones, group, 1)) == 1.0
+    assert float(row_sums(ones, torch.tensor([0, 1000]))) == 1000.0
+    assert group_sums(torch.ones(3, dtype=torch.long), torch.tensor([0, 0, 1]), 2).tolist() == [2, 1]

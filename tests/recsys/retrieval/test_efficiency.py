@@ -10,9 +10,10 @@ import torch
 
 from recsys.core.components import get
 from recsys.core.config import validate
-from recsys.core.errors import ConfigError
+from recsys.core.errors import CannotScoreNewItems, ConfigError
 from recsys.data.batch import SequenceBatch
 from recsys.efficiency.cost import Cost
+from recsys.efficiency.pruning import IDPruner
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.catalogue import BeamIndex, Catalogue
 from recsys.retrieval.efficiency import RetrieverEfficiency
@@ -71,7 +72,7 @@ def test_it_can_be_told_anew_and_taken_back(name: str) -> None:
 def test_a_model_without_vectors_of_events_says_so() -> None:
     class Plain(Retriever):
         loss = encode = None  # type: ignore[assignment]
-        scorable = None  # type: ignore[assignment]
+        scorable = torch.ones(60, dtype=torch.bool)  # type: ignore[assignment]
 
     model = Plain()
     model.take_efficiency(validate(RetrieverEfficiency, PRUNING))
@@ -154,3 +155,38 @@ def test_drafts_by_recipe_change_no_list() -> None:
     for rows, scores in lists[1:]:
         np.testing.assert_array_equal(rows, lists[0][0])
         np.testing.assert_allclose(scores, lists[0][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["attention", "schedule"])
+@torch.no_grad()
+def test_a_state_does_not_depend_on_batch_mates(part: str) -> None:
+    few = {"attention": {"name": "dsa", "keep": 3, "min_length": 4}, "schedule": {"keep": {0: 0.5}, **TOP}}
+    model = build("sasrec", max_length=30, efficiency={part: few[part]})
+    together = state_of(model, batch_of([LONG[2], list(range(25))]))
+    torch.testing.assert_close(together[:1], state_of(model, batch_of([LONG[2]])))
+
+
+def test_what_lets_later_events_choose_is_refused() -> None:
+    for config in ({"name": "token_sparse"}, {"name": "token_select", "representative": "mean"}):
+        with pytest.raises(ConfigError, match="lets later events choose what earlier ones read"):
+            build("sasrec", efficiency={"attention": config})
+
+
+def test_parts_are_on_the_models_side_and_in_its_mode() -> None:
+    model = build("sasrec").double()
+    policy = {"scorer": {"name": "cacovid", "dim": 16}, "selector": {"name": "top_k"}, "events": 4}
+    model.take_efficiency(validate(RetrieverEfficiency, {"history": policy}))
+    assert model.pruning is not None and not model.pruning.training
+    assert {p.dtype for p in model.pruning.parameters()} == {torch.float64}
+    assert model.encode(batch_of(LONG)).values.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_unknown_items_are_named_before_anything_is_judged(name: str) -> None:
+    with pytest.raises(CannotScoreNewItems, match="items: row 99"):
+        build(name, efficiency=PRUNING).encode(batch_of([[1, 99]]))
+
+
+def test_a_pruner_of_another_kind_is_not_silently_another_one() -> None:
+    with pytest.raises(ConfigError, match=r"expected a HistoryPruning\.Config, got a IDPruner\.Config"):
+        build("sasrec").take_efficiency(RetrieverEfficiency(history=IDPruner.Config(share=0.5)))

@@ -21,7 +21,7 @@ def slot_log_probs(model: RPG, history: list[int]) -> torch.Tensor:
     """``[K, V]`` after a history, slot by slot with plain cosines."""
     items = torch.stack([torch.stack([model.embedding[k, model.table.codes[i, k]] for k in range(3)]).mean(0) for i in history] or [])
     inputs = torch.cat((model.start[None], items)) if history else model.start[None]
-    state = model.transformer(inputs[None])[0, -1]
+    state = model.transformer(inputs[None], torch.tensor([len(inputs)]))[0, -1]
     rows = []
     for k in range(3):
         head = state + F.silu(state @ model.head.inner[k]) @ model.head.outer[k]
@@ -60,7 +60,9 @@ def test_inner_products_of_concatenated_embeddings_rank_the_same() -> None:
     rows, scores = GatherIndex.over(GatherIndex.Config(), model, view).search(model.encode(batch_of(HISTORIES)), N, view)
     unit = F.normalize(model.embedding, dim=-1)
     vectors = torch.cat([unit[k, model.table.codes[:, k]] for k in range(3)], 1)
-    states = torch.stack([model._states(torch.tensor([h], dtype=torch.int64).view(1, -1))[0, -1] for h in HISTORIES])
+    states = torch.stack(
+        [model._states(torch.tensor([h], dtype=torch.int64).view(1, -1), torch.tensor([len(h)]))[0, -1] for h in HISTORIES]
+    )
     queries = F.normalize(model.head(states), dim=-1).transpose(0, 1) / model.config.tau / 3
     index = DenseIndex.build(DenseIndex.Config(), vectors, view, content_hash="m")
     _, products = index.search(SlotVectors(queries), N, view)

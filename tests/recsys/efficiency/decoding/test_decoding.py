@@ -235,3 +235,9 @@ def test_bad_input_is_named() -> None:
         PrefixTree(ToyNodes(toy, CONTEXT), V, depth=0)
     with pytest.raises(ConfigError, match="nodes"):
         TrieDraft(lambda prefix: [], nodes=0)
+
+
+def test_what_cannot_follow_is_not_drafted() -> None:
+    draft = AdjacencyDraft(5, successors=4, level_sizes=(4,))
+    draft.observe(torch.tensor([1]), torch.tensor([2]), torch.tensor([[0.5, -torch.inf, -torch.inf, 1.0, -torch.inf]]))
+    assert draft.propose([2], 1).tokens == [3, 0]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from recsys.core import components
 from recsys.core.errors import ConfigError
 from recsys.efficiency.probe import LayerProbe
-from recsys.efficiency.pruning.transprune import TransPrune, context_attention, plan, prunable, transition_variation
+from recsys.efficiency.pruning.transprune import TransPrune, context_attention, plan, transition_variation
 from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
-from recsys.efficiency.view import TokenView, offsets_of
+from recsys.efficiency.view import TokenView, free_tokens, offsets_of
 
 LENGTHS, DIM, HEADS, MANY = [6, 0, 9, 1], 8, 2, 3
 
@@ -180,8 +180,8 @@ def test_protected_tokens_take_no_part():
 
 def test_a_group_with_a_protected_token_is_not_prunable():
     groups = torch.tensor([0, 0, 1, 1, 2, 2, 0, 0, 0, 1, 1, 1, 2, 2, 2, 0])
-    assert prunable(view(protected=LAST, groups=groups)).tolist() == [True] * 4 + [False] * 2 + [True] * 6 + [False] * 3 + [True]
-    assert bool(prunable(view()).all())
+    assert free_tokens(view(protected=LAST, groups=groups)).tolist() == [True] * 4 + [False] * 2 + [True] * 6 + [False] * 3 + [True]
+    assert bool(free_tokens(view()).all())
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
