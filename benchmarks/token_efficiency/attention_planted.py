@@ -65,9 +65,11 @@ def skewed(length: int, heads: int, width: int, deviation: float, run: int = 16,
 def rotated(x: Tensor, base: float = 500_000.0, first: int = 0) -> Tensor:
     """``[…, N, e]`` with rotary positions from ``first`` on, columns i and i + e/2 as pairs."""
     half = x.shape[-1] // 2
-    angle = (first + torch.arange(x.shape[-2]))[:, None] * base ** (-torch.arange(half) / half)
+    place, frequency = first + torch.arange(x.shape[-2]), base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = place[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     near, far = x[..., :half], x[..., half:]
-    return torch.cat((near * angle.cos() - far * angle.sin(), near * angle.sin() + far * angle.cos()), -1)
+    return torch.cat((near * cos - far * sin, near * sin + far * cos), -1)
 
 
 def weights(q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -56,11 +56,17 @@ def needles(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor,
 
 
 class Layer(nn.Module):
-    """Pre-norm causal attention and a ReLU feed-forward network over jagged tokens."""
+    """Pre-norm causal attention and a ReLU feed-forward network over jagged tokens.
 
-    def __init__(self, dim: int, heads: int) -> None:
+    Args:
+        dim: d.
+        heads: of the attention.
+        local: whether a token reads only itself and the event right before it.
+    """
+
+    def __init__(self, dim: int, heads: int, local: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.local = heads, local
         self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.enter, self.leave = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -77,7 +83,12 @@ class Layer(nn.Module):
         """
         normed = self.norm_attention(view.values)
         q, k, v = (to_padded(self._split(x), view.offsets).transpose(1, 2) for x in self.qkv(normed).chunk(3, -1))
-        made = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # what is padded comes after all that matters
+        if self.local:
+            place = to_padded(view.positions, view.offsets)
+            distance = place[:, :, None] - place[:, None]
+            made = F.scaled_dot_product_attention(q, k, v, attn_mask=((distance == 0) | (distance == 1))[:, None])
+        else:
+            made = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # what is padded comes after all that matters
         attended = self.out(made.transpose(1, 2)[held(view.lengths, q.shape[2])].flatten(1))
         middle = view.values + attended
         read = self.norm_ffn(middle)
@@ -102,12 +113,19 @@ class Layer(nn.Module):
 
 
 class Reader(nn.Module):
-    """A causal model whose last token tells which event was planted."""
+    """A causal model whose last token tells which event was planted.
 
-    def __init__(self, sizes: Sizes, depth: int) -> None:
+    Args:
+        sizes: of histories and vectors.
+        depth: layers.
+        local: of the first layers, see `Layer`: only layers after these can carry a far event to the last token, so that dropping the
+            event before them shows.
+    """
+
+    def __init__(self, sizes: Sizes, depth: int, local: int = 0) -> None:
         super().__init__()
         self.items, self.places = nn.Embedding(ITEMS, sizes.dim), nn.Embedding(sizes.length, sizes.dim)
-        self.layers = nn.ModuleList(Layer(sizes.dim, sizes.heads) for _ in range(depth))
+        self.layers = nn.ModuleList(Layer(sizes.dim, sizes.heads, number < local) for number in range(depth))
         self.norm, self.head = nn.LayerNorm(sizes.dim), nn.Linear(sizes.dim, CLASSES)
         nn.init.normal_(self.places.weight, std=0.1)
 
@@ -153,10 +171,10 @@ def _probed(layer: nn.Module, reader: nn.Module | None) -> ProbedLayer:
     return run
 
 
-def trained_reader(seed: int, sizes: Sizes, depth: int) -> Reader:
+def trained_reader(seed: int, sizes: Sizes, depth: int, local: int) -> Reader:
     """A reader that learned from drawn histories."""
     torch.manual_seed(seed)
-    model, generator = Reader(sizes, depth), seeded(seed)
+    model, generator = Reader(sizes, depth, local), seeded(seed)
     fit(model.parameters(), sizes.steps, lambda: model.loss(*needles(sizes.batch, sizes.length, generator)))
     return model.eval()
 
