@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What executed code costs: multiply-adds and gathered bytes, the same on every machine."""
+"""What executed code costs: multiply-adds and gathered bytes, the same in every run of the same kernels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ class Cost:
 
     Attributes:
         macs: multiply-adds of matrix products, convolutions and fused attention, by PyTorch's counter. A causal attention counts the pairs
-            on and below the diagonal, one with a mask all pairs.
+            on and below the diagonal where PyTorch takes its fused kernel for the CPU, one with a mask, or unfused, all pairs.
         gathered_bytes: bytes of the results of gathers: what was copied together from rows that were chosen by index.
         calls: how often a module that was handed to `watch` was called.
     """
