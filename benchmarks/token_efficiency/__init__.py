@@ -5,8 +5,8 @@
 - `pruning`: which tokens go on.
 - `routing`: which computation a token gets, growing and decoding.
 
-Counters are multiply-adds, gathered bytes and forward passes of `recsys.efficiency.cost.Cost`, the same in every run; the checks look at these.
-Wall-clock is measured in alternating pairs and reported.
+Counters are multiply-adds, gathered bytes and forward passes of `recsys.efficiency.cost.Cost`, the same in every run; the checks look at
+these. Wall-clock is measured in alternating pairs and reported.
 """
 
 from collections.abc import Callable
