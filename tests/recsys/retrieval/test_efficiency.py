@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A retriever with ``efficiency: history`` reads what is left of each history, and says the same as if that were the history."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -190,3 +191,21 @@ def test_unknown_items_are_named_before_anything_is_judged(name: str) -> None:
 def test_a_pruner_of_another_kind_is_not_silently_another_one() -> None:
     with pytest.raises(ConfigError, match=r"expected a HistoryPruning\.Config, got a IDPruner\.Config"):
         build("sasrec").take_efficiency(RetrieverEfficiency(history=IDPruner.Config(share=0.5)))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@torch.no_grad()
+def test_configuration_and_weights_rebuild_a_saving_model(name: str) -> None:
+    """As a bundle keeps them: JSON and a state dict."""
+    parts: dict[str, Any] = dict(PRUNING)
+    if name in CAUSAL:
+        parts |= {"attention": {"name": "dsa", "keep": 3, "min_length": 0}, "schedule": {"keep": {0: 0.5}, **TOP}}
+    if name == "tiger":
+        parts |= {"drafts": {"successors": 4, "level_sizes": [4, 8]}}
+    model = build(name, efficiency=parts)
+    config = json.loads(model.config.model_dump_json())
+    torch.manual_seed(5)
+    again = build(name, **{key: value for key, value in config.items() if key != "name"})
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(state_of(again, batch_of(LONG)), state_of(model, batch_of(LONG)), atol=0, rtol=0)
+    assert again.fingerprint() == model.fingerprint()
