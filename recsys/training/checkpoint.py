@@ -262,10 +262,12 @@ def _sync(path: Path) -> None:
 
 
 def _difference(saved: Any, current: Any, path: str = "") -> tuple[str, str, str] | None:
-    """The first dotted key with unequal values, and both values as text."""
+    """The first dotted key with unequal values, and both values as text. Null is as good as no key: an older run knows newer options."""
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             below = f"{path}.{key}" if path else key
+            if saved.get(key) is None and current.get(key) is None:
+                continue
             if key not in saved or key not in current:
                 return below, _text(saved, key), _text(current, key)
             if found := _difference(saved[key], current[key], below):

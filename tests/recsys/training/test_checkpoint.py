@@ -177,6 +177,14 @@ def test_another_run_is_refused_by_the_key_that_differs(tmp_path: Path, run: dic
         Checkpoints(tmp_path, 3, run).latest()
 
 
+def test_an_option_that_came_later_and_is_not_used_is_no_difference(tmp_path: Path) -> None:
+    store(tmp_path).save(1, state(1))
+    found = Checkpoints(tmp_path, 3, {**RUN, "efficiency": None, "trainer": {**RUN["trainer"], "later": None}}).latest()
+    assert found is not None and found.manifest.step == 1
+    with pytest.raises(CheckpointError, match=r"efficiency: .* with no such key, this run has \{\}"):
+        Checkpoints(tmp_path, 3, {**RUN, "efficiency": {}}).latest()
+
+
 def test_what_only_a_pickle_could_hold_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be saved without a pickle"):
         store(tmp_path).save(1, {"model": object()})
