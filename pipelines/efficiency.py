@@ -24,7 +24,7 @@ from recsys.evaluation.figure import INK, svg
 from recsys.scaling.lines import Row
 from recsys.scaling.retrieval_data import RetrievalData
 from recsys.scaling.retrievers import Retrievers
-from recsys.scaling.tradeoff import WHOLE, TradeoffPlan, recommended, settings, study
+from recsys.scaling.tradeoff import BASELINES, WHOLE, TradeoffPlan, recommended, settings, study
 from recsys.training.progress import NoProgress, RichProgress
 
 _COSTS = {"events": "events", "macs": "multiply-adds", "gathered_bytes": "gathered bytes", "ms": "ms"}
@@ -147,7 +147,7 @@ def _csv(lines: Sequence[Line]) -> str:
 
 
 def _picture(lines: Sequence[Line]) -> str:
-    """NDCG@10 on test against multiply-adds and against milliseconds, one curve for each method."""
+    """NDCG@10 on test against multiply-adds and against milliseconds, one curve for each method; baselines are dashed."""
     whole = next(line for line in lines if line.method == WHOLE)
     methods = dict.fromkeys(line.method for line in lines if line.method != WHOLE)
 
@@ -155,9 +155,11 @@ def _picture(lines: Sequence[Line]) -> str:
         for axes, cost in zip(panels, ("macs", "ms"), strict=True):
             axes.axhline(float(np.mean(whole.ndcg)), color=INK, linewidth=0.8, linestyle=":")
             axes.plot(whole.cost[cost], float(np.mean(whole.ndcg)), "o", color=INK, markersize=5, label=WHOLE)
-            for colour, method in zip(cycle(_COLOURS), methods, strict=False):
-                own = sorted((line.cost[cost], float(np.mean(line.ndcg))) for line in lines if line.method == method)
-                axes.plot([x for x, _ in own], [y for _, y in own], marker="o", markersize=3.5, linewidth=1.3, color=colour, label=method)
+            for colour, method in zip(cycle(_COLOURS), [*(m for m in methods if m not in BASELINES), *BASELINES], strict=False):
+                own = sorted((line for line in lines if line.method == method), key=lambda line: line.budget)
+                x, y = [line.cost[cost] for line in own], [float(np.mean(line.ndcg)) for line in own]
+                style = "--" if method in BASELINES else "-"
+                axes.plot(x, y, style, marker="o", markersize=3.5, linewidth=1.3, color=colour, label=method)
             axes.set_xlabel(f"{_COSTS[cost]} for each history")
         panels[0].set_ylabel("NDCG@10")
         panels[-1].legend(loc="lower right", frameon=False, fontsize=7)

@@ -36,7 +36,7 @@ WHOLE, LAST, POPULAR, RANDOM = "whole", "last", "popular", "random"
 _FORMAT = 1  # of a cell; another one makes every cell new
 _DRAWN = 0  # seed of the histories that are timed
 _PLAIN = {"selector": {"name": "top_k"}}
-_BASELINES: Mapping[str, Mapping[str, Any]] = {
+BASELINES: Mapping[str, Mapping[str, Any]] = {
     LAST: {"history": {"scorer": {"name": "recency"}, **_PLAIN}},
     POPULAR: {"history": {"scorer": {"name": "recency"}, **_PLAIN}},  # the scorer is replaced by a table of counts
     RANDOM: {"history": {"scorer": {"name": "random"}, **_PLAIN}},
@@ -115,10 +115,10 @@ def settings(plan: TradeoffPlan) -> list[Setting]:
     Raises:
         ConfigError: a budget is out of range, or two methods have one name.
     """
-    methods = [*plan.methods, *(Method(label=label, efficiency=dict(given)) for label, given in _BASELINES.items())]
+    methods = [*plan.methods, *(Method(label=label, efficiency=dict(given)) for label, given in BASELINES.items())]
     labels = [WHOLE, *(method.label for method in methods)]
     if len(set(labels)) < len(labels):
-        raise ConfigError(f"methods: expected labels that differ from each other and from {', '.join([WHOLE, *_BASELINES])}, got {labels}")
+        raise ConfigError(f"methods: expected labels that differ from each other and from {', '.join([WHOLE, *BASELINES])}, got {labels}")
     found = [Setting(WHOLE, 1.0, None)]
     return found + [Setting(method.label, budget, method.at(budget)) for method in methods for budget in sorted(plan.budgets, reverse=True)]
 
