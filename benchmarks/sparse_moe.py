@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.frame import Check, Result, mean_interval, ratio
+from benchmarks.frame import Check, Result, mean_interval, ratio, threads
 from recsys.core.config import Config, validate
 from recsys.evaluation.metrics.auc import auc
 from recsys.ranking.models import TokenMixerLarge
@@ -42,13 +42,9 @@ BOUNDS = {"train_step": 0.65, "inference": 0.6}
 
 def run(*, quick: bool) -> Result:
     """Run the benchmark."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
+    with threads(THREADS):
         seconds = _seconds(5 if quick else 15)
         return _result(seconds, _quality(rows=40_000 if quick else 300_000, seeds=3 if quick else 5))
-    finally:
-        torch.set_num_threads(before)
 
 
 def _seconds(pairs: int) -> dict[str, dict[str, list[float]]]:

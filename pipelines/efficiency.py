@@ -20,7 +20,7 @@ from recsys.bundle.environment import code_commit
 from recsys.core import components
 from recsys.core.errors import ConfigError
 from recsys.core.files import write_bytes, write_json
-from recsys.evaluation.figure import INK, svg
+from recsys.evaluation.figure import COLOURS, INK, svg
 from recsys.scaling.lines import Row
 from recsys.scaling.retrieval_data import RetrievalData
 from recsys.scaling.retrievers import Retrievers
@@ -28,7 +28,6 @@ from recsys.scaling.tradeoff import BASELINES, WHOLE, TradeoffPlan, recommended,
 from recsys.training.progress import NoProgress, RichProgress
 
 _COSTS = {"events": "events", "macs": "multiply-adds", "gathered_bytes": "gathered bytes", "ms": "ms"}
-_COLOURS = ("#2563eb", "#d97706", "#15803d", "#b91c1c", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 
 
 class EfficiencyRecipe(StudyRecipe, TradeoffPlan):
@@ -155,7 +154,7 @@ def _picture(lines: Sequence[Line]) -> str:
         for axes, cost in zip(panels, ("macs", "ms"), strict=True):
             axes.axhline(float(np.mean(whole.ndcg)), color=INK, linewidth=0.8, linestyle=":")
             axes.plot(whole.cost[cost], float(np.mean(whole.ndcg)), "o", color=INK, markersize=5, label=WHOLE)
-            for colour, method in zip(cycle(_COLOURS), [*(m for m in methods if m not in BASELINES), *BASELINES], strict=False):
+            for colour, method in zip(cycle(COLOURS), [*(m for m in methods if m not in BASELINES), *BASELINES], strict=False):
                 own = sorted((line for line in lines if line.method == method), key=lambda line: line.budget)
                 x, y = [line.cost[cost] for line in own], [float(np.mean(line.ndcg)) for line in own]
                 style = "--" if method in BASELINES else "-"

@@ -10,10 +10,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from benchmarks.catalogue_decoding import gathers, live, sets, tokens
-from benchmarks.frame import Check, Result
+from benchmarks.frame import Check, Result, threads
 
 THREADS = 2
 _PARTS: dict[str, Callable[[bool], tuple[list[dict[str, Any]], list[Check]]]] = {
@@ -26,12 +24,8 @@ _PARTS: dict[str, Callable[[bool], tuple[list[dict[str, Any]], list[Check]]]] = 
 
 def run(*, quick: bool) -> Result:
     """Run the benchmark."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
+    with threads(THREADS):
         found = {name: part(quick) for name, part in _PARTS.items()}
-    finally:
-        torch.set_num_threads(before)
     checks = [check for _, own in found.values() for check in own]
     rows = [{"part": name, "measured": _text(row)} for name, (own, _) in found.items() for row in own]
     return Result("catalogue_decoding", rows, checks, {name: own for name, (own, _) in found.items()})

@@ -12,9 +12,7 @@ these. Wall-clock is measured in alternating pairs and reported.
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from benchmarks.frame import Check, Result
+from benchmarks.frame import Check, Result, threads
 from benchmarks.token_efficiency import attention, indexing, pruning, routing
 from benchmarks.token_efficiency.rows import Row, table
 
@@ -29,11 +27,7 @@ _PARTS: dict[str, Callable[[bool], tuple[list[Row], list[Check]]]] = {
 
 def run(*, quick: bool) -> Result:
     """Run the benchmark."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
+    with threads(THREADS):
         found = {name: part(quick) for name, part in _PARTS.items()}
-    finally:
-        torch.set_num_threads(before)
     rows: list[dict[str, Any]] = [table(row) for own, _ in found.values() for row in own]
     return Result("token_efficiency", rows, [check for _, own in found.values() for check in own])

@@ -45,8 +45,7 @@ def sparse_attend(
     if -(-length // size) != blocks:
         raise ConfigError(f"selection: {length} queries cannot form {blocks} blocks of equal size")
     if groups == heads > key_heads:
-        k, v = (x.repeat_interleave(heads // key_heads, 1) for x in (k, v))
-        key_heads = heads
+        return _by_key_head(q, k, v, selection, size, query_positions, scale)
     keys_bgqke, values_bgqke = (gather_keys(x, selection.index) for x in (k, v))
     q = F.pad(q, (0, 0, 0, blocks * size - length)) if blocks * size > length else q
     queries = q.view(batch, heads, blocks, size, q.shape[-1]).transpose(1, 2).flatten(0, 1)
@@ -60,9 +59,24 @@ def sparse_attend(
     if mask is None:
         attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=key_heads != heads)
     else:
-        attended = _masked(queries, keys, values, mask, scale)
+        attended = masked_attend(queries, keys, values, mask, scale)
     found: Tensor = attended.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
     return found
+
+
+def _by_key_head(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, size: int, query_positions: Tensor | None, scale: float | None
+) -> Tensor:
+    """`sparse_attend` where each query head chooses: those of a key head are further blocks of its queries, so that no key is repeated."""
+    key_heads, length, missing = k.shape[1], q.shape[2], selection.index.shape[2] * size - q.shape[2]
+    queries, index, valid = (
+        x.unflatten(1, (key_heads, -1)).flatten(2, 3) for x in (F.pad(q, (0, 0, 0, missing)), selection.index, selection.valid)
+    )
+    shared = q.shape[1] // key_heads
+    positions = None if query_positions is None else F.pad(query_positions, (0, missing), value=-1).repeat(shared)
+    found = sparse_attend(queries, k, v, BlockSelection(index, valid), query_positions=positions, scale=scale)
+    apart: Tensor = found.unflatten(2, (shared, -1)).flatten(1, 2)[:, :, :length]
+    return apart
 
 
 def gather_keys(x_bhne: Tensor, index_bgqk: Tensor) -> Tensor:
@@ -100,21 +114,36 @@ def dense_attend(
         lengths: int64 ``[B]``, the keys that each right-padded row has; None where all have N.
         scale: see `sparse_attend`.
     """
-    gqa, place = q.shape[1] != k.shape[1], torch.arange(k.shape[2], device=q.device)
-    causal = query_positions is not None and q.shape[2] == k.shape[2] and torch.equal(query_positions, place)
+    causal = (
+        query_positions is not None and q.shape[2] == k.shape[2] and torch.equal(query_positions, torch.arange(k.shape[2], device=q.device))
+    )
     if lengths is None and (causal or query_positions is None):
-        whole: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+        whole: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return whole
-    mask = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
-    if query_positions is not None:
-        mask = mask & (place <= query_positions[:, None])
+    mask = allowed_keys(k.shape[2], query_positions, lengths, q.device)
+    return masked_attend(q, k, v, mask.expand(-1, -1, q.shape[2], -1), scale)
+
+
+def allowed_keys(keys: int, last: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor:
+    """bool ``[B or 1, 1, Q or 1, keys]``: the keys that a row has and that do not stand behind a block's ``last`` readable place.
+
+    Args:
+        keys: N.
+        last: int64 ``[Q]``; None for all.
+        lengths: int64 ``[B]``; None where all rows have N keys.
+        device: of the result.
+    """
+    place = torch.arange(keys, device=device)
+    allowed = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
+    if last is not None:
+        allowed = allowed & (place <= last[None, None, :, None])
     if lengths is not None:
-        mask = mask & (place < lengths[:, None, None, None])
-    return _masked(q, k, v, mask.expand(-1, -1, q.shape[2], -1), scale)
+        allowed = allowed & (place < lengths[:, None, None, None])
+    return allowed
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """Fused attention with zeros for a query that may read nothing, and no NaN in its gradient."""
+def masked_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Fused attention to what a bool mask allows, with zeros for a query that may read nothing, and no NaN in its gradient."""
     none = ~mask.any(-1, keepdim=True)
     attended: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | none, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return attended.masked_fill(none, 0.0)

@@ -68,8 +68,7 @@ class HistoryPruning(nn.Module):
     @torch.no_grad()
     def forward(self, view: TokenView) -> RowSelection:
         """What each history keeps; ``view.groups`` are kept or dropped whole."""
-        ends = view.offsets[1:][view.rows]
-        seen = RowSelection.of_mask(ends - torch.arange(len(ends), device=ends.device) <= self.config.reach, view.offsets)
+        seen = RowSelection.of_mask(view.from_end <= self.config.reach, view.offsets)
         return seen.compose(self._choose(self._judged(seen.view(view))))
 
     def _choose(self, view: TokenView) -> RowSelection:
@@ -80,8 +79,7 @@ class HistoryPruning(nn.Module):
 
     def _judged(self, view: TokenView) -> TokenView:
         """The view with what is protected and, where there is none, a context."""
-        from_end = view.offsets[1:][view.rows] - torch.arange(len(view.values), device=view.offsets.device)
-        recent = from_end <= self.config.recent
+        recent = view.from_end <= self.config.recent
         protected = recent if view.protected is None else recent | view.protected
         context = last_events(view, self.config.context) if view.context is None else view.context
         return replace(view, protected=protected, context=context)

@@ -81,7 +81,7 @@ class PruneSchedule(nn.Module):
         used = [*self.config.keep, *([] if self.config.stop_layer is None else [self.config.stop_layer])]
         if used and max(used) >= len(layers):
             raise ConfigError(f"keep, stop_layer: expected layers of the {len(layers)} that there are, counted from 0, got {max(used)}")
-        view = view if view.protected is not None else replace(view, protected=_last_of_each_row(view))
+        view = view if view.protected is not None else replace(view, protected=view.from_end == 1)
         original, chosen, carried = free_units(view), RowSelection.all(view), None
         for number, layer in enumerate(layers):
             values, probe = layer(view)
@@ -106,9 +106,3 @@ class PruneSchedule(nn.Module):
             stays = stays if selection is None else stays & selection.mask()
             selection = RowSelection.of_mask(stays, view.offsets)
         return selection
-
-
-def _last_of_each_row(view: TokenView) -> Tensor:
-    last = torch.zeros(len(view.values), dtype=torch.bool, device=view.offsets.device)
-    last[view.offsets[1:][view.lengths > 0] - 1] = True
-    return last

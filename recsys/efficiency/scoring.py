@@ -201,12 +201,13 @@ def unit_scaled(scores: Tensor, offsets: Tensor) -> Tensor:
 
 
 def row_extreme(scores: Tensor, offsets: Tensor, kind: str) -> Tensor:
-    """``[B]``: the lowest (``amin``) or highest (``amax``) score of each row; 0 for an empty row."""
-    return scores.new_zeros(len(offsets) - 1).scatter_reduce(0, row_of(offsets), scores, kind, include_self=False)
+    """``[B, …]``: the lowest (``amin``) or highest (``amax``) of each row's scores ``[S, …]``; 0 for an empty row."""
+    rows = row_of(offsets).view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
+    return scores.new_zeros(len(offsets) - 1, *scores.shape[1:]).scatter_reduce(0, rows, scores, kind, include_self=False)
 
 
 def row_softmax(scores: Tensor, offsets: Tensor) -> Tensor:
-    """Softmax of ``[S]`` within each row."""
+    """Softmax of ``[S, …]`` over each row's tokens."""
     rows = row_of(offsets)
     weights = (scores - row_extreme(scores.detach(), offsets, "amax")[rows]).exp()
     return (weights / row_sums(weights, offsets)[rows]).to(scores.dtype)

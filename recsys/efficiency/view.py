@@ -62,6 +62,11 @@ class TokenView:
         """int64 ``[S]``: the row of each token."""
         return row_of(self.offsets)
 
+    @property
+    def from_end(self) -> Tensor:
+        """int64 ``[S]``: 1 for the last token of each row, 2 for the one before it, and so on."""
+        return self.offsets[1:][self.rows] - torch.arange(len(self.values), device=self.offsets.device)
+
     def with_values(self, values: Tensor) -> Self:
         """The same tokens with other vectors ``[S, d']``."""
         return replace(self, values=values)

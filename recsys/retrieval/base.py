@@ -57,7 +57,7 @@ class Retriever(nn.Module, ABC):
         return False
 
     def event_vectors(self, items: Tensor) -> Tensor:
-        """float ``[S, d]``: vectors by which events, int64 ``[S]`` catalogue rows, can be judged and compared.
+        """float ``[S, d]``: vectors by which events, int64 ``[S]`` catalogue rows that the model knows, can be judged and compared.
 
         Raises:
             ConfigError: the model has none, so that its histories cannot be pruned.

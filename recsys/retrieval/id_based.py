@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import VectorRetriever
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import after_all, known_histories, require_known_rows, training_targets
+from recsys.retrieval.padding import after_all, known_histories, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy, sampled_cross_entropy
 from recsys.retrieval.state import SlotVectors
 from recsys.retrieval.transformer import TransformerConfig
@@ -93,12 +93,7 @@ class IdRetriever(VectorRetriever):
         return SlotVectors(self._compared_state(self.last(self._read(padded), lengths + 1))[:, None])
 
     def event_vectors(self, items: Tensor) -> Tensor:
-        """See `Retriever.event_vectors`: the embeddings.
-
-        Raises:
-            CannotScoreNewItems: a row that the catalogue did not have when the model was built.
-        """
-        require_known_rows(SequenceBatch(items, items.new_zeros(1)), self.count)
+        """See `Retriever.event_vectors`: the embeddings."""
         vectors: Tensor = self.item(items)
         return vectors
 

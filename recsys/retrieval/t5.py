@@ -220,7 +220,7 @@ class T5(nn.Module):
     def encode(self, tokens_bs: Tensor, valid_bs: Tensor) -> Tensor:
         """``[B, S, d]`` of tokens int64 ``[B, S]``; each row has at least one valid position."""
         places = torch.arange(tokens_bs.shape[1], device=tokens_bs.device)
-        bias = self.encoder_bias(places, places) + _mask(valid_bs, self.embedding.weight)
+        bias = self.encoder_bias(places, places) + memory_mask(valid_bs, self.embedding.weight)
         x_bsd = self.dropout(self.embedding(tokens_bs))
         for layer in self.encoder:
             x_bsd = layer(x_bsd, bias)
@@ -231,7 +231,7 @@ class T5(nn.Module):
         """``[B, T, d]``: the states from which tokens ``1 … T`` are predicted, given the tokens before them, the first of which is 0."""
         places = torch.arange(tokens_bt.shape[1], device=tokens_bt.device)
         bias = self.decoder_bias(places, places).masked_fill(places[:, None] < places, -torch.inf)
-        mask = _mask(valid_bs, self.embedding.weight)
+        mask = memory_mask(valid_bs, self.embedding.weight)
         x_btd = self.dropout(self.embedding(tokens_bt))
         for layer in self.decoder_layers():
             x_btd = layer(x_btd, bias, layer.cross.memory(memory_bsd), mask)
@@ -284,7 +284,7 @@ class BeamDecoder:
     """
 
     def __init__(self, model: T5, memory_bsd: Tensor, valid_bs: Tensor) -> None:
-        self._model, self._mask = model, _mask(valid_bs, memory_bsd)
+        self._model, self._mask = model, memory_mask(valid_bs, memory_bsd)
         self._memory = [layer.cross.memory(memory_bsd) for layer in model.decoder_layers()]
         self._past: list[tuple[Tensor, Tensor]] = []
         self._length = 0
@@ -308,6 +308,6 @@ class BeamDecoder:
         return out
 
 
-def _mask(valid_bs: Tensor, like: Tensor) -> Tensor:
+def memory_mask(valid_bs: Tensor, like: Tensor) -> Tensor:
     """``[B, 1, 1, S]``: 0 where valid, else -inf."""
     return like.new_zeros(valid_bs.shape).masked_fill_(~valid_bs, -torch.inf)[:, None, None]

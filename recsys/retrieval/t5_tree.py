@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from recsys.retrieval.t5 import T5, attend_one
+from recsys.retrieval.t5 import T5, attend_one, memory_mask
 
 
 class T5Nodes:
@@ -31,20 +31,16 @@ class T5Nodes:
         score: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         self._model, self._token_of, self._score = model, token_of, score
-        self._mask = memory_bsd.new_zeros(valid_bs.shape).masked_fill_(~valid_bs, -torch.inf)[:, None, None]
+        self._mask = memory_mask(valid_bs, memory_bsd)
         self._memory = [layer.cross.memory(memory_bsd) for layer in model.decoder_layers()]
         self._past: list[tuple[Tensor, Tensor]] = []  # of each layer, [nodes, H, e] each
-        self._paths = torch.zeros(0, 1, dtype=torch.long, device=memory_bsd.device)  # [nodes, D]: numbers from the root on
-        self._depths = torch.zeros(0, dtype=torch.long, device=memory_bsd.device)
+        self._paths: list[list[int]] = []  # of each node: the numbers from the root to itself
 
     @torch.no_grad()
     def extend(self, contexts: Tensor, parents: Tensor, tokens: Tensor) -> Tensor:
         """See `NodeScorer.extend`."""
-        device = self._paths.device
-        contexts, parents, tokens = contexts.to(device), parents.to(device), tokens.to(device)
-        first = len(self._depths)
-        self._add(parents)
-        paths, depths = self._paths[first:], self._depths[first:]
+        contexts, tokens = (x.to(self._mask.device) for x in (contexts, tokens))
+        paths, depths = self._add(parents)
         column = _places_within(contexts)
         x_nd, pasts = self._model.embedding(self._token_of(tokens, depths)), []
         for i, layer in enumerate(self._model.decoder_layers()):
@@ -65,21 +61,20 @@ class T5Nodes:
 
     def keep(self, nodes: Tensor) -> None:
         """See `NodeScorer.keep`."""
-        nodes = nodes.to(self._paths.device)
-        new = torch.full((len(self._depths),), -1, device=nodes.device)
-        new[nodes] = torch.arange(len(nodes), device=nodes.device)
+        number = {node: new for new, node in enumerate(nodes.tolist())}
+        self._paths = [[number[one] for one in self._paths[node]] for node in number]
+        nodes = nodes.to(self._mask.device)
         self._past = [(key[nodes], value[nodes]) for key, value in self._past]
-        self._paths, self._depths = new[self._paths[nodes]].clamp(min=0), self._depths[nodes]
 
-    def _add(self, parents: Tensor) -> None:
-        """Paths and depths of new nodes, parents before children."""
-        paths, depths = self._paths.tolist(), self._depths.tolist()
+    def _add(self, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """Paths int64 ``[n, D]``, filled up with 0, and depths int64 ``[n]`` of new nodes, parents before children."""
+        first = len(self._paths)
         for parent in parents.tolist():
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-            paths.append([*(paths[parent][: depths[-1]] if parent >= 0 else []), len(paths)])
-        width = max(map(len, paths))
-        self._paths = torch.tensor([path + [0] * (width - len(path)) for path in paths], device=parents.device)
-        self._depths = torch.tensor(depths, device=parents.device)
+            self._paths.append([*(self._paths[parent] if parent >= 0 else []), len(self._paths)])
+        new, device = self._paths[first:], self._mask.device
+        width = max(map(len, new))
+        paths = torch.tensor([path + [0] * (width - len(path)) for path in new], device=device)
+        return paths, torch.tensor([len(path) - 1 for path in new], device=device)
 
     def _bias(self, depths_n: Tensor, width: int) -> Tensor:
         """``[n, H, 1, D]``: the bias of each node's distance to its ancestors, -inf beyond its own place."""

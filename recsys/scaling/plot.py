@@ -13,12 +13,11 @@ from matplotlib.axes import Axes
 
 from recsys.core.errors import DataError
 from recsys.evaluation.bootstrap import Interval
-from recsys.evaluation.figure import INK, svg
+from recsys.evaluation.figure import COLOURS, INK, svg
 from recsys.scaling.fit import Law, fit_gain, fit_loss
 from recsys.scaling.subject import Measure, Measures
 
 _X = ("params", "flops", "rows")
-_COLOURS = ("#2563eb", "#d97706", "#15803d", "#b91c1c", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def _legend(axes: Sequence[Axes]) -> None:
 def _panel(axis: Axes, found: Sequence[Point], measure: Measure, zero: float, x: str, laws: Fits) -> None:
     axis.set_xscale("log")
     for number, architecture in enumerate(dict.fromkeys(point.architecture for point in found)):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         own = [point for point in found if point.architecture == architecture and measure.key in point.metrics]
         xs = np.array([point.x[x] for point in own])
         values, spread = [p.mean(measure.key) - zero for p in own], [p.spread(measure.key) for p in own]

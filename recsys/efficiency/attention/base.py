@@ -2,7 +2,7 @@
 """What every sparse attention offers to a model."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -48,6 +48,7 @@ class SparseAttention(nn.Module, ABC):
         query_positions: Tensor | None = None,
         lengths: Tensor | None = None,
         scale: float | None = None,
+        **told: Any,
     ) -> Tensor:
         """Attention of T queries to N keys.
 
@@ -59,17 +60,21 @@ class SparseAttention(nn.Module, ABC):
                 every query reads all keys.
             lengths: int64 ``[B]``, the keys that each right-padded row has; None where all have N.
             scale: of the inner products; 1 / √e if None.
+            told: what a form reads besides, by the names that its `attend` has; without effect where attention is dense.
 
         Returns:
             ``[B, H, T, e_v]``; zeros for a query that may read nothing.
+
+        Raises:
+            ConfigError: ``query_positions`` are not one for each query, ascending, among the keys.
         """
-        check_positions(query_positions, q, k)
+        _check_positions(query_positions, q, k)
         if k.shape[2] <= self.config.min_length or not len(q) or not q.shape[2]:
             return dense_attend(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
-        attended = self.attend(q, k, v, query_positions, lengths, scale)
-        return self.whole_where_short(attended, q, k, v, query_positions, lengths, scale)
+        attended = self.attend(q, k, v, query_positions, lengths, scale, **told)
+        return self._whole_where_short(attended, q, k, v, query_positions, lengths, scale)
 
-    def whole_where_short(
+    def _whole_where_short(
         self, attended: Tensor, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
     ) -> Tensor:
         """What was attended to, but for the rows of at most ``min_length`` keys, which are dense whatever their batch mates."""
@@ -102,7 +107,7 @@ class SelectedAttention(SparseAttention):
         return sparse_attend(q, k, v, selection, query_positions=query_positions, scale=scale)
 
 
-def check_positions(query_positions: Tensor | None, q: Tensor, k: Tensor) -> None:
+def _check_positions(query_positions: Tensor | None, q: Tensor, k: Tensor) -> None:
     """Hold what `SparseAttention.forward` asks of ``query_positions``.
 
     Raises:
@@ -115,21 +120,3 @@ def check_positions(query_positions: Tensor | None, q: Tensor, k: Tensor) -> Non
     outside = bool(((query_positions < 0) | (query_positions >= k.shape[2])).any())
     if outside or bool((query_positions[1:] < query_positions[:-1]).any()):
         raise ConfigError(f"query_positions: expected ascending places among the {k.shape[2]} keys, got {query_positions.tolist()}")
-
-
-def allowed_keys(keys: int, last: Tensor | None, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """bool ``[B or 1, 1, Q or 1, keys]``: the keys that a row has and that do not stand behind a block's ``last`` readable place.
-
-    Args:
-        keys: N.
-        last: int64 ``[Q]``; None for all.
-        lengths: int64 ``[B]``; None where all rows have N keys.
-        device: of the result.
-    """
-    place = torch.arange(keys, device=device)
-    allowed = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
-    if last is not None:
-        allowed = allowed & (place <= last[None, None, :, None])
-    if lengths is not None:
-        allowed = allowed & (place < lengths[:, None, None, None])
-    return allowed

@@ -2,7 +2,7 @@
 """BiFormer's bi-level routing attention over regions of a sequence."""
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -110,9 +110,10 @@ class BiFormerAttention(SelectedAttention):
         query_positions: Tensor | None = None,
         lengths: Tensor | None = None,
         scale: float | None = None,
+        **told: Any,
     ) -> Tensor:
         """See `SparseAttention.forward`; the local enhancement is added to dense attention too."""
-        found = super().forward(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
+        found = super().forward(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale, **told)
         return found if self.local is None else found + self._enhanced(q, v, query_positions, lengths)
 
     def attend(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys.efficiency.attend import masked_attend
+
 _GATHERED = 1 << 22  # numbers that are gathered at once
 _SCORED = 1 << 22  # choices that are judged at once
 
@@ -219,6 +221,4 @@ def _attended(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[0] if len(bias) == 1 else bias[None], scale=scale).reshape(shape)
     mask = mask.expand(-1, heads, -1, -1, -1).flatten(0, 1).repeat(1, 1, groups, 1)
-    none = ~mask.any(-1, keepdim=True)
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | none, scale=scale)
-    return found.masked_fill(none, 0.0).reshape(shape)
+    return masked_attend(q, k, v, mask, scale).reshape(shape)

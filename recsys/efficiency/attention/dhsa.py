@@ -12,7 +12,7 @@ from torch import Tensor
 from recsys.core.components import register
 from recsys.core.errors import DataError
 from recsys.efficiency.attend import dense_attend
-from recsys.efficiency.attention.base import SelectedAttention, SparseAttentionConfig, check_positions
+from recsys.efficiency.attention.base import SelectedAttention, SparseAttentionConfig
 from recsys.efficiency.attention.blocks import QueryBlocks, attend_segments, scored_slices
 from recsys.efficiency.attention.boundaries import BoundaryPredictor
 from recsys.efficiency.selection import BlockSelection
@@ -138,40 +138,29 @@ class DHSA(SelectedAttention):
         """See `SparseAttention.causal`."""
         return self.config.block_query == "first"
 
-    def forward(
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
-        query_positions: Tensor | None = None,
-        lengths: Tensor | None = None,
-        scale: float | None = None,
+        query_positions: Tensor | None,
+        lengths: Tensor | None,
+        scale: float | None,
         boundaries: Begins | None = None,
     ) -> Tensor:
-        """See `SparseAttention.forward`.
+        """See `SparseAttention.attend`.
 
         Args:
-            q: ``[B, H, T, e]``.
-            k: ``[B, H_kv, N, e]``.
-            v: ``[B, H_kv, N, e_v]``.
-            query_positions: int64 ``[T]`` or None.
-            lengths: int64 ``[B]`` or None.
-            scale: of the inner products.
+            q: as there.
+            k: as there.
+            v: as there.
+            query_positions: as there.
+            lengths: as there.
+            scale: as there.
             boundaries: where chunks begin, sessions for example; see `Begins`. A row's first token begins one in any case.
         """
-        check_positions(query_positions, q, k)
-        if k.shape[2] <= self.config.min_length or not len(q) or not q.shape[2]:
-            return dense_attend(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
         chunks = self.chunks(k, lengths, query_positions is not None, boundaries)
-        attended = self._attend(q, k, v, query_positions, lengths, scale, chunks)
-        return self.whole_where_short(attended, q, k, v, query_positions, lengths, scale)
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
-    ) -> Tensor:
-        """See `SparseAttention.attend`."""
-        return self._attend(q, k, v, query_positions, lengths, scale, self.chunks(k, lengths, query_positions is not None))
+        return self._attend(q, k, v, query_positions, lengths, scale, chunks)
 
     @torch.no_grad()
     def chunks(self, k: Tensor, lengths: Tensor | None, causal: bool, boundaries: Begins | None = None) -> Chunks:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from recsys.core.components import register
 from recsys.core.errors import ConfigError, DataError
-from recsys.efficiency.attend import dense_attend, sparse_attend
-from recsys.efficiency.attention.base import SelectedAttention, SparseAttentionConfig, allowed_keys
+from recsys.efficiency.attend import allowed_keys, dense_attend, sparse_attend
+from recsys.efficiency.attention.base import SelectedAttention, SparseAttentionConfig
 from recsys.efficiency.selection import BlockSelection
 from recsys.efficiency.selectors import top_keys
 
@@ -158,7 +158,7 @@ class FasaAttention(SelectedAttention):
         return total / steps
 
     def pack(self, k: Tensor) -> DominantKeys:
-        """The dominant columns of rotated keys ``[B, H_kv, N, e]``: once for a history, then appended to and handed to `forward`.
+        """The dominant columns of rotated keys ``[B, H_kv, N, e]``: once for a history, then appended to and handed to `attend`.
 
         Raises:
             ConfigError: nothing was calibrated.
@@ -174,18 +174,25 @@ class FasaAttention(SelectedAttention):
         keys.append(k)
         return keys
 
-    def forward(
+    def choose(self, q: Tensor, k: Tensor, query_positions: Tensor | None, lengths: Tensor | None) -> BlockSelection:
+        """See `SelectedAttention.choose`: ``[B, P, 1, keep]``.
+
+        Raises:
+            ConfigError: more than one query, or nothing was calibrated.
+        """
+        return self._choose(q, k, query_positions, lengths, None)
+
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
-        query_positions: Tensor | None = None,
-        lengths: Tensor | None = None,
-        scale: float | None = None,
+        query_positions: Tensor | None,
+        lengths: Tensor | None,
+        scale: float | None,
         packed: DominantKeys | None = None,
     ) -> Tensor:
-        """See `SparseAttention.forward`.
+        """See `SparseAttention.attend`.
 
         Args:
             q: as there, rotated.
@@ -199,25 +206,11 @@ class FasaAttention(SelectedAttention):
         Raises:
             ConfigError: one query, more keys than are kept, and nothing was calibrated; or ``packed`` is of other keys.
         """
-        if not len(q) or q.shape[2] != 1 or k.shape[2] <= max(self.config.min_length, self.config.keep):
+        if q.shape[2] != 1 or k.shape[2] <= self.config.keep:
             return dense_attend(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
         with torch.no_grad():
             selection = self._choose(q, k, query_positions, lengths, packed)
-        return self.whole_where_short(_attend_grouped(q, k, v, selection, scale), q, k, v, query_positions, lengths, scale)
-
-    def choose(self, q: Tensor, k: Tensor, query_positions: Tensor | None, lengths: Tensor | None) -> BlockSelection:
-        """See `SelectedAttention.choose`: ``[B, P, 1, keep]``.
-
-        Raises:
-            ConfigError: more than one query, or nothing was calibrated.
-        """
-        return self._choose(q, k, query_positions, lengths, None)
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
-    ) -> Tensor:
-        """See `SparseAttention.attend`."""
-        return FasaAttention.forward(self, q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
+        return sparse_attend(q, k, v, selection, scale=scale)
 
     def _choose(
         self, q: Tensor, k: Tensor, query_positions: Tensor | None, lengths: Tensor | None, packed: DominantKeys | None
@@ -304,13 +297,3 @@ def contextual_agreement(q: Tensor, k: Tensor, keep: int, layout: Layout) -> tup
         total += agreement(logits.masked_fill(behind, -torch.inf), whole, keep).sum((0, 2))
     steps = batch * len(positions)
     return total / max(steps, 1), steps
-
-
-def _attend_grouped(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, scale: float | None) -> Tensor:
-    """`sparse_attend` of one query for each head; a key head's query heads are its blocks of queries, so that no key is repeated."""
-    key_heads, groups = k.shape[1], selection.index.shape[1]
-    if groups in (1, key_heads):
-        return sparse_attend(q, k, v, selection, scale=scale)
-    queries = q[:, :, 0].unflatten(1, (key_heads, -1))
-    index, valid = (x[:, :, 0].unflatten(1, (key_heads, -1)) for x in (selection.index, selection.valid))
-    return sparse_attend(queries, k, v, BlockSelection(index, valid), scale=scale).flatten(1, 2)[:, :, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recsys.core.components import register
 from recsys.core.errors import ConfigError
-from recsys.efficiency.attend import dense_attend, gather_keys, sparse_attend
+from recsys.efficiency.attend import gather_keys, sparse_attend
 from recsys.efficiency.attention.base import SelectedAttention, SparseAttentionConfig
 from recsys.efficiency.attention.indexer import BlockMeans, IndexInputs, index_scores
 from recsys.efficiency.scoring import PairScorer
@@ -189,18 +189,21 @@ class IndexedAttention(SelectedAttention):
 
     indexer: FlatIndexer
 
-    def forward(
+    def choose(self, q: Tensor, k: Tensor, query_positions: Tensor | None, lengths: Tensor | None) -> BlockSelection:
+        """See `SelectedAttention.choose`: ``[B, 1, T, min(k, N)]``."""
+        return self.indexer.choose(IndexInputs(q, k), query_positions=query_positions, lengths=lengths)
+
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
-        query_positions: Tensor | None = None,
-        lengths: Tensor | None = None,
-        scale: float | None = None,
+        query_positions: Tensor | None,
+        lengths: Tensor | None,
+        scale: float | None,
         index: IndexInputs | None = None,
     ) -> Tensor:
-        """See `SparseAttention.forward`.
+        """See `SparseAttention.attend`; chunk by chunk, so that neither the choice nor the keys of all queries stand in memory at once.
 
         Args:
             q: as there.
@@ -222,32 +225,6 @@ class IndexedAttention(SelectedAttention):
                 f"index: expected that of {q.shape[0]} rows, {q.shape[2]} queries and {k.shape[2]} keys, "
                 f"got q {tuple(index.q.shape)} and k {tuple(index.k.shape)}"
             )
-        if k.shape[2] <= self.config.min_length:
-            return dense_attend(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
-        attended = self._attend(q, k, v, index, query_positions, lengths, scale)
-        return self.whole_where_short(attended, q, k, v, query_positions, lengths, scale)
-
-    def choose(self, q: Tensor, k: Tensor, query_positions: Tensor | None, lengths: Tensor | None) -> BlockSelection:
-        """See `SelectedAttention.choose`: ``[B, 1, T, min(k, N)]``."""
-        return self.indexer.choose(IndexInputs(q, k), query_positions=query_positions, lengths=lengths)
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
-    ) -> Tensor:
-        """See `SparseAttention.attend`."""
-        return self._attend(q, k, v, IndexInputs(q, k), query_positions, lengths, scale)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: IndexInputs,
-        query_positions: Tensor | None,
-        lengths: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
-        """Chunk by chunk, so that neither the choice nor the gathered keys of all queries stand in memory at once."""
         chunks = self.indexer.chunks(index, query_positions, lengths)
         parts = [sparse_attend(q[:, :, part], k, v, selection, scale=scale) for part, selection in chunks]
         return torch.cat(parts, 2) if parts else q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -257,7 +234,7 @@ class IndexedAttention(SelectedAttention):
 class DsaAttention(IndexedAttention):
     """DeepSeek sparse attention with its flat indexer: each query reads the k keys that the indexer scores highest.
 
-    DeepSeek trains the indexer; hand its result to `IndexedAttention.forward`. Without one this is training-free, with the model's own
+    DeepSeek trains the indexer; hand its result on as ``index``. Without one this is training-free, with the model's own
     queries and keys as index, which is ours. The defaults are for histories of some thousand events; DeepSeek keeps 2048.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recsys.core.components import register
 from recsys.core.errors import ConfigError
-from recsys.efficiency.attend import gather_keys, sparse_attend
+from recsys.efficiency.attend import gather_keys, masked_attend, sparse_attend
 from recsys.efficiency.attention.base import SelectedAttention, SparseAttentionConfig
 from recsys.efficiency.selection import BlockSelection
 from recsys.efficiency.selectors import top_keys
@@ -150,18 +150,17 @@ class TokenSelectAttention(SelectedAttention):
         """See `SparseAttention.causal`."""
         return self.config.representative == "first"
 
-    def forward(
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
-        query_positions: Tensor | None = None,
-        lengths: Tensor | None = None,
-        scale: float | None = None,
+        query_positions: Tensor | None,
+        lengths: Tensor | None,
+        scale: float | None,
         cache: SelectionCache | None = None,
     ) -> Tensor:
-        """See `SparseAttention.forward`.
+        """See `SparseAttention.attend`.
 
         Args:
             q: as there.
@@ -175,16 +174,13 @@ class TokenSelectAttention(SelectedAttention):
         Raises:
             ConfigError: a cache and more than one query.
         """
-        if cache is None or k.shape[2] <= self.config.min_length or not len(q):
-            return super().forward(q, k, v, query_positions=query_positions, lengths=lengths, scale=scale)
-        attended = self._attend(q, k, v, query_positions, lengths, scale, cache)
-        return self.whole_where_short(attended, q, k, v, query_positions, lengths, scale)
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, lengths: Tensor | None, scale: float | None
-    ) -> Tensor:
-        """See `SparseAttention.attend`."""
-        return self._attend(q, k, v, query_positions, lengths, scale, None) if len(q) else q.new_zeros(*q.shape[:3], v.shape[-1])
+        parts = [q.new_zeros(*q.shape[:2], 0, v.shape[-1])]
+        for chunk in self._chunks(q, k, query_positions, lengths, cache):
+            queries = q[:, :, chunk.part]
+            with torch.no_grad():
+                selection = self._choose(queries, k, chunk, self.config.keep, cache)
+            parts.append(sparse_attend(queries, k, v, selection, query_positions=chunk.positions, scale=scale))
+        return torch.cat(parts, 2)
 
     def extrapolate(
         self,
@@ -236,24 +232,6 @@ class TokenSelectAttention(SelectedAttention):
             raise ConfigError(f"choose: expected the 1 to {self.config.chunk} queries of one chunk, got {q.shape[2]}")
         (chunk,) = self._chunks(q, k, query_positions, lengths, None)
         return self._choose(q, k, chunk, self.config.keep, None)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_positions: Tensor | None,
-        lengths: Tensor | None,
-        scale: float | None,
-        cache: SelectionCache | None,
-    ) -> Tensor:
-        parts = [q.new_zeros(*q.shape[:2], 0, v.shape[-1])]
-        for chunk in self._chunks(q, k, query_positions, lengths, cache):
-            queries = q[:, :, chunk.part]
-            with torch.no_grad():
-                selection = self._choose(queries, k, chunk, self.config.keep, cache)
-            parts.append(sparse_attend(queries, k, v, selection, query_positions=chunk.positions, scale=scale))
-        return torch.cat(parts, 2)
 
     def _chunks(
         self, q: Tensor, k: Tensor, query_positions: Tensor | None, lengths: Tensor | None, cache: SelectionCache | None
@@ -364,8 +342,4 @@ def _attend_compact(
     at = (mask.sum(-1) - 1).clamp(min=0)
     keys, values = (gather_keys(x, selection.index)[:, :, 0] for x in (k, v))
     keys, q = rotate(keys, torch.arange(kept, device=k.device)[None]), rotate(q, at)
-    none = ~mask.any(-1, keepdim=True)[:, None]
-    attended: Tensor = F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask[:, None] | none, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return attended.masked_fill(none, 0.0)
+    return masked_attend(q, keys, values, mask[:, None], scale)

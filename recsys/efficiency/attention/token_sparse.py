@@ -13,7 +13,7 @@ from torch import Tensor
 from recsys.core import components
 from recsys.core.components import component_config, register
 from recsys.core.errors import ConfigError
-from recsys.efficiency.attend import dense_attend
+from recsys.efficiency.attend import dense_attend, gather_keys
 from recsys.efficiency.attention.base import SparseAttention, SparseAttentionConfig
 from recsys.efficiency.selection import BlockSelection
 
@@ -144,9 +144,7 @@ class TokenSparseAttention(SparseAttention):
 
 def compress(x: Tensor, index: Tensor) -> Tensor:
     """``[B, H, N, e]`` to ``[B, H, K, e]``: each head's tokens ``index`` int64 ``[B, H, K]``."""
-    batch, heads, count, width = x.shape
-    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * count
-    return x.reshape(-1, width).index_select(0, (first + index).flatten()).view(batch, heads, -1, width)
+    return gather_keys(x, index[:, :, None])[:, :, 0]
 
 
 def decompress(x: Tensor, index: Tensor, valid: Tensor, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 """Adaptive Sparse ViT: a learned threshold for each stage on how much the class token attends to a token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, cast
 
 import torch
@@ -14,7 +14,8 @@ from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError
 from recsys.efficiency.probe import LayerProbe
-from recsys.efficiency.scoring import TokenScorer, probe_of, row_softmax
+from recsys.efficiency.pruning.transprune import context_attention_by_head
+from recsys.efficiency.scoring import TokenScorer, probe_of
 from recsys.efficiency.selection import RowSelection
 from recsys.efficiency.view import TokenView, free_tokens, group_means, held, row_sums, to_padded
 
@@ -56,9 +57,8 @@ class ClassAttention(TokenScorer):
         who = "token_scorer 'adaptive_sparse'"
         probe = probe_of(probe, who)
         query, key, value = (probe.require(field, who) for field in ("query", "key", "value"))
-        query_bmhe, key = query.transpose(1, 2), key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        logits_smh = torch.einsum("smhe,she->smh", query_bmhe[view.rows], key) * key.shape[-1] ** -0.5
-        attention = torch.stack([row_softmax(x, view.offsets) for x in logits_smh.flatten(1).unbind(1)], 1).view_as(logits_smh).mean(1)
+        repeated = replace(probe, key=key.repeat_interleave(query.shape[1] // key.shape[1], 1))
+        attention = context_attention_by_head(view, repeated, who)
         return head_weighted(attention, value.repeat_interleave(query.shape[1] // value.shape[1], 1))
 
 

@@ -13,7 +13,7 @@ from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.scoring import ContextSimilarity, Random, TokenScorer
 from recsys.efficiency.selection import RowSelection
 from recsys.efficiency.selectors import MMR, ranks
-from recsys.efficiency.view import TokenView, group_means, held, row_of, to_padded
+from recsys.efficiency.view import TokenView, group_means, held, row_of, row_sums, to_padded
 
 
 class IDPruner(HistoryPruning):
@@ -97,10 +97,7 @@ def importance_retention(selection: RowSelection, importance: Tensor) -> Tensor:
         raise ConfigError(f"importance_retention: importance: expected {selection.size} numbers of at least 0, got {importance}")
     rows = row_of(selection.source)
     best = ranks(importance, selection.source) < selection.lengths[rows]
-    kept, most = (
-        torch.zeros(len(selection.offsets) - 1, dtype=torch.float64, device=rows.device).index_add(0, rows, importance.double() * mask)
-        for mask in (selection.mask(), best)
-    )
+    kept, most = (row_sums(importance.double() * mask, selection.source) for mask in (selection.mask(), best))
     return torch.where(most > 0, kept / torch.where(most > 0, most, 1.0), 1.0)
 
 

@@ -162,8 +162,7 @@ class SessionQuota(Selector):
         """See `Selector.choose`."""
         totals, rows = needed(k, "quota"), units.rows
         runs = -(-units.lengths // self.config.session)
-        from_end = (units.offsets[1:][rows] - 1 - torch.arange(len(rows), device=rows.device)) // self.config.session
-        session = offsets_of(runs)[1:][rows] - 1 - from_end
+        session = offsets_of(runs)[1:][rows] - 1 - (units.from_end - 1) // self.config.session
         offsets, count = offsets_of(runs), int(runs.sum())
         caps = torch.zeros(count, dtype=torch.long, device=rows.device).index_add(0, session, free.long())
         weights = group_means(scores.double().clamp(min=0), session, count) ** self.config.exponent

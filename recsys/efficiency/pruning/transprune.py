@@ -13,7 +13,7 @@ from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.efficiency.probe import LayerProbe
-from recsys.efficiency.scoring import TokenScorer, probe_of
+from recsys.efficiency.scoring import TokenScorer, probe_of, row_softmax
 from recsys.efficiency.view import TokenView, free_tokens, held, row_sums, to_padded
 
 _SHARES = ((7, 0.875), (9, 0.625), (12, 0.125))  # of 32 layers: after so many, the share of the original tokens that goes on
@@ -104,6 +104,14 @@ def transition_variation(u: Tensor, o: Tensor, view: TokenView, *, signed: bool 
 def context_attention(view: TokenView, probe: LayerProbe, who: str) -> Tensor:
     """How much of the context's attention each token gets, ``[S]``: the mean over heads and context tokens; a row's sum is 1.
 
+    See `context_attention_by_head` for arguments and errors.
+    """
+    return context_attention_by_head(view, probe, who).mean(1)
+
+
+def context_attention_by_head(view: TokenView, probe: LayerProbe, who: str) -> Tensor:
+    """How much of the context's attention each token gets in each head, ``[S, H]``, the mean over context tokens; a row's sums are 1.
+
     Only the products of the M context tokens and the row's own N tokens are made. Each context token reads the whole row.
 
     Args:
@@ -121,11 +129,9 @@ def context_attention(view: TokenView, probe: LayerProbe, who: str) -> Tensor:
             f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     keys_blhe = to_padded(key, view.offsets)
-    inside = held(view.lengths, keys_blhe.shape[1])
     logits_bhml = torch.einsum("bhme,blhe->bhml", query, keys_blhe) / math.sqrt(query.shape[3])
-    outside = ~inside & (view.lengths > 0)[:, None]  # an empty row has no softmax, but must not put a NaN into the gradient
-    weights = logits_bhml.masked_fill(outside[:, None, None], -torch.inf).softmax(-1)
-    return weights.mean((1, 2))[inside]
+    logits_smh = logits_bhml.permute(0, 3, 2, 1)[held(view.lengths, keys_blhe.shape[1])]
+    return row_softmax(logits_smh, view.offsets).mean(1)
 
 
 def _shared(values: Tensor, free: Tensor, view: TokenView) -> Tensor:

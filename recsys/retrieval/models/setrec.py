@@ -188,12 +188,7 @@ class SETRec(VectorRetriever):
         return SlotVectors(states_bnd if compressing is None else self._compressed(compressing, states_bnd)[:, None])
 
     def event_vectors(self, items: Tensor) -> Tensor:
-        """See `Retriever.event_vectors`: the concatenated tokens.
-
-        Raises:
-            CannotScoreNewItems: a row beyond the catalogue; see `replace_items`.
-        """
-        require_known_rows(SequenceBatch(items, items.new_zeros(1)), len(self.warm))
+        """See `Retriever.event_vectors`: the concatenated tokens."""
         rows, inverse = items.unique(return_inverse=True)
         return self.tokenize(self.content[rows], self.collaborative[rows]).flatten(1)[inverse]
 
