@@ -72,15 +72,23 @@ class PruneSchedule(nn.Module):
         self.selector: Selector = components.build("selector", config.selector)
         self.stop: StopTest | None = None if config.stop is None else components.build("stop_test", config.stop)
 
+    def require(self, layers: int) -> None:
+        """Check that it drops tokens after some of the first ``layers`` layers only.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        used = [*self.config.keep, *([] if self.config.stop_layer is None else [self.config.stop_layer])]
+        if used and max(used) >= layers:
+            raise ConfigError(f"keep, stop_layer: expected some of the first {layers} layers, counted from 0, got {max(used)}")
+
     def forward(self, layers: Sequence[ProbedLayer], view: TokenView) -> tuple[Tensor, RowSelection]:
         """The vectors ``[S', d]`` after all layers of the tokens that went through, and which these are.
 
         Raises:
             ConfigError: a layer of the schedule is not among ``layers``.
         """
-        used = [*self.config.keep, *([] if self.config.stop_layer is None else [self.config.stop_layer])]
-        if used and max(used) >= len(layers):
-            raise ConfigError(f"keep, stop_layer: expected layers of the {len(layers)} that there are, counted from 0, got {max(used)}")
+        self.require(len(layers))
         view = view if view.protected is not None else replace(view, protected=view.from_end == 1)
         original, chosen, carried = free_units(view), RowSelection.all(view), None
         for number, layer in enumerate(layers):

@@ -39,17 +39,21 @@ class HSTULayer(nn.Module):
 
     def forward(self, x_bld: Tensor) -> Tensor:
         """Each event sees itself and what stands before it."""
-        u_bld, *vqk = functional.silu(self.project(self.norm_in(x_bld))).chunk(4, dim=2)
-        v_bhlc, q_bhlc, k_bhlc = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in vqk)
-        back_ll = _distances(x_bld.shape[1], x_bld.device)
-        scores_bhll = q_bhlc @ k_bhlc.transpose(2, 3) / math.sqrt(k_bhlc.shape[3]) + self.distance[back_ll.clamp(min=0)]
-        weights_bhll = torch.where(back_ll >= 0, functional.silu(scores_bhll) / self.max_length, 0.0)
-        pooled_bld = (weights_bhll @ v_bhlc).transpose(1, 2).flatten(2)
-        y_bld: Tensor = x_bld + self.out(self.dropout(self.norm_out(pooled_bld) * u_bld))
+        place_l = torch.arange(x_bld.shape[1], device=x_bld.device)
+        y_bld: Tensor = x_bld + self.added(*self.parts(self.norm_in(x_bld)), place_l)
         return y_bld
 
+    def parts(self, normed_bld: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U ``[B, L, d]``, and V, Q, K by heads, ``[B, H, L, d_h]``, of normed events."""
+        u_bld, *vqk = functional.silu(self.project(normed_bld)).chunk(4, dim=2)
+        v_bhlc, q_bhlc, k_bhlc = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in vqk)
+        return u_bld, v_bhlc, q_bhlc, k_bhlc
 
-def _distances(length: int, device: torch.device) -> Tensor:
-    """int64 ``[L, L]``: how far before event i event j stands; negative where it stands behind."""
-    place = torch.arange(length, device=device)
-    return place[:, None] - place[None, :]
+    def added(self, u_bld: Tensor, v_bhlc: Tensor, q_bhlc: Tensor, k_bhlc: Tensor, places: Tensor) -> Tensor:
+        """``[B, L, d]``, what the layer adds to the events; ``places`` say where each stands, int64 ``[L]``, or ``[B, 1, L]`` by row."""
+        back = places[..., :, None] - places[..., None, :]  # how far before event i event j stands; negative where it stands behind
+        scores_bhll = q_bhlc @ k_bhlc.transpose(2, 3) / math.sqrt(k_bhlc.shape[3]) + self.distance[back.clamp(0, self.max_length - 1)]
+        weights_bhll = torch.where(back >= 0, functional.silu(scores_bhll) / self.max_length, 0.0)
+        pooled_bld = (weights_bhll @ v_bhlc).transpose(1, 2).flatten(2)
+        out_bld: Tensor = self.out(self.dropout(self.norm_out(pooled_bld) * u_bld))
+        return out_bld

@@ -32,7 +32,7 @@ class RetrieverEfficiency(BaseConfig):
     Attributes:
         history: which events of a history the model reads when it is asked for a state. Training reads its windows whole.
         attention: in the place of fused attention, in training too; for models with a `CausalTransformer`.
-        schedule: which events go on from layer to layer when the model is asked for a state; for the same models.
+        schedule: which events go on from layer to layer when the model is asked for a state. TIGER's are those of its encoder.
         drafts: what decoding guesses ahead, for models that generate codes one after another (TIGER).
     """
 

@@ -16,7 +16,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.core.config import Config
+from recsys.efficiency.probe import LayerProbe
+from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
+from recsys.efficiency.view import TokenView, held, to_padded
 from recsys.retrieval.efficiency import RetrieverEfficiency
+from recsys.retrieval.transformer import last_queries
 
 
 class T5Config(Config):
@@ -66,9 +70,9 @@ class RelativeBias(nn.Module):
         nn.init.normal_(self.table.weight, std=config.dim**-0.5)
 
     def forward(self, queries_t: Tensor, keys_s: Tensor) -> Tensor:
-        """int64 positions ``[T]`` and ``[S]`` to ``[1, H, T, S]``."""
-        bias: Tensor = self.table(self._bucket(keys_s[None, :] - queries_t[:, None]))
-        return bias.permute(2, 0, 1)[None]
+        """int64 positions ``[T]`` and ``[S]`` to ``[H, T, S]``; or of rows, ``[B, T]`` and ``[B, S]`` to ``[B, H, T, S]``."""
+        bias: Tensor = self.table(self._bucket(keys_s[..., None, :] - queries_t[..., :, None]))
+        return bias.movedim(-1, -3)
 
     def _bucket(self, offset: Tensor) -> Tensor:
         buckets, found = self._buckets, torch.zeros_like(offset)
@@ -139,6 +143,33 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.attention, self.ffn = Attention(config), FeedForward(config)
+
+    def probed(self, bias: RelativeBias) -> ProbedLayer:
+        """The layer over jagged tokens, with what a scorer may want to know; the last token of each row is the context."""
+
+        def run(view: TokenView) -> tuple[Tensor, LayerProbe]:
+            x_bsd = to_padded(view.values, view.offsets)
+            inside = held(view.lengths, x_bsd.shape[1])
+            places_bs = torch.zeros_like(inside, dtype=torch.int64).masked_scatter(inside, view.positions)
+            own, ffn = self.attention, self.ffn
+            normed = own.norm(x_bsd)
+            query, (key, value) = own.queries(normed), own.memory(normed)
+            attended = attend(query, key, value, bias(places_bs, places_bs) + memory_mask(inside, x_bsd))
+            between = own.add(x_bsd, attended)
+            out: Tensor = ffn(between)
+            probe = LayerProbe(
+                0,
+                attention_in=normed[inside],
+                attention_out=(between - x_bsd)[inside],
+                ffn_in=ffn.norm(between)[inside],
+                ffn_out=(out - between)[inside],
+                query=last_queries(1)(query, key, value, view.lengths) * query.shape[-1] ** 0.5,  # T5 does not scale its scores
+                key=key.transpose(1, 2)[inside],
+                value=value.transpose(1, 2)[inside],
+            )
+            return out[inside], probe
+
+        return run
 
     def forward(self, x_bsd: Tensor, bias_bhss: Tensor) -> Tensor:
         """``[B, S, d] → [B, S, d]``; the bias is -inf where nobody may look."""
@@ -227,10 +258,30 @@ class T5(nn.Module):
         out: Tensor = self.dropout(self.encoder_norm(x_bsd))
         return out
 
+    def encode_some(self, tokens_bs: Tensor, lengths_b: Tensor, group_s: Tensor, schedule: PruneSchedule) -> tuple[Tensor, Tensor]:
+        """The tokens that go through all layers of the encoder under a schedule.
+
+        Args:
+            tokens_bs: int64 ``[B, S]``, right-padded.
+            lengths_b: int64 ``[B]``, how many there are in each row, at least 1.
+            group_s: int64 ``[S]``, the item of each place, kept or dropped whole.
+            schedule: which go on from layer to layer.
+
+        Returns:
+            ``[B, S', d]``, right-padded, and bool ``[B, S']``, which of them are there.
+        """
+        inside = held(lengths_b, tokens_bs.shape[1])
+        groups = group_s.expand(len(tokens_bs), -1)[inside]
+        view = TokenView.padded(self.dropout(self.embedding(tokens_bs)), lengths_b, groups=groups)
+        layers = [layer.probed(self.encoder_bias) for layer in cast(list[EncoderLayer], list(self.encoder))]
+        values, kept = schedule(layers, view)
+        padded = to_padded(self.dropout(self.encoder_norm(values)), kept.offsets)
+        return padded, held(kept.lengths, padded.shape[1])
+
     def decode(self, tokens_bt: Tensor, memory_bsd: Tensor, valid_bs: Tensor) -> Tensor:
         """``[B, T, d]``: the states from which tokens ``1 … T`` are predicted, given the tokens before them, the first of which is 0."""
         places = torch.arange(tokens_bt.shape[1], device=tokens_bt.device)
-        bias = self.decoder_bias(places, places).masked_fill(places[:, None] < places, -torch.inf)
+        bias = self.decoder_bias(places, places)[None].masked_fill(places[:, None] < places, -torch.inf)
         mask = memory_mask(valid_bs, self.embedding.weight)
         x_btd = self.dropout(self.embedding(tokens_bt))
         for layer in self.decoder_layers():
@@ -297,7 +348,7 @@ class BeamDecoder:
             rows = (parents_bw + before * torch.arange(users, device=parents_bw.device)[:, None]).flatten()
             self._past = [(key[rows], value[rows]) for key, value in self._past]
         places = torch.arange(self._length + 1, device=tokens_bw.device)
-        bias_h1t = model.decoder_bias(places[-1:], places)[0]
+        bias_h1t = model.decoder_bias(places[-1:], places)
         x_bwd, pasts = model.embedding(tokens_bw), []
         for i, layer in enumerate(model.decoder_layers()):
             past = self._past[i] if self._past else None

@@ -79,7 +79,7 @@ class T5Nodes:
     def _bias(self, depths_n: Tensor, width: int) -> Tensor:
         """``[n, H, 1, D]``: the bias of each node's distance to its ancestors, -inf beyond its own place."""
         places = torch.arange(width, device=depths_n.device)
-        bias_nhd: Tensor = self._model.decoder_bias(depths_n, places)[0].transpose(0, 1)
+        bias_nhd: Tensor = self._model.decoder_bias(depths_n, places).transpose(0, 1)
         return bias_nhd.masked_fill(places > depths_n[:, None, None], -torch.inf)[:, :, None]
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small pre-norm transformer in the two forms that the retrievers need: causal over items, and over sets of tokens with queries."""
 
-from typing import Self, cast
+from collections.abc import Callable
+from typing import Self, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
 from recsys.efficiency.view import TokenView, held, to_padded
 from recsys.retrieval.efficiency import RetrieverEfficiency, placed
+
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values ``[B, H, T, e]`` of right-padded rows and their lengths ``[B]``, to ``[B, H, T, e]``."""
 
 
 class TransformerConfig(Config):
@@ -80,13 +84,49 @@ class Block(nn.Module):
         updated: Tensor = x_btd + self.dropout(self.ffn(self.ffn_norm(x_btd)))
         return updated
 
+    def probed(self, attend: Attend, asking: Attend) -> ProbedLayer:
+        """The block over jagged tokens, with what a scorer may want to know.
+
+        Args:
+            attend: what the tokens attend to.
+            asking: ``[B, H, M, e]``, the queries of the tokens for whose sake the others are judged.
+        """
+
+        def layer(view: TokenView) -> tuple[Tensor, LayerProbe]:
+            x_btd = to_padded(view.values, view.offsets)
+            inside = held(view.lengths, x_btd.shape[1])
+            query, key, value = self.project(x_btd)
+            added = self.out(attend(query, key, value, view.lengths).transpose(1, 2).flatten(2))
+            between = x_btd + added
+            read = self.ffn_norm(between)
+            hidden = self.ffn[:-1](read)
+            update = self.ffn[-1](hidden)
+            probe = LayerProbe(
+                0,
+                attention_in=self.attention_norm(x_btd)[inside],
+                attention_out=added[inside],
+                ffn_in=read[inside],
+                ffn_out=update[inside],
+                ffn_hidden=hidden[inside],
+                query=asking(query, key, value, view.lengths),
+                key=key.transpose(1, 2)[inside],
+                value=value.transpose(1, 2)[inside],
+            )
+            return (between + update)[inside], probe
+
+        return layer
+
     def _split(self, x_btd: Tensor) -> Tensor:
         split: Tensor = x_btd.unflatten(-1, (self.heads, -1))
         return split.transpose(1, 2)
 
 
 class Transformer(nn.Module):
-    """What both forms share: learned positions (ids 0 to ``max_length``), input dropout, the blocks and a final norm."""
+    """What the forms share: learned positions (ids 0 to ``max_length``), input dropout, the blocks and a final norm.
+
+    Attributes:
+        schedule: which tokens go on from layer to layer where only the state after a whole history is wanted; see `take_efficiency`.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -100,6 +140,19 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=config.init_std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        self.schedule: PruneSchedule | None = None
+
+    def take_efficiency(self, config: RetrieverEfficiency | None) -> None:
+        """Take a schedule for the state after a whole history, or none.
+
+        Raises:
+            ConfigError: it drops tokens after a layer that is not there, or after the last one.
+        """
+        schedule = None if config is None else config.schedule
+        made = None if schedule is None else placed(PruneSchedule(schedule), self)
+        if made is not None:
+            made.require(len(self.blocks) - 1)
+        self.schedule = made
 
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
@@ -110,12 +163,11 @@ class CausalTransformer(Transformer):
 
     Attributes:
         attention: in the place of PyTorch's; see `take_efficiency`.
-        schedule: which tokens go on from layer to layer where only the last state is wanted.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        self.take_efficiency(None)
+        self.attention: SparseAttention | None = None
 
     def take_efficiency(self, config: RetrieverEfficiency | None) -> None:
         """Take another attention, and a schedule for `last`; None for neither.
@@ -130,9 +182,8 @@ class CausalTransformer(Transformer):
                 raise ConfigError(f"efficiency: attention: {name!r} needs rotary positions, got learned ones")
             if not attention.causal:
                 raise ConfigError(f"efficiency: attention: {name!r} as configured lets later events choose what earlier ones read")
-        self.attention: SparseAttention | None = None if attention is None else placed(attention, self)
-        schedule = None if config is None else config.schedule
-        self.schedule: PruneSchedule | None = None if schedule is None else placed(PruneSchedule(schedule), self)
+        self.attention = None if attention is None else placed(attention, self)
+        super().take_efficiency(config)
 
     def forward(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """``[B, T, d]`` to ``[B, T, d]``, of right-padded rows of ``lengths_b`` tokens.
@@ -151,8 +202,8 @@ class CausalTransformer(Transformer):
         if self.schedule is None:
             states: Tensor = self(x_btd, lengths_b)
             return states[torch.arange(len(x_btd), device=x_btd.device), lengths_b - 1]
-        placed = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
-        values, kept = self.schedule([self._probed(block) for block in self._layers()], TokenView.padded(placed, lengths_b))
+        view = TokenView.padded(self.dropout(x_btd + self.position.weight[: x_btd.shape[1]]), lengths_b)
+        values, kept = self.schedule([block.probed(self._attend, last_queries(1)) for block in self._layers()], view)
         normed: Tensor = self.norm(values[kept.offsets[1:] - 1])
         return normed
 
@@ -162,34 +213,6 @@ class CausalTransformer(Transformer):
         places = torch.arange(query.shape[2], device=query.device)
         attended: Tensor = self.attention(query, key, value, query_positions=places, lengths=lengths_b)
         return attended
-
-    def _probed(self, block: Block) -> ProbedLayer:
-        """A block over jagged tokens, with what a scorer may want to know; the last token of each row is the context."""
-
-        def layer(view: TokenView) -> tuple[Tensor, LayerProbe]:
-            x_btd = to_padded(view.values, view.offsets)
-            inside, last = held(view.lengths, x_btd.shape[1]), view.lengths - 1
-            query, key, value = block.project(x_btd)
-            added = block.out(self._attend(query, key, value, view.lengths).transpose(1, 2).flatten(2))
-            between = x_btd + added
-            read = block.ffn_norm(between)
-            hidden = block.ffn[:-1](read)
-            update = block.ffn[-1](hidden)
-            rows = torch.arange(len(last), device=last.device)
-            probe = LayerProbe(
-                0,
-                attention_in=block.attention_norm(x_btd)[inside],
-                attention_out=added[inside],
-                ffn_in=read[inside],
-                ffn_out=update[inside],
-                ffn_hidden=hidden[inside],
-                query=query[rows, :, last][:, :, None],
-                key=key.transpose(1, 2)[inside],
-                value=value.transpose(1, 2)[inside],
-            )
-            return (between + update)[inside], probe
-
-        return layer
 
 
 class HybridTransformer(Transformer):
@@ -207,13 +230,29 @@ class HybridTransformer(Transformer):
         """
         length, tokens = groups_blkd.shape[1:3]
         x_btd = self.dropout(groups_blkd + self.position.weight[:length, None]).flatten(1, 2)
-        place = torch.arange(length * tokens, device=x_btd.device)
-        seen = place // tokens if bidirectional else place
-        mask = seen[None, :] <= seen[:, None]
+        mask = _group_mask(length * tokens, tokens if bidirectional else 1, x_btd.device)
         for block in self._layers():
             query, key, value = block.project(x_btd)
             x_btd = block.update(x_btd, F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
         normed: Tensor = self.norm(x_btd).unflatten(1, (length, tokens))
+        return normed
+
+    def last(self, groups_blkd: Tensor, lengths_b: Tensor, bidirectional: bool = True) -> Tensor:
+        """``[B, K, d]``: the states of the last group of each row, which has ``lengths_b`` of them, at least 1."""
+        length, tokens = groups_blkd.shape[1:3]
+        if self.schedule is None:
+            states: Tensor = self(groups_blkd, bidirectional)
+            return states[torch.arange(len(lengths_b), device=lengths_b.device), lengths_b - 1]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
+            mask = _group_mask(query.shape[2], tokens if bidirectional else 1, query.device)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+        placed = self.dropout(groups_blkd + self.position.weight[:length, None])
+        layers = [block.probed(attend, last_queries(tokens)) for block in self._layers()]
+        values, kept = self.schedule(layers, _grouped(placed, lengths_b))
+        whole = kept.offsets[1:, None] + torch.arange(-tokens, 0, device=lengths_b.device)
+        normed: Tensor = self.norm(values[whole])
         return normed
 
 
@@ -252,6 +291,82 @@ class SetTransformer(Transformer):
         x_btd = last.update(x_btd, attend_seen(*last.project(x_btd), *last.memory(memory), query_bias))
         outputs: Tensor = self.norm(x_btd).unflatten(1, (-1, tokens))
         return outputs
+
+    def last(self, items_blnd: Tensor, queries_nd: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, n, d]``: the outputs of the queries that have seen all ``lengths_b`` items of each row.
+
+        Under a schedule, what the queries ask decides which items they go on reading.
+        """
+        length, tokens = items_blnd.shape[1:3]
+        if self.schedule is None:
+            outputs: Tensor = self(items_blnd, queries_nd, lengths_b[:, None])
+            return outputs[:, 0]
+        *inner, final = self._layers()
+        asking = _Asking(self.dropout(queries_nd + self.position(lengths_b)[:, None]))
+        places = torch.arange(length, device=lengths_b.device)
+        view = _grouped(self.dropout(items_blnd + self.position(places)[:, None]), lengths_b)
+        values, kept = self.schedule([block.probed(_attend_before(tokens), asking.through(block)) for block in inner], view)
+        key, value = final.memory(to_padded(values, kept.offsets))
+        asking.through(final)(key, key, value, kept.lengths)
+        normed: Tensor = self.norm(asking.x_bnd)
+        return normed
+
+
+class _Asking:
+    """A group of queries for each row on its way through the blocks, beside the items that it reads.
+
+    Args:
+        x_bnd: as they enter the first block.
+    """
+
+    def __init__(self, x_bnd: Tensor) -> None:
+        self.x_bnd = x_bnd
+
+    def through(self, block: Block) -> Attend:
+        """Takes the group through a block, given the keys and values of the rows' items; returns its own queries."""
+
+        def ask(_: Tensor, key: Tensor, value: Tensor, lengths_b: Tensor) -> Tensor:
+            tokens = self.x_bnd.shape[1]
+            bias = _seen_bias((lengths_b // tokens)[:, None], key.shape[2] // tokens, tokens, self.x_bnd)
+            own = block.project(self.x_bnd)
+            self.x_bnd = block.update(self.x_bnd, attend_seen(*own, key, value, bias))
+            return own[0]
+
+        return ask
+
+
+def _attend_before(tokens: int) -> Attend:
+    """Each token of an item sees all ``tokens`` tokens of each item before it, and itself."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
+        items = query.shape[2] // tokens
+        return attend_seen(query, key, value, key, value, _seen_bias(torch.arange(items, device=query.device)[None], items, tokens, query))
+
+    return attend
+
+
+def last_queries(tokens: int) -> Attend:
+    """The queries of the last tokens of each row, of which it has at least so many."""
+
+    def ask(query: Tensor, key: Tensor, value: Tensor, lengths_b: Tensor) -> Tensor:
+        places = lengths_b[:, None] + torch.arange(-tokens, 0, device=lengths_b.device)
+        return query[torch.arange(len(lengths_b), device=lengths_b.device)[:, None], :, places].transpose(1, 2)
+
+    return ask
+
+
+def _grouped(x_blkd: Tensor, lengths_b: Tensor) -> TokenView:
+    """Rows of ``lengths_b`` items of K tokens, which are kept or dropped whole."""
+    length, tokens = x_blkd.shape[1:3]
+    item = torch.arange(length * tokens, device=x_blkd.device) // tokens
+    inside = held(lengths_b * tokens, length * tokens)
+    return TokenView.padded(x_blkd.flatten(1, 2), lengths_b * tokens, groups=item.expand(len(lengths_b), -1)[inside])
+
+
+def _group_mask(length: int, tokens: int, device: torch.device) -> Tensor:
+    """bool ``[T, T]``: which keys each of T tokens sees: those of the groups up to its own."""
+    group = torch.arange(length, device=device) // tokens
+    return group[None, :] <= group[:, None]
 
 
 def attend_seen(query: Tensor, own_key: Tensor, own_value: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class TransPrune(TokenScorer):
     magnitude ``m = ‖o‖ / ‖u‖``, direction ``δ = 1 − |cos(o, u)|``, variation ``softmax(δ) · m``. Variation and attention are each divided
     by their sum over the prunable tokens of the row; the score is ``α variation + (1 − α) attention``.
 
+    A layer without a feed-forward network (HSTU's) varies by its attention alone.
+
     The softmax and the sums run over the prunable tokens of one row (the release's run over the batch and all tokens). A token whose input
     is zero has no variation, where the quotient would be infinite. The release takes the attention from the next layer's queries and keys;
     here the layer's probe says which: one that fills ``query`` and ``key`` by the next layer's projections gives the release's score.
@@ -58,11 +60,12 @@ class TransPrune(TokenScorer):
         if probe.layer not in self.config.layers or self.config.alpha == 0:
             return probe.carried
         who, signed = "token_scorer 'transprune'", self.config.direction == "signed"
+        modules = ("attention",) if probe.ffn_in is None else ("attention", "ffn")
         parts = [
             transition_variation(probe.require(f"{module}_in", who), probe.require(f"{module}_out", who), view, signed=signed)
-            for module in ("attention", "ffn")
+            for module in modules
         ]
-        added = parts[0] + parts[1]
+        added = torch.stack(parts).sum(0)
         return added if probe.carried is None else probe.carried + added
 
     def score(self, view: TokenView, probe: LayerProbe | None = None) -> Tensor:

@@ -31,6 +31,11 @@ class SetBackbone(nn.Module, ABC):
     def forward(self, items_blnd: Tensor, queries_nd: Tensor, seen_bp: Tensor) -> Tensor:
         """``[B, P, n, d]``: the outputs of the queries, as `recsys.retrieval.transformer.SetTransformer.forward` has them."""
 
+    def last(self, items_blnd: Tensor, queries_nd: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, n, d]``: the outputs of the queries that have seen all ``lengths_b`` items of each row."""
+        outputs: Tensor = self(items_blnd, queries_nd, lengths_b[:, None])
+        return outputs[:, 0]
+
 
 class LanguageModelConfig(Config):
     """Where a language model comes from, the prompt around the history, and what of it trains.

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """HSTU (Zhai et al., arXiv 2402.17152) as a retriever: layers of pointwise attention over item embeddings."""
 
-from typing import Literal
+from typing import Literal, cast
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.core.components import register
+from recsys.efficiency.probe import LayerProbe
+from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
+from recsys.efficiency.view import TokenView, held, to_padded
 from recsys.layers.hstu import HSTULayer
+from recsys.retrieval.efficiency import RetrieverEfficiency, placed
 from recsys.retrieval.id_based import IdConfig, IdRetriever
 from recsys.retrieval.items import ItemTable
+from recsys.retrieval.transformer import last_queries
 
 
 @register("retriever", "hstu")
@@ -30,6 +36,8 @@ class HSTU(IdRetriever):
         heads: int = Field(1, ge=1)
         similarity: Literal["dot", "cosine"] = "cosine"
 
+    carries = frozenset({"schedule"})
+
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(config, items)
         window = config.max_length + 1
@@ -37,11 +45,55 @@ class HSTU(IdRetriever):
         nn.init.normal_(self.position.weight, std=config.init_std)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(HSTULayer(config.dim, config.heads, window, config.dropout) for _ in range(config.blocks))
+        self.schedule: PruneSchedule | None = None
         self.take_efficiency(config.efficiency)
+
+    def carry(self, config: RetrieverEfficiency) -> None:
+        """See `Retriever.carry`."""
+        made = None if config.schedule is None else placed(PruneSchedule(config.schedule), self)
+        if made is not None:
+            made.require(len(self.layers) - 1)
+        self.schedule = made
 
     def sequence(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """See `IdRetriever.sequence`."""
-        x_btd = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
+        x_btd = self._placed(x_btd)
         for layer in self.layers:
             x_btd = layer(x_btd)
         return x_btd
+
+    def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
+        """See `IdRetriever.last`; events that a schedule drops leave the distances between the others as they were."""
+        if self.schedule is None:
+            return super().last(x_btd, lengths_b)
+        layers = [self._probed(layer) for layer in cast(list[HSTULayer], list(self.layers))]
+        values, kept = self.schedule(layers, TokenView.padded(self._placed(x_btd), lengths_b))
+        last: Tensor = values[kept.offsets[1:] - 1]
+        return last
+
+    def _placed(self, x_btd: Tensor) -> Tensor:
+        placed: Tensor = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
+        return placed
+
+    def _probed(self, layer: HSTULayer) -> ProbedLayer:
+        """A layer over jagged events; it has no feed-forward part to tell of."""
+
+        def run(view: TokenView) -> tuple[Tensor, LayerProbe]:
+            x_bld = to_padded(view.values, view.offsets)
+            inside = held(view.lengths, x_bld.shape[1])
+            behind_all = layer.max_length  # where padding stands, so that no event sees it
+            places_bl = torch.full_like(inside, behind_all, dtype=torch.int64).masked_scatter(inside, view.positions)
+            normed = layer.norm_in(x_bld)
+            u, value, query, key = layer.parts(normed)
+            added = layer.added(u, value, query, key, places_bl[:, None])
+            probe = LayerProbe(
+                0,
+                attention_in=normed[inside],
+                attention_out=added[inside],
+                query=last_queries(1)(query, key, value, view.lengths),
+                key=key.transpose(1, 2)[inside],
+                value=value.transpose(1, 2)[inside],
+            )
+            return (x_bld + added)[inside], probe
+
+        return run

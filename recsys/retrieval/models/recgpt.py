@@ -12,8 +12,9 @@ from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
+from recsys.retrieval.efficiency import RetrieverEfficiency
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import after_all, known_histories, training_targets
+from recsys.retrieval.padding import known_histories, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy
 from recsys.retrieval.state import SlotLogProbs
 from recsys.retrieval.transformer import HybridTransformer, TransformerConfig
@@ -58,6 +59,7 @@ class RecGPT(CodeRetriever):
         temperature: float = Field(0.1, gt=0)
 
     text: Tensor
+    carries = frozenset({"schedule"})
     equal_levels: ClassVar[bool] = True
 
     def __init__(self, config: Config, items: ItemTable) -> None:
@@ -101,10 +103,14 @@ class RecGPT(CodeRetriever):
             CannotScoreNewItems: a row without codes.
         """
         padded, lengths = known_histories(self.pruned(batch), self.max_length, len(self.tokens))
-        last_bkd = after_all(self._states(padded), lengths)
+        last_bkd = self.transformer.last(self._groups(padded), lengths + 1, self.config.bidirectional)
         with torch.autocast(last_bkd.device.type, enabled=False):
             logits = last_bkd.to(self.head.dtype) @ self.head.T
             return SlotLogProbs((logits / self.config.temperature).log_softmax(-1), self.table.tokenizer)
+
+    def carry(self, config: RetrieverEfficiency) -> None:
+        """See `Retriever.carry`."""
+        self.transformer.take_efficiency(config)
 
     def event_vectors(self, items: Tensor) -> Tensor:
         """See `Retriever.event_vectors`: what the transformer reads of each item, its slots beside one another."""
@@ -145,7 +151,10 @@ class RecGPT(CodeRetriever):
 
     def _states(self, padded_bl: Tensor) -> Tensor:
         """``[B, L + 1, K, d]``: the states after 0, 1, … L items."""
-        start = self.start.expand(len(padded_bl), 1, -1, -1)
-        groups = torch.cat((start, self._item_tokens(padded_bl)), 1) + self.slot
-        states: Tensor = self.transformer(groups, bidirectional=self.config.bidirectional)
+        states: Tensor = self.transformer(self._groups(padded_bl), self.config.bidirectional)
         return states
+
+    def _groups(self, padded_bl: Tensor) -> Tensor:
+        """``[B, L + 1, K, d]``: the start group and the items' tokens."""
+        start = self.start.expand(len(padded_bl), 1, -1, -1)
+        return torch.cat((start, self._item_tokens(padded_bl)), 1) + self.slot

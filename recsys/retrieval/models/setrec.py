@@ -15,6 +15,7 @@ from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import VectorRetriever, codes_of, require_same_codes
 from recsys.retrieval.code_table import CodeTable
+from recsys.retrieval.efficiency import RetrieverEfficiency
 from recsys.retrieval.item_sets import CodeSet, TextSet
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
@@ -64,6 +65,9 @@ class SETRec(VectorRetriever):
             beta: the weight of each semantic slot; the collaborative slot has 1 - beta. To be chosen on validation data: `SETRec.set_beta`.
             negatives: so many items are drawn evenly for the training softmax of a batch, and only these, the targets and the history's are
                 tokenized; null for the whole catalogue.
+            text_dropout: the share of the numbers of a text embedding that each training step drops, see `TextSet`.
+            collaborative_dropout: the share of the items that each training step tokenizes as if they were new, without a collaborative
+                vector, so that states learn how likely such an item is beside the others.
             cold_in_softmax: whether items that are not warm are candidates of the training softmax, as in the authors' code.
             compress: whether users and items are compared in the factors that an item's tokens are affine in: the collaborative vector and
                 the H values before the tokenizer's last layer. An index then holds ``D_cf + H + 1`` numbers for each item and not ``n d``,
@@ -80,6 +84,8 @@ class SETRec(VectorRetriever):
         reconstruction_weight: float = Field(default=0.7, ge=0.0)
         beta: float = Field(default=0.5, ge=0.0, le=1.0)
         negatives: int | None = Field(default=None, ge=1)
+        text_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+        collaborative_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
         cold_in_softmax: bool = False
         compress: bool = False
         warm_start: bool = False
@@ -92,10 +98,13 @@ class SETRec(VectorRetriever):
                 raise ValueError("compress: tokens of codes are not affine in a few factors; expected false")
             if self.semantic == "text" and self.code_digits is not None:
                 raise ValueError("code_digits: expected null, since the semantic tokens are made of text")
+            if self.semantic == "codes" and self.text_dropout:
+                raise ValueError("text_dropout: expected 0, since the semantic tokens are made of codes")
             return self
 
     warm: Tensor
     collaborative: Tensor
+    carries = frozenset({"schedule"})
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__()
@@ -182,8 +191,8 @@ class SETRec(VectorRetriever):
         rows, inverse = batch.items.unique(return_inverse=True)
         used = SequenceBatch(inverse, batch.offsets)
         tokens_und = self.tokenize(self.content[rows], self.collaborative[rows])
-        seen = batch.lengths.clamp(max=self.max_length)[:, None]
-        states_bnd = self._states(used, tokens_und, seen)[:, 0] * self.slot_weights()[:, None]
+        history_blnd, lengths = self._histories(used, tokens_und)
+        states_bnd = self.transformer.last(history_blnd, self.queries, lengths) * self.slot_weights()[:, None]
         compressing = self._compressing()
         return SlotVectors(states_bnd if compressing is None else self._compressed(compressing, states_bnd)[:, None])
 
@@ -191,6 +200,17 @@ class SETRec(VectorRetriever):
         """See `Retriever.event_vectors`: the concatenated tokens."""
         rows, inverse = items.unique(return_inverse=True)
         return self.tokenize(self.content[rows], self.collaborative[rows]).flatten(1)[inverse]
+
+    def carry(self, config: RetrieverEfficiency) -> None:
+        """See `Retriever.carry`; a schedule is for the small transformer.
+
+        Raises:
+            ConfigError: there is a backbone in its place, or the schedule does not fit.
+        """
+        if isinstance(self.transformer, SetTransformer):
+            self.transformer.take_efficiency(config)
+        elif config.schedule is not None:
+            raise ConfigError(f"efficiency: schedule: a backbone cannot carry it, got {self.config.backbone.name!r}; expected null")
 
     def item_vectors(self) -> Tensor:
         """float ``[N, n * d]``: the concatenated tokens of all catalogue rows; with ``compress`` their factors and a 1."""
@@ -256,10 +276,13 @@ class SETRec(VectorRetriever):
 
     def _states(self, batch: SequenceBatch, tokens_cnd: Tensor, seen_bp: Tensor) -> Tensor:
         """``[B, P, n, d]``: the query outputs of the states; ``batch.items`` are rows of ``tokens_cnd``."""
-        padded, _ = pad_last(batch, self.max_length)
-        history_blnd = F.embedding(padded, tokens_cnd.flatten(1)).unflatten(-1, (self.slots, -1))
-        outputs: Tensor = self.transformer(history_blnd, self.queries, seen_bp)
+        outputs: Tensor = self.transformer(self._histories(batch, tokens_cnd)[0], self.queries, seen_bp)
         return outputs
+
+    def _histories(self, batch: SequenceBatch, tokens_cnd: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, L, n, d]``: the tokens of the last ``max_length`` items of each row; and how many it has, int64 ``[B]``."""
+        padded, lengths = pad_last(batch, self.max_length)
+        return F.embedding(padded, tokens_cnd.flatten(1)).unflatten(-1, (self.slots, -1)), lengths
 
     def _compressing(self) -> TextSet | None:
         """The set whose factors take the place of tokens, where that is asked for."""
@@ -286,10 +309,17 @@ class SETRec(VectorRetriever):
     def _tokenized(self, items: Tensor, targets: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[U, n, d]``: the sets of all items, or those that a sample needs; and int64 ``[N]``, where each catalogue row's set stands."""
         if drawn is None:
-            return self.tokenize(self.content, self.collaborative), torch.arange(len(self.warm), device=self.warm.device)
+            place = torch.arange(len(self.warm), device=self.warm.device)
+            return self.tokenize(self.content, self._some_as_new(self.collaborative)), place
         used = torch.zeros_like(self.warm)
         used[torch.cat((items, targets, drawn))] = True
-        return self.tokenize(self.content[used], self.collaborative[used]), used.cumsum(0) - 1
+        return self.tokenize(self.content[used], self._some_as_new(self.collaborative[used])), used.cumsum(0) - 1
+
+    def _some_as_new(self, collaborative: Tensor) -> Tensor:
+        """The vectors of some items, of which training drops a share; not one number of many, as dropout does, but all of one item."""
+        if not self.training or not self.config.collaborative_dropout:
+            return collaborative
+        return collaborative * (torch.rand(len(collaborative), 1, device=collaborative.device) >= self.config.collaborative_dropout)
 
     def _reconstruction(self, semantic: TextSet, tokens_und: Tensor, rows: Tensor) -> Tensor:
         """MSE between the text embeddings of U ``rows`` and what their semantic tokens say of them; zero where there are no rows."""
@@ -334,7 +364,7 @@ def _sampled(states_snd: Tensor, items_und: Tensor, targets: Tensor, of_target: 
 
 def _semantic(config: SETRec.Config, content: Tensor, codes: CodeTable | None, dim: int) -> TextSet | CodeSet:
     if codes is None:
-        return TextSet(content.shape[1], config.ae_hidden, config.semantic_tokens, dim)
+        return TextSet(content.shape[1], config.ae_hidden, config.semantic_tokens, dim, config.text_dropout)
     return CodeSet(codes.level_sizes, dim, config.code_digits, config.init_std)
 
 

@@ -15,9 +15,10 @@ from recsys.data.batch import SequenceBatch
 from recsys.efficiency.decoding.steps import TreeSteps
 from recsys.efficiency.decoding.token_recycling import AdjacencyDraft
 from recsys.efficiency.decoding.tree import DraftSource, PrefixTree
+from recsys.efficiency.schedule import PruneSchedule
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
-from recsys.retrieval.efficiency import DraftConfig, RetrieverEfficiency
+from recsys.retrieval.efficiency import DraftConfig, RetrieverEfficiency, placed
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.padding import known_histories, training_targets
 from recsys.retrieval.state import EncoderMemory, PrefixScorer
@@ -38,6 +39,7 @@ class TIGER(CodeRetriever):
 
     Attributes:
         drafts: what decoding guesses ahead (`recsys.efficiency.decoding`); lists are the same with them and without.
+        schedule: which items go on from layer to layer of the encoder when a history is asked for; the decoder reads those that are left.
 
     Raises:
         ConfigError: the items have no codes.
@@ -55,7 +57,7 @@ class TIGER(CodeRetriever):
         max_length: int = Field(20, ge=1)
         softmax: Literal["level", "vocabulary"] = "level"
 
-    carries = frozenset({"drafts"})
+    carries = frozenset({"drafts", "schedule"})
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(items)
@@ -64,6 +66,7 @@ class TIGER(CodeRetriever):
         self._first = [1 + sum(sizes[:level]) for level in range(len(sizes))]  # token 0 pads and starts
         self.t5 = T5(config, 1 + sum(sizes))
         self.drafts: Sequence[DraftSource] = ()
+        self.schedule: PruneSchedule | None = None
         self._take_codes()
         self.take_efficiency(config.efficiency)
 
@@ -95,7 +98,7 @@ class TIGER(CodeRetriever):
             CannotScoreNewItems: a row without codes.
         """
         padded, lengths = known_histories(self.pruned(batch), self.max_length, len(self.tokens))
-        values, valid = self._memory(padded, lengths)
+        values, valid = self._memory(padded, lengths, self.schedule)
         return EncoderMemory(values, valid, self.table.tokenizer, self._scorer)
 
     def tree(self, memory_bsd: Tensor, valid_bs: Tensor, drafts: Sequence[DraftSource] = ()) -> PrefixTree:
@@ -129,6 +132,10 @@ class TIGER(CodeRetriever):
 
     def carry(self, config: RetrieverEfficiency) -> None:
         """See `Retriever.carry`."""
+        made = None if config.schedule is None else placed(PruneSchedule(config.schedule), self)
+        if made is not None:
+            made.require(self.config.layers)
+        self.schedule = made
         self.drafts = [] if config.drafts is None else [self._adjacency(config.drafts)]
 
     def _adjacency(self, config: DraftConfig) -> AdjacencyDraft:
@@ -162,11 +169,14 @@ class TIGER(CodeRetriever):
         """The token that is number 0 of the softmax of a level."""
         return 0 if self.config.softmax == "vocabulary" else self._first[level]
 
-    def _memory(self, items_sl: Tensor, seen_s: Tensor) -> tuple[Tensor, Tensor]:
-        """``[S, 1 + L levels, d]`` and which positions are there, of the first ``seen`` items of each row."""
+    def _memory(self, items_sl: Tensor, seen_s: Tensor, schedule: PruneSchedule | None = None) -> tuple[Tensor, Tensor]:
+        """``[S, 1 + L levels, d]`` and which positions are there, of the first ``seen`` items of each row; fewer under a schedule."""
         there = torch.arange(items_sl.shape[1], device=items_sl.device) < seen_s[:, None]
         tokens = self.tokens[items_sl].masked_fill(~there[..., None], 0).flatten(1)
         tokens = F.pad(tokens, (1, 0))
+        if schedule is not None:
+            item = torch.arange(tokens.shape[1], device=tokens.device).add(self.table.levels - 1) // self.table.levels  # 0: the start
+            return self.t5.encode_some(tokens, 1 + seen_s * self.table.levels, item, schedule)
         valid = F.pad(there.repeat_interleave(self.table.levels, 1), (1, 0), value=True)
         return self.t5.encode(tokens, valid), valid
 

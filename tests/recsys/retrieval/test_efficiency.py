@@ -2,41 +2,20 @@
 """A retriever with ``efficiency: history`` reads what is left of each history, and says the same as if that were the history."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from recsys.core.components import get
 from recsys.core.config import validate
 from recsys.core.errors import CannotScoreNewItems, ConfigError
-from recsys.data.batch import SequenceBatch
-from recsys.efficiency.cost import Cost
 from recsys.efficiency.pruning import IDPruner
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.catalogue import BeamIndex, Catalogue
 from recsys.retrieval.efficiency import RetrieverEfficiency
-from tests.recsys.retrieval.coded import SMALL, batch_of, items_of, table_of
-
-LONG = [[1, 2, 4, 9, 9, 30, 31, 3, 8], [], [5, 6, 7, 8, 9, 10], [5]]
-PLAIN = {"dim": 16, "blocks": 2, "heads": 2, "dropout": 0.0, "max_length": 6, "init_std": 0.2}
-MODELS = {**SMALL, "sasrec": PLAIN, "hstu": PLAIN, "setrec": {**PLAIN, "semantic_tokens": 2, "ae_hidden": [8]}}
-PRUNING = {"history": {"events": 4, "scorer": {"name": "context"}, "selector": {"name": "mmr"}}}
-
-
-def build(name: str, **config: Any) -> Retriever:
-    torch.manual_seed(0)
-    cls = get("retriever", name)
-    vectors = torch.randn(len(table_of()), 5, generator=torch.Generator().manual_seed(2))
-    items = replace(items_of(table_of()), collaborative=vectors)
-    model: Retriever = cls(validate(cls.Config, {"name": name, **MODELS[name], **config}), items)
-    return model.eval()
-
-
-def state_of(model: Retriever, batch: SequenceBatch) -> torch.Tensor:
-    return model.encode(batch).values
+from tests.recsys.retrieval.coded import batch_of, table_of
+from tests.recsys.retrieval.saving import LONG, MODELS, PRUNING, TOP, build, state_of
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -82,7 +61,6 @@ def test_a_model_without_vectors_of_events_says_so() -> None:
 
 
 CAUSAL = ("sasrec", "rpg")
-TOP = {"scorer": {"name": "transprune", "layers": [0]}, "selector": {"name": "top_k"}}
 KEEP_ALL = {"hisa": {"keep": 8, "block": 2, "blocks": 4}, "token_select": {"keep": 8}, "biformer": {"region_size": 4, "top_k": 4}}
 
 
@@ -106,32 +84,6 @@ def test_another_attention_reads_less_in_training_too(name: str) -> None:
     assert not torch.allclose(loss, whole.loss(batch_of(short, targets))[0])
     loss.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in saving.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-@torch.no_grad()
-def test_a_schedule_that_keeps_everything_changes_nothing_and_one_that_does_not_reads_as_if_the_rest_were_masked(name: str) -> None:
-    whole = build(name)
-    kept = build(name, efficiency={"schedule": {"keep": {0: 1.0}, **TOP}})
-    torch.testing.assert_close(state_of(kept, batch_of(LONG)), state_of(whole, batch_of(LONG)))
-    half = build(name, efficiency={"schedule": {"keep": {0: 0.5}, **TOP}})
-    found = state_of(half, batch_of(LONG))
-    torch.testing.assert_close(found[[1, 3]], state_of(whole, batch_of(LONG))[[1, 3]])  # start token, at most one event: nothing to drop
-    assert not torch.allclose(found[0], state_of(whole, batch_of(LONG))[0])
-    alone = state_of(half, batch_of([LONG[0]]))
-    torch.testing.assert_close(found[:1], alone)
-
-
-@torch.no_grad()
-def test_a_pruned_layer_saves_what_the_counter_counts() -> None:
-    long = [list(range(50))]
-    costs = []
-    for efficiency in (None, {"schedule": {"keep": {0: 0.25}, **TOP}}):
-        model = build("sasrec", max_length=50, efficiency=efficiency)
-        with Cost() as cost:
-            model.encode(batch_of(long))
-        costs.append(cost.macs)
-    assert costs[1] < 0.75 * costs[0]  # the second of two layers has a quarter of the tokens
 
 
 def test_what_a_model_cannot_carry_is_refused_by_name() -> None:
@@ -158,11 +110,9 @@ def test_drafts_by_recipe_change_no_list() -> None:
         np.testing.assert_allclose(scores, lists[0][1], atol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["attention", "schedule"])
 @torch.no_grad()
-def test_a_state_does_not_depend_on_batch_mates(part: str) -> None:
-    few = {"attention": {"name": "dsa", "keep": 3, "min_length": 4}, "schedule": {"keep": {0: 0.5}, **TOP}}
-    model = build("sasrec", max_length=30, efficiency={part: few[part]})
+def test_a_state_does_not_depend_on_batch_mates() -> None:
+    model = build("sasrec", max_length=30, efficiency={"attention": {"name": "dsa", "keep": 3, "min_length": 4}})
     together = state_of(model, batch_of([LONG[2], list(range(25))]))
     torch.testing.assert_close(together[:1], state_of(model, batch_of([LONG[2]])))
 
@@ -197,9 +147,9 @@ def test_a_pruner_of_another_kind_is_not_silently_another_one() -> None:
 @torch.no_grad()
 def test_configuration_and_weights_rebuild_a_saving_model(name: str) -> None:
     """As a bundle keeps them: JSON and a state dict."""
-    parts: dict[str, Any] = dict(PRUNING)
+    parts: dict[str, Any] = {**PRUNING, "schedule": {"keep": {0: 0.5}, **TOP}}
     if name in CAUSAL:
-        parts |= {"attention": {"name": "dsa", "keep": 3, "min_length": 0}, "schedule": {"keep": {0: 0.5}, **TOP}}
+        parts |= {"attention": {"name": "dsa", "keep": 3, "min_length": 0}}
     if name == "tiger":
         parts |= {"drafts": {"successors": 4, "level_sizes": [4, 8]}}
     model = build(name, efficiency=parts)

@@ -101,7 +101,12 @@ def test_what_does_not_fit_together_is_refused() -> None:
         SETRec(SETRec.Config(semantic="codes"), ItemTable(3, torch.ones(3, dtype=torch.bool), collaborative=torch.randn(3, 2)))
     with pytest.raises(ConfigError, match=r"code_digits: \[2, 3\] write 6 codes, but level 0 has 5"):
         build(code_digits=(2, 3))
-    for wrong, message in (({"semantic": "codes", "compress": True}, "compress"), ({"code_digits": [2, 3]}, "code_digits")):
+    codes = {"semantic": "codes"}
+    for wrong, message in (
+        ({**codes, "compress": True}, "compress"),
+        ({**codes, "text_dropout": 0.1}, "text_dropout"),
+        ({"code_digits": [2, 3]}, "code_digits"),
+    ):
         with pytest.raises(ConfigError, match=message):
             parse(SETRec.Config, wrong, source="recipe.yaml")
 

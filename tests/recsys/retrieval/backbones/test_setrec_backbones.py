@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from recsys.core.components import get
 from recsys.core.config import parse
+from recsys.core.errors import ConfigError
 from recsys.retrieval.catalogue import Catalogue, DenseIndex
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models import SETRec
@@ -114,3 +115,10 @@ def test_targets_that_are_no_candidates_leave_nothing_to_predict(folders, kind):
     loss, _ = build(kind, folders[kind]).loss(batch_of([[]], [(0, 0, 3)]))
     loss.backward()
     assert loss == 0
+
+
+@each_kind
+def test_a_schedule_is_for_the_small_transformer(folders, kind):
+    schedule = {"keep": {0: 0.5}, "scorer": {"name": "recency"}, "selector": {"name": "top_k"}}
+    with pytest.raises(ConfigError, match=f"efficiency: schedule: a backbone cannot carry it, got '{kind}'"):
+        build(kind, folders[kind], efficiency={"schedule": schedule})
