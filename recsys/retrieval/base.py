@@ -71,7 +71,7 @@ class Retriever(nn.Module, ABC):
             ConfigError: the model cannot carry a part of it; names the part and what it needs.
         """
         config = RetrieverEfficiency() if config is None else config
-        for part in ("attention", "schedule", "drafts"):
+        for part in ("attention", "schedule", "routing", "drafts"):
             if getattr(config, part) is not None and part not in self.carries:
                 carried = ", ".join(sorted(("history", *self.carries)))
                 raise ConfigError(f"efficiency: {part}: {type(self).__name__} cannot carry it, it carries {carried} only")

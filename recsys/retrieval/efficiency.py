@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a retriever can be told to save: the recipe's key ``efficiency`` of a retriever."""
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,6 +26,26 @@ class DraftConfig(BaseConfig):
     level_sizes: tuple[int, ...] = (8, 16)
 
 
+class RoutingConfig(BaseConfig):
+    """Informed Routing of feed-forward networks, trained along with the model; see `recsys.retrieval.routed.RoutedNetworks`.
+
+    Attributes:
+        budget: the share of the tokens, over all blocks together, for which a network computes; the others get a forecast of its update.
+        rank: of the forecasters; null for ``max(8, dim // 40)``.
+        activation: of the forecasters.
+        hidden: width of the routers' hidden layer; 0 for linear ones.
+        weight: of the penalty on a share that is not the budget's.
+        forecast_weight: of the forecasters' loss.
+    """
+
+    budget: float = Field(0.6, gt=0.0, le=1.0)
+    rank: int | None = Field(None, ge=1)
+    activation: Literal["silu", "none"] = "silu"
+    hidden: int = Field(16, ge=0)
+    weight: float = Field(8.0, ge=0.0)
+    forecast_weight: float = Field(1.0, ge=0.0)
+
+
 class RetrieverEfficiency(BaseConfig):
     """How a retriever spends less; every part is optional.
 
@@ -33,12 +53,15 @@ class RetrieverEfficiency(BaseConfig):
         history: which events of a history the model reads when it is asked for a state. Training reads its windows whole.
         attention: in the place of fused attention, in training too; for models with a `CausalTransformer`.
         schedule: which events go on from layer to layer when the model is asked for a state. TIGER's are those of its encoder.
+        routing: for which tokens feed-forward networks compute, in training too; for models with a `CausalTransformer`. It has weights of
+            its own, so a model has it from the beginning or not at all.
         drafts: what decoding guesses ahead, for models that generate codes one after another (TIGER).
     """
 
     history: HistoryPruning.Config | None = None
     attention: component_config("sparse_attention", optional=True) = None  # type: ignore[valid-type]
     schedule: PruneSchedule.Config | None = None
+    routing: RoutingConfig | None = None
     drafts: DraftConfig | None = None
 
 

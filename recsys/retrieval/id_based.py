@@ -81,7 +81,11 @@ class IdRetriever(VectorRetriever):
         hidden_sd = self._states(padded, lengths)[states.row, states.position]
         candidates_cd, rank = self._compared(self.item.weight[self.warm]), self.warm.cumsum(0) - 1
         loss = self._cross_entropy(hidden_sd, candidates_cd, rank[targets], states.of_target)
-        return loss, {"cross_entropy": loss.detach()}
+        return self.penalized(loss, {"cross_entropy": loss.detach()})
+
+    def penalized(self, loss: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A loss with what the model adds to it on its own account, and its parts."""
+        return loss, parts
 
     def encode(self, batch: SequenceBatch) -> SlotVectors:
         """The state after the last ``max_length`` events of each row, in a single slot: ``[B, 1, d]``.

@@ -17,6 +17,7 @@ from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
 from recsys.efficiency.view import TokenView, held, to_padded
 from recsys.retrieval.efficiency import RetrieverEfficiency, placed
+from recsys.retrieval.routed import RoutedNetworks
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values ``[B, H, T, e]`` of right-padded rows and their lengths ``[B]``, to ``[B, H, T, e]``."""
@@ -78,10 +79,10 @@ class Block(nn.Module):
         key, value = self.key_value(self.attention_norm(x_btd)).chunk(2, -1)
         return self._split(key), self._split(value)
 
-    def update(self, x_btd: Tensor, attended_bhtd: Tensor) -> Tensor:
-        """The tokens after both sub-layers, given what each attended to."""
+    def update(self, x_btd: Tensor, attended_bhtd: Tensor, feed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The tokens after both sub-layers, given what each attended to; ``feed`` may stand in the place of the feed-forward network."""
         x_btd = x_btd + self.dropout(self.out(attended_bhtd.transpose(1, 2).flatten(2)))
-        updated: Tensor = x_btd + self.dropout(self.ffn(self.ffn_norm(x_btd)))
+        updated: Tensor = x_btd + self.dropout((feed or self.ffn)(self.ffn_norm(x_btd)))
         return updated
 
     def probed(self, attend: Attend, asking: Attend) -> ProbedLayer:
@@ -163,17 +164,23 @@ class CausalTransformer(Transformer):
 
     Attributes:
         attention: in the place of PyTorch's; see `take_efficiency`.
+        routes: which tokens the feed-forward networks compute for, where the configuration says so.
+        routing: whether `routes` decide; else all tokens are computed.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.attention: SparseAttention | None = None
+        routing = None if config.efficiency is None else config.efficiency.routing
+        self.routes = None if routing is None else RoutedNetworks(routing, config.blocks, config.dim)
+        self.routing = False
 
     def take_efficiency(self, config: RetrieverEfficiency | None) -> None:
-        """Take another attention, and a schedule for `last`; None for neither.
+        """Take another attention, a schedule for `last`, and routing; None for none of them.
 
         Raises:
-            ConfigError: the attention needs rotary positions, where those here are learned, or is not causal.
+            ConfigError: the attention needs rotary positions, where those here are learned, or is not causal; or routing is asked for that
+                the model was not built with, or together with a schedule.
         """
         attention = None if config is None or config.attention is None else components.build("sparse_attention", config.attention)
         if attention is not None and config is not None:
@@ -182,8 +189,14 @@ class CausalTransformer(Transformer):
                 raise ConfigError(f"efficiency: attention: {name!r} needs rotary positions, got learned ones")
             if not attention.causal:
                 raise ConfigError(f"efficiency: attention: {name!r} as configured lets later events choose what earlier ones read")
-        self.attention = None if attention is None else placed(attention, self)
+        routing = None if config is None else config.routing
+        if routing is not None and (self.routes is None or self.routes.config != routing):
+            raise ConfigError("efficiency: routing: it has weights of its own; expected what the model was built with")
+        if config is not None and routing is not None and config.schedule is not None:
+            raise ConfigError("efficiency: routing: expected no schedule beside it")
         super().take_efficiency(config)
+        self.attention = None if attention is None else placed(attention, self)
+        self.routing = routing is not None
 
     def forward(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """``[B, T, d]`` to ``[B, T, d]``, of right-padded rows of ``lengths_b`` tokens.
@@ -191,11 +204,25 @@ class CausalTransformer(Transformer):
         Fused attention needs no mask for padding, which comes after everything that matters; a form that chooses is told the lengths.
         """
         x_btd = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
-        for block in self._layers():
+        for number, block in enumerate(self._layers()):
             query, key, value = block.project(x_btd)
-            x_btd = block.update(x_btd, self._attend(query, key, value, lengths_b))
+            x_btd = block.update(x_btd, self._attend(query, key, value, lengths_b), self._feed(number, block, lengths_b))
         normed: Tensor = self.norm(x_btd)
         return normed
+
+    def penalized(self, loss: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A loss with what routing adds to it in training, and its parts."""
+        if self.routes is None or not (self.routing and self.training):
+            return loss, parts
+        added, told = self.routes.penalty()
+        return loss + added, parts | told
+
+    def _feed(self, number: int, block: Block, lengths_b: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What stands in the place of a block's feed-forward network; None for nothing."""
+        routes = self.routes
+        if routes is None or not self.routing:
+            return None
+        return lambda normed: routes(number, block.ffn, normed, held(lengths_b, normed.shape[1]))
 
     def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """``[B, d]``: the state of the last token of each row, which has ``lengths_b`` of them, at least 1."""

@@ -69,7 +69,7 @@ class RPG(CodeRetriever):
 
     _first: Tensor
     equal_levels: ClassVar[bool] = True
-    carries = frozenset({"attention", "schedule"})
+    carries = frozenset({"attention", "routing", "schedule"})
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(items)
@@ -96,7 +96,7 @@ class RPG(CodeRetriever):
         wanted_km = (self.tokens[targets] - self._first).T
         taken = log_probs_ksv[torch.arange(self.slots, device=targets.device)[:, None], states.of_target, wanted_km]
         loss = -taken.mean() if taken.numel() else log_probs_ksv.sum() * 0.0
-        return loss, {"cross_entropy": loss.detach()}
+        return self.transformer.penalized(loss, {"cross_entropy": loss.detach()})
 
     def encode(self, batch: SequenceBatch) -> SlotLogProbs:
         """The codes' log-probabilities after the last ``max_length`` events of each row, divided by K: ``[B, K, V]``.

@@ -26,7 +26,7 @@ class SASRec(IdRetriever):
 
         name: Literal["sasrec"] = "sasrec"
 
-    carries = frozenset({"attention", "schedule"})
+    carries = frozenset({"attention", "routing", "schedule"})
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__(config, items)
@@ -45,6 +45,10 @@ class SASRec(IdRetriever):
         """See `IdRetriever.sequence`."""
         states: Tensor = self.transformer(x_btd, lengths_b)
         return states
+
+    def penalized(self, loss: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `IdRetriever.penalized`."""
+        return self.transformer.penalized(loss, parts)
 
     def collaborative_vectors(self) -> Tensor:
         """float ``[N, d]``, detached: what `ItemTable.collaborative` asks for. Zero for items that are not warm."""

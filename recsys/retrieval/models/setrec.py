@@ -244,7 +244,8 @@ class SETRec(VectorRetriever):
             ours, theirs = getattr(self.config, field), getattr(collaborative.config, field)
             if ours != theirs:
                 raise ConfigError(f"setrec: warm_start: {field}: expected {theirs} as in the collaborative model, got {ours}")
-        self.transformer.load_state_dict(collaborative.transformer.state_dict())
+        theirs = collaborative.transformer.state_dict()
+        self.transformer.load_state_dict({name: theirs[name] for name in self.transformer.state_dict()})
         nn.init.eye_(self.collaborative_token.weight)
         nn.init.zeros_(self.collaborative_token.bias)
         self.queries.add_(collaborative.start)
