@@ -26,13 +26,18 @@ from recsys.core.files import read_json, sha256_file, write_json
 from recsys.data.batch import RankingBatch
 from recsys.data.datasets.frappe import FRAPPE
 from recsys.data.datasets.impressions import ImpressionSource
-from recsys.data.datasets.movielens_impressions import MOVIELENS_1M, MOVIELENS_100K
+from recsys.data.datasets.movielens_impressions import MOVIELENS_1M, MOVIELENS_1M_LONG, MOVIELENS_100K
 from recsys.data.encode import Encoder
 from recsys.data.loader import TableLoader
 from recsys.data.spec import InputSpec
 from recsys.data.splits import PARTS
 
-SOURCES: Mapping[str, ImpressionSource] = {"frappe": FRAPPE, "movielens_1m": MOVIELENS_1M, "movielens_100k": MOVIELENS_100K}
+SOURCES: Mapping[str, ImpressionSource] = {
+    "frappe": FRAPPE,
+    "movielens_1m": MOVIELENS_1M,
+    "movielens_1m_long": MOVIELENS_1M_LONG,
+    "movielens_100k": MOVIELENS_100K,
+}
 
 
 class TableData(ABC):
@@ -156,7 +161,7 @@ class ImpressionsData(TableData):
         """
 
         name: Literal["impressions"] = "impressions"
-        dataset: Literal["frappe", "movielens_1m", "movielens_100k"]
+        dataset: Literal["frappe", "movielens_1m", "movielens_1m_long", "movielens_100k"]
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -15,7 +15,7 @@ from recsys.core.errors import DataError
 from recsys.core.schema import EVENT_TIME
 from recsys.data.datasets.frappe import FIELDS, FRAPPE
 from recsys.data.datasets.impressions import data_folder, earlier_events, last_events
-from recsys.data.datasets.movielens_impressions import HISTORY, MOVIELENS_1M
+from recsys.data.datasets.movielens_impressions import HISTORY, LONG, MOVIELENS_1M, MOVIELENS_1M_LONG
 from recsys.data.encode import Encoder
 
 real = pytest.mark.skipif("RECSYS_DATA" not in os.environ, reason="RECSYS_DATA is not set")
@@ -102,6 +102,20 @@ def test_movielens_1m_histories_equal_brute_force(movielens: tuple[pl.DataFrame,
         assert row["history_item"] == [str(mine[p]) for p in places]
         assert row["history_rating"] == [known.get((user, p)) for p in places]
         assert row["label"] == (rating >= 4) and row["zip"] == "12" and row["genres"] == ["Drama", "War"]
+
+
+def test_long_histories_end_in_the_short_ones(movielens: tuple[pl.DataFrame, pl.DataFrame]) -> None:
+    short, long = MOVIELENS_1M.load(), MOVIELENS_1M_LONG.load()
+    assert long.name == "movielens_1m_long"
+    assert [f.max_length for f in long.encoder.features if f.kind == "sequence"] == [LONG]
+    for part, rows in short.parts.items():
+        other = long.parts[part]
+        same = [name for name in rows.column_names if not name.startswith("history")]
+        assert rows.select(same).equals(other.select(same))
+        for name in ("history_item", "history_rating"):
+            assert rows[name].to_pylist() == [history[-HISTORY:] for history in other[name].to_pylist()]
+    longest = max(len(history) for rows in long.parts.values() for history in rows["history_item"].to_pylist())
+    assert longest > HISTORY
 
 
 def test_movielens_1m_parts_follow_each_other(movielens: tuple[pl.DataFrame, pl.DataFrame]) -> None:
