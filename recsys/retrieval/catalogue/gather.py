@@ -3,10 +3,13 @@
 
 Where no slot is conditioned on another (RPG, RecGPT), ``s(u, i) = Σ_k log p_k(c_k(i) | u)``: an embedding bag whose bags are the items
 and whose rows are the B users' log-probabilities of one code. It reads N · K rows of width B one after another, where indexing
-user by user would read N · K · B single numbers. Items go through in tiles, of which a running k-th best score lets few items pass.
+user by user would read N · K · B single numbers. Where there is a compiler, sums and comparison with the k-th best score so far are one
+loop (`kernels.gather_topk`), and no score is written but those of the lists. Else items go through PyTorch's bag in tiles, of which
+the running k-th best lets few items pass.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.gather_topk import Bags, gather_topk, native
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.retrieval.catalogue.code_index import CodeIndex, users_of_codes
@@ -46,7 +50,8 @@ class GatherIndex(CodeIndex):
         """Configuration.
 
         Attributes:
-            tile: how many items are scored at once, for up to 64 users; what bounds the memory beside the codes.
+            tile: how many items are scored at once, for up to 64 users, where the search is not native; what bounds the memory beside the
+                codes.
         """
 
         name: Literal["gather"] = "gather"
@@ -94,10 +99,20 @@ class GatherIndex(CodeIndex):
         """See `Index.log_partition`."""
         return self._slot_log_partition(self._log_probs(state), self._allowed(view, scorable))
 
+    @cached_property
+    def _checked(self) -> Bags:
+        """The bags, for the native search."""
+        return Bags(self._bags, self.table.levels * max(self.table.level_sizes))
+
     def _search(self, values_bkv: Tensor, k: int, live: Tensor | None, excluded: Excluded) -> tuple[np.ndarray, np.ndarray]:
         """Rows and scores ``[B, k]``, among the rows in ``live`` (ascending), or all."""
+        weights = users_of_codes(values_bkv)
+        if native():
+            offsets = np.searchsorted(excluded.query, np.arange(len(values_bkv) + 1))
+            rows_of_live = None if live is None else live.numpy()
+            return best(gather_topk(weights, self._checked, k, rows_of_live, offsets, excluded.row), k)
         users, count = len(values_bkv), len(self._bags) if live is None else len(live)
-        weights, kept = users_of_codes(values_bkv), _Best(users, k)
+        kept = _Best(users, k)
         places = excluded.row if live is None else np.searchsorted(live.numpy(), excluded.row)
         order = np.argsort(places, kind="stable")
         places, whose = places[order], torch.from_numpy(excluded.query[order])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,20 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from recsys.core.errors import ConfigError, DataError
-from recsys.retrieval.catalogue import BeamIndex, Catalogue, CatalogueView, DenseIndex, GatherIndex
+from recsys.retrieval.catalogue import BeamIndex, Catalogue, CatalogueView, DenseIndex, GatherIndex, gather
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.state import SlotLogProbs, SlotVectors
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways of searching, whatever this machine would take."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(gather, "native", lambda: False)
+        else:
+            assert gather.native()
+        yield request.param
 
 
 def catalogue_of(live: np.ndarray) -> CatalogueView:

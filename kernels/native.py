@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""C++ beside the ops that need a loop of their own on the CPU: compiled on the machine that runs it, kept by content, called by ctypes.
+
+The sources have a plain C interface and no dependency, so that g++ is done within a second or two and the result is of no torch version.
+Where there is no compiler, or ``RECSYS_NATIVE=0`` says so, the callers have another way; nothing here raises.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+ENV = "RECSYS_NATIVE"
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+_LOG = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries stand: ``$XDG_CACHE_HOME/recsys/native``, by default below ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recsys" / "native"
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """The compiled library of a C++ source; None where there cannot be one, which is logged once."""
+    if os.environ.get(ENV) == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _LOG.warning("%s: not compiled, a slower way is taken: %s", source.name, _why(error))
+        return None
+
+
+def _compiled(source: Path) -> Path:
+    """The library's file, compiled where it is not there yet."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler: expected g++ or clang++ on PATH, or CXX")
+    text = source.read_bytes()
+    key = hashlib.sha256(b"\0".join((text, compiler.encode(), " ".join(_FLAGS).encode(), _machine().encode()))).hexdigest()[:24]
+    target = cache_folder() / f"{source.stem}-{key}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made)], check=True, capture_output=True, text=True, timeout=120)
+            made.replace(target)
+    return target
+
+
+def _machine() -> str:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _why(error: Exception) -> str:
+    return str(error.stderr).strip()[-500:] if isinstance(error, subprocess.CalledProcessError) else str(error)
