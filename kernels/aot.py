@@ -56,7 +56,9 @@ def compile_spec(spec: KernelSpec, arch: int) -> Usage:
     if not isinstance(spec.kernel, JITFunction):
         raise RuntimeError(f"{spec.name}: kernels are interpreted in this process; unset TRITON_INTERPRET")
     source = ASTSource(fn=spec.kernel, signature=spec.signature, constexprs=spec.constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": spec.num_warps})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

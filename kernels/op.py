@@ -3,12 +3,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+Result: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class KernelSpec:
         signature: argument name → Triton type, ``constexpr`` for compile-time ones.
         constants: the values of the compile-time arguments.
         num_warps: warps of one program.
+        num_stages: of the software pipeline.
+        tile: rows, columns and depth of a matrix product's tile; None for a kernel without one.
     """
 
     name: str
@@ -28,6 +31,23 @@ class KernelSpec:
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int = 4
+    num_stages: int = 3
+    tile: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an op must do at a shape, forward and backward, however it is written.
+
+    Attributes:
+        flops: floating-point operations of the matrix products; where there are none, of all.
+        read: bytes that must come from memory once.
+        written: bytes that must go there once.
+    """
+
+    flops: int
+    read: int
+    written: int
 
 
 @dataclass(frozen=True)
@@ -36,18 +56,23 @@ class Op:
 
     Attributes:
         name: its name in ``torch.ops.recsys``.
-        call: the public function, which chooses a backend.
+        call: the public function, which chooses a backend; returns a tensor or a tuple of tensors.
         reference: the definition, in plain torch operations, differentiable by autograd.
-        inputs: ``(shape, dtype, generator) -> arguments`` for one of the op's shapes; floating tensors require a gradient.
-        shapes: shapes for tests, odd ones among them; `kernels.shapes` has those of the recipes.
+        inputs: ``(shape, dtype, generator) -> arguments`` for one of the op's shapes, tensors first; those that are differentiated require a
+            gradient. ``dtype`` is of the floating ones.
+        shapes: shapes for tests, odd ones and the smallest among them; `kernels.shapes` has those of the recipes.
+        small: the shape at which gradients are compared with finite differences; None for an op without gradients.
+        work: ``(shape, dtype) -> Work``.
         dtypes: the dtypes it takes.
         specs: ``(shapes) -> kernel specialisations`` for ahead-of-time compilation; imports Triton.
     """
 
     name: str
-    call: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    call: Callable[..., Result]
+    reference: Callable[..., Result]
     inputs: Callable[[Shape, torch.dtype, torch.Generator], tuple[Any, ...]]
     shapes: Sequence[Shape]
+    small: Shape | None
+    work: Callable[[Shape, torch.dtype], Work]
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     specs: Callable[[Sequence[Shape]], list[KernelSpec]] = field(default=lambda _: [])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.op import Op, Shape
+from kernels.op import Op, Result, Shape
 
 # Of values; gradients get twice as much, since the upstream gradient is rounded to the dtype as well.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -21,28 +21,48 @@ def error_ratio(value: Tensor, expected: Tensor) -> float:
 
 
 def assert_matches_reference(op: Op, shape: Shape, dtype: torch.dtype) -> None:
-    """Values and gradients of ``op.call`` in ``dtype`` against the reference in float64 on the same inputs.
+    """Values and gradients of ``op.call`` in ``dtype`` against the reference in float64 on the same inputs; whole numbers must be equal.
 
     Raises:
         AssertionError: names what differs, by how much, and what is allowed.
     """
     inputs = op.inputs(shape, dtype, torch.Generator().manual_seed(0))
-    wide = tuple(i.detach().double().requires_grad_(i.requires_grad) if isinstance(i, Tensor) else i for i in inputs)
-    value, gradients = _run(op.call, inputs, dtype)
+    wide = tuple(_wide(i) for i in inputs)
+    values, gradients = _run(op.call, inputs, dtype)
     expected, expected_gradients = _run(op.reference, wide, dtype)
-    _check(f"{op.name} {shape} {dtype}: value", value, expected, dtype, TOLERANCE[dtype])
+    where = f"{op.name} {shape} {dtype}"
+    assert len(values) == len(expected) and len(gradients) == len(expected_gradients)
+    for place, (value, wanted) in enumerate(zip(values, expected, strict=True)):
+        _check(f"{where}: value" + (f" {place}" if len(values) > 1 else ""), value, wanted, dtype, TOLERANCE[dtype])
     for place, (gradient, wanted) in enumerate(zip(gradients, expected_gradients, strict=True)):
-        _check(f"{op.name} {shape} {dtype}: gradient {place}", gradient, wanted, dtype, 2 * TOLERANCE[dtype])
+        _check(f"{where}: gradient {place}", gradient, wanted, dtype, 2 * TOLERANCE[dtype])
 
 
-def _run(call: Callable[..., Tensor], inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
-    out = call(*inputs)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(dtype).to(out.dtype)
+def _wide(given: Any) -> Any:
+    """An input as the reference gets it: floating ones in float64."""
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        return given
+    return given.detach().double().requires_grad_(given.requires_grad)
+
+
+def _run(call: Callable[..., Result], inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The results, and the gradients of the inputs that ask for one, for drawn gradients of the results that can have one."""
+    found = call(*inputs)
+    values = found if isinstance(found, tuple) else (found,)
     leaves = [i for i in inputs if isinstance(i, Tensor) and i.requires_grad]
-    return out.detach(), torch.autograd.grad(out, leaves, upstream)
+    asked = [value for value in values if value.requires_grad]
+    if not leaves or not asked:
+        return tuple(value.detach() for value in values), ()
+    random = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(value.shape, generator=random).to(dtype).to(value.dtype) for value in asked]
+    return tuple(value.detach() for value in values), torch.autograd.grad(asked, leaves, upstream)
 
 
 def _check(what: str, value: Tensor, expected: Tensor, dtype: torch.dtype, allowed: float) -> None:
+    if not value.is_floating_point():
+        if value.dtype != expected.dtype or not torch.equal(value, expected):
+            raise AssertionError(f"{what}: whole numbers differ, or their dtype: {value.dtype}, expected {expected.dtype}")
+        return
     ratio = error_ratio(value, expected)
     if value.dtype != dtype or not ratio <= allowed:
         raise AssertionError(f"{what}: error ratio {ratio:.2e} in {value.dtype}, expected at most {allowed:.0e} in {dtype}")

@@ -4,7 +4,7 @@
 import pytest
 
 from kernels.aot import ARCHITECTURES, SHARED_LIMIT, Usage, compile_spec
-from kernels.op import Op
+from kernels.op import KernelSpec, Op
 from kernels.registry import OPS
 from kernels.shapes import RECIPES
 
@@ -17,6 +17,22 @@ def test_no_kernel_spills(op: Op, arch: int) -> None:
     usages = [compile_spec(spec, arch) for spec in specs]
     assert all(usage.registers > 0 for usage in usages)
     assert [usage for usage in usages if not usage.fits] == []
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_matrix_kernels_have_tiles_that_feed_the_tensor_cores(op: Op) -> None:
+    """Two warps for each of the four schedulers of a multiprocessor, and tiles of at least 64 x 64 x 32."""
+    for spec in op.specs(RECIPES[op.name]):
+        if spec.tile is not None:
+            assert all(have >= least for have, least in zip(spec.tile, (64, 64, 32), strict=True)), spec.name
+            assert spec.num_warps >= 8 or _resident(spec) >= 2, spec.name
+
+
+def _resident(spec: KernelSpec) -> int:
+    """How many programs a multiprocessor of sm_90 holds at once, by registers and shared memory."""
+    usage = compile_spec(spec, 90)
+    registers = 65536 // (usage.registers * 32 * spec.num_warps)
+    return min(registers, SHARED_LIMIT[90] // max(usage.shared, 1))
 
 
 def test_a_spilling_kernel_does_not_fit() -> None:

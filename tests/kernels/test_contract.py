@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.op import Op
+from kernels.op import Op, Result
 from kernels.registry import OPS
 from kernels.shapes import RECIPES
 from kernels.testing import assert_matches_reference, error_ratio
@@ -21,13 +21,34 @@ def test_cpu_equals_the_reference_in_values_and_gradients(op: Op, shape, dtype) 
     assert_matches_reference(op, shape, dtype)
 
 
-@pytest.mark.parametrize(("op", "shape"), CASES)
-def test_gradients_match_finite_differences(op: Op, shape) -> None:
-    if shape[0] * shape[-1] > 64 * 64:
-        inputs = op.inputs((3, 17), torch.float64, torch.Generator().manual_seed(1))
-    else:
-        inputs = op.inputs((min(shape[0], 4), min(shape[-1], 24)), torch.float64, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("op", [op for op in OPS if op.small is not None], ids=lambda op: op.name)
+def test_gradients_match_finite_differences(op: Op) -> None:
+    assert op.small is not None
+    inputs = op.inputs(op.small, torch.float64, torch.Generator().manual_seed(1))
     assert torch.autograd.gradcheck(op.call, inputs)
+    assert torch.autograd.gradcheck(op.reference, inputs)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_inputs_that_do_not_lie_together_give_the_same(op: Op) -> None:
+    """Every second element of a tensor twice as wide."""
+    inputs = op.inputs(op.shapes[1], torch.float32, torch.Generator().manual_seed(0))
+    spread = tuple(_spread(i) if isinstance(i, torch.Tensor) and i.ndim else i for i in inputs)
+    assert any(isinstance(i, torch.Tensor) and not i.is_contiguous() for i in spread)
+    torch.testing.assert_close(op.call(*spread), op.call(*inputs))
+
+
+def _spread(given: torch.Tensor) -> torch.Tensor:
+    wide = torch.stack((given.detach(), torch.zeros_like(given)), -1)
+    return wide[..., 0]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_work_grows_with_the_shape(op: Op) -> None:
+    for shape in RECIPES[op.name]:
+        work, half = op.work(shape, torch.float32), op.work(shape, torch.bfloat16)
+        assert work.flops > 0 and work.read > 0 and work.written > 0
+        assert half.read <= work.read and half.flops == work.flops
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -45,8 +66,9 @@ def test_compile_and_export_see_through_the_op(op: Op) -> None:
     rest = inputs[len(tensors) :]
 
     class Module(torch.nn.Module):
-        def forward(self, *args: torch.Tensor) -> torch.Tensor:
-            return op.call(*args, *rest) * 2
+        def forward(self, *args: torch.Tensor) -> Result:
+            found = op.call(*args, *rest)
+            return tuple(one * 2 for one in found) if isinstance(found, tuple) else found * 2
 
     eager = Module()(*tensors)
     compiled = torch.compile(Module(), backend="aot_eager", fullgraph=True)(*tensors)
@@ -66,9 +88,9 @@ def test_the_reference_can_be_chosen(op: Op, monkeypatch: pytest.MonkeyPatch) ->
     inputs = op.inputs(op.shapes[1], torch.float32, torch.Generator().manual_seed(0))
     expected = op.reference(*inputs)
     with backend.use("reference"):
-        assert torch.equal(op.call(*inputs), expected)
+        torch.testing.assert_close(op.call(*inputs), expected, rtol=0, atol=0)
     monkeypatch.setenv(backend.ENV, "reference")
-    assert torch.equal(op.call(*inputs), expected)
+    torch.testing.assert_close(op.call(*inputs), expected, rtol=0, atol=0)
 
 
 def test_an_unknown_or_impossible_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
