@@ -58,8 +58,8 @@ class Op:
         name: its name in ``torch.ops.recsys``.
         call: the public function, which chooses a backend; returns a tensor or a tuple of tensors.
         reference: the definition, in plain torch operations, differentiable by autograd.
-        inputs: ``(shape, dtype, generator) -> arguments`` for one of the op's shapes, tensors first; those that are differentiated require a
-            gradient. ``dtype`` is of the floating ones.
+        inputs: ``(shape, dtype, generator) -> arguments`` for one of the op's shapes, tensors first; those that are differentiated
+            require a gradient. ``dtype`` is of the floating ones.
         shapes: shapes for tests, odd ones and the smallest among them; `kernels.shapes` has those of the recipes.
         small: the shape at which gradients are compared with finite differences; None for an op without gradients.
         work: ``(shape, dtype) -> Work``.
