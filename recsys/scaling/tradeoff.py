@@ -137,7 +137,7 @@ def study(plan: TradeoffPlan, subject: Retrievers, directory: Path, commit: str,
         if all(key in done for key, _ in keys):
             yield from (done[key] for key, _ in keys)
             continue
-        measured = _Measured(plan, subject, _trained(plan, subject, seed, directory, progress))
+        measured = _Measured(plan, subject, trained(plan, subject, seed, directory, progress))
         for key, setting in keys:
             row = done.get(key) or {"key": key, "seed": seed, "commit": commit, **measured(setting)}
             if key not in done:
@@ -243,7 +243,7 @@ def _sample(subject: Retrievers, count: int) -> list[SequenceBatch]:
     return [batch for batch, _ in histories(split.data, chosen, longest, 1)]
 
 
-def _trained(plan: TradeoffPlan, subject: Retrievers, seed: int, directory: Path, progress: TrainingProgress) -> Retriever:
+def trained(plan: TradeoffPlan, subject: Retrievers, seed: int, directory: Path, progress: TrainingProgress) -> Retriever:
     """The model of a seed; its checkpoints stay, so that it is trained once."""
     identity = _identity(plan, subject, seed)
     folder = directory / "training" / sha256_json(identity)[:16]

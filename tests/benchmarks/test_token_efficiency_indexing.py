@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from benchmarks.token_efficiency import indexing
+from benchmarks.token_efficiency import indexing, indexing_real
 from benchmarks.token_efficiency.indexing import BLOCK, BLOCKS, HEADS, KEEP, QUERIES, WIDTH, Setting, inputs, iou_check, macs, overlap
 from recsys.efficiency.attention.hisa import FlatIndexer, HisaIndexer
+from recsys.retrieval.items import ItemTable
+from recsys.retrieval.models import SASRec
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +62,25 @@ def test_measure_gives_every_check(monkeypatch):
 
 def test_coherence_is_stated():
     assert "cosine 0.98" in iou_check(16_384, seeds=1).note
+
+
+def test_the_keys_of_a_model_are_those_that_its_attention_reads(monkeypatch):
+    model = SASRec(SASRec.Config(dim=16, heads=2, blocks=2, max_length=12), ItemTable(30, torch.ones(30, dtype=torch.bool))).eval()
+    windows, seen = torch.randint(0, 30, (5, 12)), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **how: seen.append((q, k)) or attend(q, k, v, **how)
+    )
+    with torch.no_grad():
+        model.sequence(model._read(windows), torch.full((5,), 13))
+    read, seen = list(seen), []
+    for number, head, query, key in indexing_real.attention_inputs(model, windows):
+        torch.testing.assert_close(query, read[number][0][:, head])
+        torch.testing.assert_close(key, read[number][1][:, head])
+
+
+def test_both_choose_the_same_where_all_blocks_are_looked_into():
+    drawn = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(8, generator=drawn), torch.randn(64, 8, generator=drawn)
+    assert indexing_real.agreement(query, keys, 10, 4, 16)[0] == 1.0
+    assert indexing_real.agreement(query, keys, 10, 8, 2)[0] < 1.0
