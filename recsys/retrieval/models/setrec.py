@@ -16,6 +16,7 @@ from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import VectorRetriever, codes_of, require_same_codes
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.efficiency import RetrieverEfficiency
+from recsys.retrieval.inheritance import Inheritance, inherited
 from recsys.retrieval.item_sets import CodeSet, TextSet
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
@@ -39,7 +40,8 @@ class SETRec(VectorRetriever):
     Differs from it: without a ``backbone``, a small transformer of our own and no instruction text; where the paper starts from
     pretrained weights, `warm_start` takes those of the collaborative model; a query group after every
     prefix instead of one prefix for each sample, with equal results (see `SetTransformer`); a state that has seen nothing attends to
-    itself. Items that are not warm have a zero collaborative vector, so that their collaborative term is the same for all of them,
+    itself. Items that are not warm have a zero collaborative vector, so that their collaborative term is the same for all of them (or with
+    ``inherit`` one of items of like text, without which they are hardly ever found among warm ones),
     and stay out of the training softmax unless ``cold_in_softmax``: as negatives that are never positives they would be pushed down.
 
     ``negatives`` makes the softmax over a sample of the catalogue, with the logQ correction, slot by slot.
@@ -68,6 +70,7 @@ class SETRec(VectorRetriever):
             text_dropout: the share of the numbers of a text embedding that each training step drops, see `TextSet`.
             collaborative_dropout: the share of the items that each training step tokenizes as if they were new, without a collaborative
                 vector, so that states learn how likely such an item is beside the others.
+            inherit: whether items that are not warm inherit a collaborative vector from warm ones of like text; null for zero ones.
             cold_in_softmax: whether items that are not warm are candidates of the training softmax, as in the authors' code.
             compress: whether users and items are compared in the factors that an item's tokens are affine in: the collaborative vector and
                 the H values before the tokenizer's last layer. An index then holds ``D_cf + H + 1`` numbers for each item and not ``n d``,
@@ -86,6 +89,7 @@ class SETRec(VectorRetriever):
         negatives: int | None = Field(default=None, ge=1)
         text_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
         collaborative_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+        inherit: Inheritance | None = None
         cold_in_softmax: bool = False
         compress: bool = False
         warm_start: bool = False
@@ -108,7 +112,7 @@ class SETRec(VectorRetriever):
 
     def __init__(self, config: Config, items: ItemTable) -> None:
         super().__init__()
-        content, collaborative = _features(items, config.semantic)
+        content, collaborative = _features(items, config)
         backbone = None if config.backbone is None else components.build("set_backbone", config.backbone, config.max_length)
         self.config = config if backbone is None else config.model_copy(update={"backbone": backbone.config})
         self.max_length = config.max_length
@@ -257,7 +261,7 @@ class SETRec(VectorRetriever):
             ConfigError: a feature is absent.
             DataError: a feature has another width than the one the model was built with, or the codes are of another tokenizer.
         """
-        content, collaborative = _features(items, self.config.semantic)
+        content, collaborative = _features(items, self.config)
         if self.table is not None:
             self.table = require_same_codes(self.table, codes_of(self, items))
         for name, present, new in ((self.config.semantic, self.content, content), ("collaborative", self.collaborative, collaborative)):
@@ -369,8 +373,9 @@ def _semantic(config: SETRec.Config, content: Tensor, codes: CodeTable | None, d
     return CodeSet(codes.level_sizes, dim, config.code_digits, config.init_std)
 
 
-def _features(items: ItemTable, semantic: Literal["text", "codes"]) -> tuple[Tensor, Tensor]:
-    """What semantic tokens are made of, and the collaborative vectors with zero rows for items that are not warm."""
+def _features(items: ItemTable, config: SETRec.Config) -> tuple[Tensor, Tensor]:
+    """What semantic tokens are made of, and the collaborative vectors: of items that are not warm zero, or inherited."""
+    semantic = config.semantic
     content = items.text if semantic == "text" else None if items.codes is None else items.codes.codes
     if content is None:
         how = "text embeddings of the items, got None (recsys.text encodes them)" if semantic == "text" else "codes of the items, got None"
@@ -380,4 +385,9 @@ def _features(items: ItemTable, semantic: Literal["text", "codes"]) -> tuple[Ten
     for name, rows in (("warm", items.warm), (semantic, content), ("collaborative", items.collaborative)):
         if len(rows) != items.count:
             raise DataError(f"setrec: items.{name}: expected count={items.count} rows, got {len(rows)}")
-    return content.detach().clone(), items.collaborative.detach() * items.warm.bool()[:, None]
+    collaborative = items.collaborative.detach() * items.warm.bool()[:, None]
+    if config.inherit is not None:
+        if items.text is None or len(items.text) != items.count:
+            raise ConfigError("setrec: inherit: expected text embeddings of all items, by which they are alike (recsys.text encodes them)")
+        collaborative = inherited(collaborative, items.warm.bool(), items.text.detach(), config.inherit)
+    return content.detach().clone(), collaborative
