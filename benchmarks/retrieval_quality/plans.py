@@ -71,6 +71,8 @@ PLANS: Mapping[str, Plan] = {
     "sasrec": Plan(_SMALL, (_PLAIN,), _WINDOWS, training(128, 60, 1e-3, 5)),
     "hstu": Plan(_SMALL, (_PLAIN,), _WINDOWS, training(128, 60, 1e-3, 5)),
     "setrec": _SET,
+    # The point that Beauty chose: what new items inherit has no say in training, where there are none.
+    "setrec_inherit": replace(_SET, model={**_SETREC, "inherit": {}}, points=_SLOWER[1:]),
     "setrec_fsq": replace(_SET, model={**_SETREC, "semantic": "codes", "code_digits": [8, 8, 8, 6, 5]}, codes=_FSQ),
     "rpg": Plan(
         {"dim": 256, "blocks": 2, "heads": 4, "dropout": 0.5},

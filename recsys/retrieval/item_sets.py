@@ -17,27 +17,23 @@ class TextSet(nn.Module):
     """One autoencoder that turns an item's text embedding f into N semantic tokens: e_1..e_N = reshape(Enc(f)), f̂ = Dec(Enc(f)).
 
     ReLU between the layers and none after the last, a mirror-image decoder, Xavier-normal weights, as in the authors' code.
-
-    With ``dropout`` numbers of f are dropped in training, and the decoder is to restore all of them. An item's tokens then lean on more
-    of its text, and say more of items that have a like one.
     """
 
-    def __init__(self, text_dim: int, hidden: tuple[int, ...], tokens: int, dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, text_dim: int, hidden: tuple[int, ...], tokens: int, dim: int) -> None:
         super().__init__()
         self.tokens = tokens
-        self.dropout = nn.Dropout(dropout)
         widths = (text_dim, *hidden, tokens * dim)
         self.encoder = _mlp(widths)
         self.decoder = _mlp(widths[::-1])
 
     def forward(self, text: Tensor) -> Tensor:
         """``[M, D_text]`` to the tokens ``[M, N, d]``."""
-        tokens: Tensor = self.encoder(self.dropout(text)).unflatten(-1, (self.tokens, -1))
+        tokens: Tensor = self.encoder(text).unflatten(-1, (self.tokens, -1))
         return tokens
 
     def factors(self, text: Tensor) -> Tensor:
         """``[M, D_text]`` to what the last layer reads, ``[M, H]``: all tokens of an item are affine in it."""
-        hidden: Tensor = self.encoder[:-1](self.dropout(text))
+        hidden: Tensor = self.encoder[:-1](text)
         return hidden
 
     def last(self) -> tuple[Tensor, Tensor]:

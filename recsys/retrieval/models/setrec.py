@@ -67,9 +67,6 @@ class SETRec(VectorRetriever):
             beta: the weight of each semantic slot; the collaborative slot has 1 - beta. To be chosen on validation data: `SETRec.set_beta`.
             negatives: so many items are drawn evenly for the training softmax of a batch, and only these, the targets and the history's are
                 tokenized; null for the whole catalogue.
-            text_dropout: the share of the numbers of a text embedding that each training step drops, see `TextSet`.
-            collaborative_dropout: the share of the items that each training step tokenizes as if they were new, without a collaborative
-                vector, so that states learn how likely such an item is beside the others.
             inherit: whether items that are not warm inherit a collaborative vector from warm ones of like text; null for zero ones.
             cold_in_softmax: whether items that are not warm are candidates of the training softmax, as in the authors' code.
             compress: whether users and items are compared in the factors that an item's tokens are affine in: the collaborative vector and
@@ -87,8 +84,6 @@ class SETRec(VectorRetriever):
         reconstruction_weight: float = Field(default=0.7, ge=0.0)
         beta: float = Field(default=0.5, ge=0.0, le=1.0)
         negatives: int | None = Field(default=None, ge=1)
-        text_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-        collaborative_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
         inherit: Inheritance | None = None
         cold_in_softmax: bool = False
         compress: bool = False
@@ -102,8 +97,6 @@ class SETRec(VectorRetriever):
                 raise ValueError("compress: tokens of codes are not affine in a few factors; expected false")
             if self.semantic == "text" and self.code_digits is not None:
                 raise ValueError("code_digits: expected null, since the semantic tokens are made of text")
-            if self.semantic == "codes" and self.text_dropout:
-                raise ValueError("text_dropout: expected 0, since the semantic tokens are made of codes")
             return self
 
     warm: Tensor
@@ -314,17 +307,10 @@ class SETRec(VectorRetriever):
     def _tokenized(self, items: Tensor, targets: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[U, n, d]``: the sets of all items, or those that a sample needs; and int64 ``[N]``, where each catalogue row's set stands."""
         if drawn is None:
-            place = torch.arange(len(self.warm), device=self.warm.device)
-            return self.tokenize(self.content, self._some_as_new(self.collaborative)), place
+            return self.tokenize(self.content, self.collaborative), torch.arange(len(self.warm), device=self.warm.device)
         used = torch.zeros_like(self.warm)
         used[torch.cat((items, targets, drawn))] = True
-        return self.tokenize(self.content[used], self._some_as_new(self.collaborative[used])), used.cumsum(0) - 1
-
-    def _some_as_new(self, collaborative: Tensor) -> Tensor:
-        """The vectors of some items, of which training drops a share; not one number of many, as dropout does, but all of one item."""
-        if not self.training or not self.config.collaborative_dropout:
-            return collaborative
-        return collaborative * (torch.rand(len(collaborative), 1, device=collaborative.device) >= self.config.collaborative_dropout)
+        return self.tokenize(self.content[used], self.collaborative[used]), used.cumsum(0) - 1
 
     def _reconstruction(self, semantic: TextSet, tokens_und: Tensor, rows: Tensor) -> Tensor:
         """MSE between the text embeddings of U ``rows`` and what their semantic tokens say of them; zero where there are no rows."""
@@ -369,7 +355,7 @@ def _sampled(states_snd: Tensor, items_und: Tensor, targets: Tensor, of_target: 
 
 def _semantic(config: SETRec.Config, content: Tensor, codes: CodeTable | None, dim: int) -> TextSet | CodeSet:
     if codes is None:
-        return TextSet(content.shape[1], config.ae_hidden, config.semantic_tokens, dim, config.text_dropout)
+        return TextSet(content.shape[1], config.ae_hidden, config.semantic_tokens, dim)
     return CodeSet(codes.level_sizes, dim, config.code_digits, config.init_std)
 
 

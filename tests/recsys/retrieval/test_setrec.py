@@ -231,39 +231,6 @@ def test_cold_items_outside_the_softmax_are_not_pushed_down():
     assert touched.tolist() == [i not in COLD for i in range(N)]
 
 
-def test_items_that_training_takes_for_new_have_no_collaborative_vector():
-    model, batch = build(collaborative_dropout=1 - 1e-9), batch_of(HISTORIES, TARGETS)
-    blank = build()
-    blank.collaborative.zero_()
-    torch.testing.assert_close(model.train().loss(batch)[0], blank.loss(batch)[0])
-    torch.testing.assert_close(model.eval().loss(batch)[0], build().loss(batch)[0])
-
-
-def test_so_many_items_as_asked_are_taken_for_new_and_each_as_a_whole():
-    many = ItemTable(4000, torch.ones(4000, dtype=torch.bool), torch.randn(4000, D_TEXT), torch.randn(4000, D_CF))
-    model, seen = build(items=many, collaborative_dropout=0.3).train(), []
-    tokenize = model.tokenize
-    model.tokenize = lambda content, collaborative: seen.append(collaborative) or tokenize(content, collaborative)
-    model.loss(batch_of(HISTORIES, TARGETS))
-    whole, blank = (seen[0] == model.collaborative).all(1), (seen[0] == 0).all(1)
-    assert (whole ^ blank).all() and abs(float(blank.double().mean()) - 0.3) < 0.03
-
-
-def test_text_is_dropped_in_training_alone_and_the_whole_of_it_restored():
-    model, plain, batch = build(text_dropout=0.5), build(), batch_of(HISTORIES, TARGETS)
-    torch.testing.assert_close(model.eval().loss(batch)[0], plain.loss(batch)[0])
-    text = model.content
-    torch.manual_seed(3)
-    tokens = model.train().semantic(text)
-    torch.manual_seed(3)
-    torch.testing.assert_close(tokens, plain.semantic(F.dropout(text, 0.5)))
-    torch.manual_seed(3)
-    _, parts = model.loss(batch)
-    seen = sorted({i for h in HISTORIES for i in h})
-    expected = F.mse_loss(model.semantic.reconstruct(tokens)[seen], text[seen]).detach()
-    torch.testing.assert_close(parts["reconstruction"], expected)
-
-
 # What holds for every retriever.
 
 

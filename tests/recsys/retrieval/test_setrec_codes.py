@@ -104,7 +104,6 @@ def test_what_does_not_fit_together_is_refused() -> None:
     codes = {"semantic": "codes"}
     for wrong, message in (
         ({**codes, "compress": True}, "compress"),
-        ({**codes, "text_dropout": 0.1}, "text_dropout"),
         ({"code_digits": [2, 3]}, "code_digits"),
     ):
         with pytest.raises(ConfigError, match=message):
