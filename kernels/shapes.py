@@ -4,6 +4,24 @@
 from kernels.op import Shape
 
 # rms_norm: (rows, width). Rows are batch x tokens: serving and training batches; the last is the widest row the kernel takes.
+# token_swiglu: (batch, tokens, width, hidden): serving and training batches of TokenMixer-Large.
+# log_sinkhorn: (matrices, n, iterations, whether symmetric): the global matrix and the local ones of UniMixer's mixers.
+# jagged_attention: a `kernels.jagged_attention.shape.Case`: SASRec, HSTU as retriever and over a ranker's history, RecGPT, SETRec; the
+# last is the widest head that the kernels take.
+# fsq: (items, slots, form (0 tanh, 1 sigmoid), levels …): RecGPT's item tokenizer, a batch of its training and a whole catalogue.
+# int8_pooling: (rows of the table, width, bags, values): a request's candidates and a batch of training's size, ten values a bag.
 RECIPES: dict[str, tuple[Shape, ...]] = {
     "rms_norm": ((100 * 8, 64), (512 * 8, 64), (2048 * 16, 256), (2048 * 16, 512), (2048 * 32, 1024), (1024, 4096)),
+    "token_swiglu": ((100, 8, 64, 128), (512, 8, 64, 128), (2048, 16, 256, 512), (2048, 16, 512, 1024), (2048, 32, 1024, 2048)),
+    "log_sinkhorn": ((1, 16, 20, 1), (1, 64, 20, 1), (64, 8, 20, 1), (128, 32, 20, 1)),
+    "jagged_attention": (
+        (32, 200, 2, 32, 0, 0, 1, 0, 0),
+        (32, 50, 2, 32, 1, 0, 1, 1, 50),
+        (512, 400, 4, 64, 1, 0, 1, 1, 400),
+        (64, 200, 6, 32, 0, 1, 4, 0, 0),
+        (128, 250, 2, 32, 0, 2, 5, 0, 0),
+        (64, 2048, 4, 128, 0, 0, 1, 0, 0),
+    ),
+    "fsq": ((256, 4, 0, 8, 8, 8, 6, 5), (256, 4, 0, 8, 5, 5), (1_000_000, 4, 0, 8, 5, 5, 5), (1_000_000, 4, 1, 8, 5, 5, 5)),
+    "int8_pooling": ((100_000, 32, 100, 1_000), (100_000, 64, 512, 5_120), (1_000_000, 64, 2048, 20_480), (1_000_000, 128, 2048, 20_480)),
 }

@@ -15,7 +15,9 @@ _FLOOR = 1e-3  # a result that is all but zero is compared absolutely
 
 
 def error_ratio(value: Tensor, expected: Tensor) -> float:
-    """Root mean square of the error over that of the expected value; NaN stays NaN."""
+    """Root mean square of the error over that of the expected value; NaN stays NaN, and nothing has no error."""
+    if not expected.numel():
+        return 0.0
     error = (value.double() - expected.double()).square().mean().sqrt()
     return float(error / expected.double().square().mean().sqrt().clamp_min(_FLOOR))
 

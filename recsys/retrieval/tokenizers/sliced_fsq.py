@@ -8,12 +8,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.fsq import Form
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.retrieval.tokenizers.base import CodeTokenizer, Progress
 from recsys.retrieval.tokenizers.fitting import Standardizer, train_epochs
-from recsys.retrieval.tokenizers.fsq import FSQ, Form
+from recsys.retrieval.tokenizers.fsq import FSQ
 
 
 @register("item_tokenizer", "fsq")

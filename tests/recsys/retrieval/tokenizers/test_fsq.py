@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vector_quantize_pytorch import FSQ as Theirs
 
+from kernels.fsq import Form
 from recsys.core.errors import ConfigError, DataError
 from recsys.retrieval.tokenizers import FSQ
-from recsys.retrieval.tokenizers.fsq import Form
 
 FORMS: list[Form] = ["tanh", "sigmoid"]
 LEVELS = [(8, 8, 8, 6, 5), (8, 5, 5, 5), (3,), (4, 3), (7, 5, 5), (16, 9)]

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention inside jagged rows as the torch.library op ``recsys::jagged_attention``, with a fake implementation and its own gradient."""
+
+from collections.abc import Sequence
+from typing import cast, get_args
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.jagged_attention import cpu, reference
+from kernels.jagged_attention.cpu import Rule
+from kernels.jagged_attention.reference import Form, Mask
+from kernels.jagged_attention.shape import Case
+from kernels.op import KernelSpec, Op, Shape, Work
+
+SHAPES: tuple[Shape, ...] = (
+    Case(1, 1, 1, 3, 1, 0, 1, 0, 0),
+    Case(3, 8, 2, 4, 0, 1, 3, 2, 5),
+    Case(4, 20, 2, 8, 1, 0, 1, 1, 16),
+    Case(5, 63, 1, 16, 0, 2, 4, 0, 0),
+    Case(3, 100, 2, 5, 1, 2, 7, 2, 130),
+    Case(2, 200, 1, 33, 0, 1, 70, 1, 40),
+    Case(2, 65, 3, 64, 1, 1, 5, 3, 1),
+    Case(2, 1000, 1, 2, 0, 0, 1, 0, 0),
+)
+
+
+def jagged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    form: Form = "softmax",
+    mask: Mask = "causal",
+    group: int = 1,
+    divisor: float = 1.0,
+) -> Tensor:
+    """Attention inside rows that lie one after another; see `kernels.jagged_attention.reference`.
+
+    Args:
+        q: ``[S, H, e]``; likewise ``k`` and ``v``.
+        k: see ``q``.
+        v: see ``q``.
+        offsets: int64 ``[B + 1]``, ascending from 0 to S. On a GPU they are not read by the host and so not checked.
+        bias: ``[H or 1, D]``, the dtype of ``q``, by distance between positions; None for none.
+        form: "softmax", or "silu", which is HSTU's.
+        mask: "causal", "grouped" (all tokens of the items up to one's own) or "grouped_apart" (all of the items before, and oneself).
+        group: tokens of an item; 1 for the causal mask.
+        divisor: N of the SiLU form; 1 for softmax.
+
+    Raises:
+        ValueError: names the argument that does not fit the others, and what was expected.
+    """
+    _check(q, k, v, offsets, bias)
+    for name, value, known in (("form", form, Form), ("mask", mask, Mask)):
+        if value not in get_args(known):
+            raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {value!r}")
+    if group < 1 or (mask == "causal" and group != 1):
+        raise ValueError(f"group: expected {'1 for the causal mask' if mask == 'causal' else 'at least 1'}, got {group}")
+    if divisor <= 0 or (form == "softmax" and divisor != 1):
+        raise ValueError(f"divisor: expected {'1 for softmax' if form == 'softmax' else 'more than 0'}, got {divisor}")
+    bias = None if bias is None else bias.contiguous()
+    given = (q.contiguous(), k.contiguous(), v.contiguous(), offsets.contiguous(), bias)
+    y, _ = torch.ops.recsys.jagged_attention(*given, form, mask, group, float(divisor))
+    return cast(Tensor, y)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None) -> None:
+    if q.dim() != 3 or q.shape[2] == 0:
+        raise ValueError(f"q: expected [S, H, e] with e at least 1, got {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected {q.dtype} of shape {tuple(q.shape)}, as q, got {x.dtype} of shape {tuple(x.shape)}")
+    if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
+        raise ValueError(f"offsets: expected torch.int64 of shape [B + 1], got {offsets.dtype} of shape {tuple(offsets.shape)}")
+    if bias is not None and (bias.dim() != 2 or bias.shape[0] not in (1, q.shape[1]) or bias.shape[1] < 1 or bias.dtype != q.dtype):
+        wanted = f"{q.dtype} of shape [1 or {q.shape[1]}, D] with D at least 1"
+        raise ValueError(f"bias: expected {wanted}, got {bias.dtype} of shape {tuple(bias.shape)}")
+
+
+def _check_values(offsets: Tensor, tokens: int) -> None:
+    if offsets.device.type == "cpu" and not (offsets[0] == 0 and offsets[-1] == tokens and bool((offsets.diff() >= 0).all())):
+        raise ValueError(f"offsets: expected to ascend from 0 to {tokens}, the tokens of q, got {offsets.tolist()}")
+
+
+@torch.library.custom_op("recsys::jagged_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, form: str, mask: str, group: int, divisor: float
+) -> tuple[Tensor, Tensor]:
+    _check_values(offsets, q.shape[0])
+    rule, chosen = Rule(form, mask, group, divisor), backend.choose(q.device)
+    if chosen == "triton":
+        from kernels.jagged_attention import triton_ops
+
+        if triton_ops.supports(q):
+            return triton_ops.forward(q, k, v, offsets, bias, rule)
+    y, lse = cpu.forward(q, k, v, offsets, bias, rule)
+    if chosen == "reference":
+        y = reference.jagged_attention(q, k, v, offsets, bias, form, mask, group, divisor)
+    return y, lse
+
+
+@torch.library.custom_op("recsys::jagged_attention_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    lse: Tensor,
+    form: str,
+    mask: str,
+    group: int,
+    divisor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rule = Rule(form, mask, group, divisor)
+    if backend.choose(q.device) == "triton":
+        from kernels.jagged_attention import triton_ops
+
+        if triton_ops.supports(q):
+            return triton_ops.backward(dy.contiguous(), q, k, v, offsets, bias, y, lse, rule)
+    return cpu.backward(dy, q, k, v, offsets, bias, lse, rule)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, form: str, mask: str, group: int, divisor: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]) if form == "softmax" else (0,), dtype=wide)
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    y: Tensor | None,
+    lse: Tensor,
+    form: str,
+    mask: str,
+    group: int,
+    divisor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dbias = q.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+
+
+def _save(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str, str, int, float],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    *tensors, form, mask, group, divisor = inputs
+    y, lse = output
+    ctx.save_for_backward(*tensors, y if form == "softmax" else None, lse)  # type: ignore[arg-type]
+    ctx.rule = (form, mask, group, divisor)  # type: ignore[attr-defined]
+    ctx.mark_non_differentiable(lse)
+
+
+def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, rule = ctx.saved_tensors, ctx.rule  # type: ignore[attr-defined]
+    dq, dk, dv, dbias = torch.ops.recsys.jagged_attention_backward(dy, *tensors, *rule)
+    return dq, dk, dv, None, dbias if tensors[4] is not None else None, None, None, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
+
+
+def _inputs(
+    shape: Shape, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str, str, int, float]:
+    case = Case(*shape)
+    offsets = torch.tensor([0, *case.lengths]).cumsum(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype).requires_grad_()
+
+    q, k, v = (drawn(int(offsets[-1]), case.heads, case.width) for _ in range(3))
+    bias = drawn(case.biases, case.distances) if case.distances else None
+    divisor = 1.0 if case.form == "softmax" else float(case.longest)
+    return q, k, v, offsets, bias, case.form, case.mask, case.group, divisor
+
+
+def _specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
+    from kernels.jagged_attention import triton_ops
+
+    return triton_ops.specs(shapes)
+
+
+def _work(shape: Shape, dtype: torch.dtype) -> Work:
+    """Forward: q, k, v in, y out; two products. Backward: these, y and dy in, three gradients out; five products."""
+    case = Case(*shape)
+    one = sum(case.lengths) * case.heads * case.width * dtype.itemsize
+    statistics = sum(case.lengths) * case.heads * 4 if case.form == "softmax" else 0
+    table = case.biases * case.distances * dtype.itemsize
+    flops = 14 * case.width * case.heads * case.pairs
+    return Work(flops, read=8 * one + statistics + 2 * table, written=4 * one + statistics + table)
+
+
+OP = Op(
+    "jagged_attention",
+    jagged_attention,
+    reference.jagged_attention,
+    _inputs,
+    SHAPES,
+    small=Case(3, 6, 2, 3, 0, 1, 4, 2, 4),
+    work=_work,
+    specs=_specs,
+)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-token SwiGLU as the torch.library op ``recsys::token_swiglu``, with a fake implementation and a gradient of its own."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.op import KernelSpec, Op, Shape, Work
+from kernels.token_swiglu import cpu, reference
+
+# B, T, D, H
+SHAPES: tuple[Shape, ...] = ((1, 1, 3, 5), (3, 2, 5, 7), (7, 3, 63, 33), (65, 2, 100, 129), (2, 1, 1000, 20), (130, 1, 33, 65))
+
+
+def token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """``r + (silu(g) ⊙ u) @ down`` with ``[g, u] = s · (x @ gate_up)``, with weights of its own for each token.
+
+    See `kernels.token_swiglu.reference`. ``x`` and ``residual`` may lie in memory with any of batch and tokens outermost.
+
+    Args:
+        x: ``[B, T, D]``.
+        gate_up: ``[T, D, 2H]``, the dtype of ``x``.
+        down: ``[T, H, D]``, the dtype of ``x``.
+        scale: s, ``[B, T]``, float32 (float64 where ``x`` is), or None.
+        residual: r, ``[B, T, D]``, the dtype of ``x``, or None.
+
+    Returns:
+        ``[B, T, D]``, tokens-outermost in memory.
+
+    Raises:
+        ValueError: a shape or a dtype does not fit.
+    """
+    if x.ndim != 3 or down.ndim != 3:
+        raise ValueError(f"x, down: expected three axes each, got {tuple(x.shape)} and {tuple(down.shape)}")
+    batch, tokens, dim = x.shape
+    hidden = down.shape[1]
+    _check("gate_up", gate_up, (tokens, dim, 2 * hidden), x.dtype)
+    _check("down", down, (tokens, hidden, dim), x.dtype)
+    if scale is not None:
+        _check("scale", scale, (batch, tokens), torch.promote_types(x.dtype, torch.float32))
+    if residual is not None:
+        _check("residual", residual, (batch, tokens, dim), x.dtype)
+    return cast(Tensor, torch.ops.recsys.token_swiglu(x, gate_up, down, scale, residual)[0])
+
+
+def _check(name: str, given: Tensor, shape: Shape, dtype: torch.dtype) -> None:
+    if given.shape != shape or given.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {given.dtype} of shape {tuple(given.shape)}")
+
+
+def _kept_width(x: Tensor, gate_up: Tensor) -> int:
+    """Columns of the product ``x @ gate_up`` that are kept for the backward pass: all on the CPU, none where Triton forms it again."""
+    return gate_up.shape[2] if x.device.type == "cpu" and not backend.interpreting() else 0
+
+
+@torch.library.custom_op("recsys::token_swiglu", mutates_args=())
+def _forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    chosen = backend.choose(x.device)
+    nothing = x.new_empty(x.shape[1], x.shape[0], 0)
+    if chosen == "triton":
+        from kernels.token_swiglu import triton_ops
+
+        if triton_ops.supports(x):
+            return triton_ops.forward(x, gate_up, down, scale, residual), nothing
+    if chosen == "reference":
+        y = reference.token_swiglu(x, gate_up, down, scale, residual).transpose(0, 1).contiguous().transpose(0, 1)
+        return y, torch.bmm(x.transpose(0, 1), gate_up) if _kept_width(x, gate_up) else nothing
+    y, product = cpu.forward(x, gate_up, down, scale, residual)
+    return y, product if _kept_width(x, gate_up) else nothing
+
+
+@torch.library.custom_op("recsys::token_swiglu_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, product: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend.choose(x.device) == "triton":
+        from kernels.token_swiglu import triton_ops
+
+        if triton_ops.supports(x):
+            return triton_ops.backward(dy, x, gate_up, down, scale)
+    return cpu.backward(dy, x, gate_up, down, scale, product)
+
+
+@_forward.register_fake
+def _(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, tokens, dim = x.shape
+    return x.new_empty(tokens, batch, dim).transpose(0, 1), x.new_empty(tokens, batch, _kept_width(x, gate_up))
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, product: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, dim = x.shape
+    dscale = x.new_empty(0) if scale is None else scale.new_empty(batch, tokens)
+    return x.new_empty(tokens, batch, dim).transpose(0, 1), x.new_empty(gate_up.shape), x.new_empty(down.shape), dscale
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, gate_up, down, scale, residual = inputs
+    ctx.save_for_backward(x, gate_up, down, scale, output[1])
+    ctx.has_residual = residual is not None  # type: ignore[attr-defined]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, gate_up, down, scale, product = ctx.saved_tensors  # type: ignore[attr-defined]
+    dx, dgate_up, ddown, dscale = torch.ops.recsys.token_swiglu_backward(dy, x, gate_up, down, scale, product)
+    return dx, dgate_up, ddown, None if scale is None else dscale, dy if ctx.has_residual else None  # type: ignore[attr-defined]
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """All five, tokens-outermost. The scale asks for a gradient where it has the dtype of the others."""
+    batch, tokens, dim, hidden = shape
+
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    x, residual = (drawn(tokens, batch, dim).to(dtype).transpose(0, 1).requires_grad_() for _ in range(2))
+    gate_up = drawn(tokens, dim, 2 * hidden).div_(dim**0.5).to(dtype).requires_grad_()
+    down = drawn(tokens, hidden, dim).div_(hidden**0.5).to(dtype).requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = (0.5 + torch.rand(batch, tokens, generator=generator)).to(wide).requires_grad_(dtype == wide)
+    return x, gate_up, down, scale, residual
+
+
+def _specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
+    from kernels.token_swiglu import triton_ops
+
+    return triton_ops.specs(shapes)
+
+
+def _work(shape: Shape, dtype: torch.dtype) -> Work:
+    """Three matrices, three products each. Forward: x, r, s and the weights in, y out. Backward: dy and again x, s, the weights in."""
+    batch, tokens, dim, hidden = shape
+    rows, weights = batch * tokens * dim * dtype.itemsize, 3 * tokens * dim * hidden * dtype.itemsize
+    scales = 4 * batch * tokens
+    return Work(
+        flops=18 * batch * tokens * dim * hidden, read=4 * rows + 2 * weights + 2 * scales, written=2 * rows + weights + scales
+    )  # fmt: skip
+
+
+OP = Op("token_swiglu", token_swiglu, reference.token_swiglu, _inputs, SHAPES, small=(3, 2, 4, 3), work=_work, specs=_specs)
