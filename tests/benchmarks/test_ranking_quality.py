@@ -23,7 +23,7 @@ from benchmarks.ranking_quality.train import Budget, Outcome, peer_inputs, train
 from recsys.core import components
 from recsys.data.datasets.frappe import FIELDS, FRAPPE
 from recsys.data.datasets.impressions import Impressions, ImpressionSource
-from recsys.data.datasets.movielens_impressions import ENCODER
+from recsys.data.datasets.movielens_impressions import HISTORY, encoder
 from recsys.data.encode import Encoder
 from recsys.training.optim import DenseOptimizer
 
@@ -50,7 +50,7 @@ def movielens(rows: int = 200) -> Impressions:
         ]
     ).to_arrow()
     parts = {"train": table.slice(0, 120), "valid": table.slice(120, 40), "test": table.slice(160)}
-    return Impressions("movielens_1m", parts, ENCODER)
+    return Impressions("movielens_1m", parts, encoder(HISTORY))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ _AGES = (1, 18, 25, 35, 45, 50, 56)  # MovieLens-1M's brackets, by their least a
 _VALID = _TEST = 0.1
 
 
-def _encoder(longest: int) -> EncoderConfig:
+def encoder(longest: int) -> EncoderConfig:
     """The features, with histories of at most so many events."""
     # No user ids: after a split by time four in five users of the validation period are not in train, and a model learns the others by
     # heart within an epoch. A user is who they are and what they saw. An item that train holds once is left out of the vocabulary, so
@@ -98,7 +98,7 @@ def _impressions(
             EVENT_TIME: pa.array(joined["second"].cast(pl.Int64).to_numpy() * 1_000_000).cast(TIME),
         }
     )
-    return Impressions(name, global_time_split(table.column(EVENT_TIME), _VALID, _TEST).parts(table), _encoder(longest))
+    return Impressions(name, global_time_split(table.column(EVENT_TIME), _VALID, _TEST).parts(table), encoder(longest))
 
 
 def _movielens_1m(name: str = "movielens_1m", longest: int = HISTORY) -> Impressions:
