@@ -6,6 +6,8 @@
 // in the user's room, and when that is full, its k best stay and the k-th best moves up. No score of an item that is not among them is
 // ever written.
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -56,19 +58,21 @@ struct Best {
   }
 };
 
-// Which of the sixteen sums of an item's codes are above the users' thresholds; the sums are left in `sums`.
-inline uint32_t passing(const float* weights, int64_t stride, const int32_t* codes, int64_t levels, const float* thresholds, float* sums) {
+// Which of the sixteen sums of an item's codes are above the users' thresholds; the sums are left in `sums`. Zero levels for any number.
+template <int kLevels>
+inline uint32_t passing(const float* weights, const int32_t* codes, int64_t any, const float* thresholds, float* sums) {
+  const int64_t levels = kLevels ? kLevels : any;
 #if defined(__AVX512F__)
-  __m512 total = _mm512_loadu_ps(weights + codes[0] * stride);
-  for (int64_t level = 1; level < levels; ++level) total = _mm512_add_ps(total, _mm512_loadu_ps(weights + codes[level] * stride));
+  __m512 total = _mm512_loadu_ps(weights + codes[0] * kLanes);
+  for (int64_t level = 1; level < levels; ++level) total = _mm512_add_ps(total, _mm512_loadu_ps(weights + codes[level] * kLanes));
   const uint32_t above = _mm512_cmp_ps_mask(total, _mm512_loadu_ps(thresholds), _CMP_GT_OQ);
   if (above) _mm512_storeu_ps(sums, total);
   return above;
 #elif defined(__AVX2__)
-  __m256 low = _mm256_loadu_ps(weights + codes[0] * stride), high = _mm256_loadu_ps(weights + codes[0] * stride + 8);
+  __m256 low = _mm256_loadu_ps(weights + codes[0] * kLanes), high = _mm256_loadu_ps(weights + codes[0] * kLanes + 8);
   for (int64_t level = 1; level < levels; ++level) {
-    low = _mm256_add_ps(low, _mm256_loadu_ps(weights + codes[level] * stride));
-    high = _mm256_add_ps(high, _mm256_loadu_ps(weights + codes[level] * stride + 8));
+    low = _mm256_add_ps(low, _mm256_loadu_ps(weights + codes[level] * kLanes));
+    high = _mm256_add_ps(high, _mm256_loadu_ps(weights + codes[level] * kLanes + 8));
   }
   const uint32_t above = uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(low, _mm256_loadu_ps(thresholds), _CMP_GT_OQ))) |
                          uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(high, _mm256_loadu_ps(thresholds + 8), _CMP_GT_OQ))) << 8;
@@ -78,22 +82,32 @@ inline uint32_t passing(const float* weights, int64_t stride, const int32_t* cod
   }
   return above;
 #else
-  std::memcpy(sums, weights + codes[0] * stride, kLanes * sizeof(float));
+  std::memcpy(sums, weights + codes[0] * kLanes, kLanes * sizeof(float));
   for (int64_t level = 1; level < levels; ++level)
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += weights[codes[level] * stride + lane];
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += weights[codes[level] * kLanes + lane];
   uint32_t above = 0;
   for (int lane = 0; lane < kLanes; ++lane) above |= uint32_t(sums[lane] > thresholds[lane]) << lane;
   return above;
 #endif
 }
 
+// Let other threads know that k items are at least as good. One of theirs with the same score may have a smaller row, so what they hear
+// is the next smaller number.
+inline void raise(std::atomic<float>& shared, float limit) {
+  const float below = std::nextafter(limit, -std::numeric_limits<float>::infinity());
+  float seen = shared.load(std::memory_order_relaxed);
+  while (seen < below && !shared.compare_exchange_weak(seen, below, std::memory_order_relaxed)) {
+  }
+}
+
 // One thread's share of the items, for all users. Items come in ascending order, so at the k-th best score an item is too late.
-void scan(const float* weights, int64_t groups, int64_t users, const int32_t* bags, int64_t levels, const int64_t* rows, int64_t begin,
-          int64_t end, const Excluded& excluded, size_t k, std::vector<Best>& best) {
-  const int64_t stride = groups * kLanes;
+template <int kLevels>
+void scan(const float* weights, int64_t width, int64_t groups, int64_t users, const int32_t* bags, int64_t levels, const int64_t* rows, int64_t begin,
+          int64_t end, const Excluded& excluded, size_t k, std::vector<Best>& best, std::vector<std::atomic<float>>& shared) {
+  const int64_t lanes = groups * kLanes;
   const size_t room = std::max<size_t>(2 * k, 128);
-  std::vector<float> thresholds(size_t(stride), -std::numeric_limits<float>::infinity());
-  for (int64_t lane = users; lane < stride; ++lane) thresholds[size_t(lane)] = std::numeric_limits<float>::infinity();
+  std::vector<float> thresholds(size_t(lanes), -std::numeric_limits<float>::infinity());
+  for (int64_t lane = users; lane < lanes; ++lane) thresholds[size_t(lane)] = std::numeric_limits<float>::infinity();
   for (Best& own : best) {
     own.k = k;
     own.keys.reserve(std::min(room, size_t(end - begin)));
@@ -103,11 +117,13 @@ void scan(const float* weights, int64_t groups, int64_t users, const int32_t* ba
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t stop = std::min(tile + kTile, end);
     for (int64_t group = 0; group < groups; ++group) {
-      const float* own = weights + group * kLanes;
+      const float* own = weights + group * width * kLanes;
       float* limit = thresholds.data() + group * kLanes;
+      for (int lane = 0; lane < kLanes && group * kLanes + lane < users; ++lane)
+        limit[lane] = std::max(limit[lane], shared[size_t(group * kLanes + lane)].load(std::memory_order_relaxed));
       for (int64_t item = tile; item < stop; ++item) {
         const int64_t row = rows ? rows[item] : item;
-        uint32_t above = passing(own, stride, bags + row * levels, levels, limit, sums);
+        uint32_t above = passing<kLevels>(own, bags + row * levels, levels, limit, sums);
         while (above) {
           const int lane = __builtin_ctz(above);
           above &= above - 1;
@@ -117,7 +133,8 @@ void scan(const float* weights, int64_t groups, int64_t users, const int32_t* ba
           keys.push_back(key_of(sums[lane], uint32_t(row)));
           if (keys.size() >= room) {
             best[size_t(user)].cut();
-            limit[lane] = score_of(keys[k - 1]);
+            limit[lane] = std::max(limit[lane], score_of(keys[k - 1]));
+            raise(shared[size_t(user)], limit[lane]);
           }
         }
       }
@@ -127,18 +144,21 @@ void scan(const float* weights, int64_t groups, int64_t users, const int32_t* ba
 
 }  // namespace
 
-// Weights float [V, 16 groups], users beyond the last of any value; bags int32 [N, K], rows of the weights; rows int64 [count] of the bags,
+// Weights float [groups, V, 16], so that what one group reads lies together, users beyond the last of any value; bags int32 [N, K], rows of the weights; rows int64 [count] of the bags,
 // ascending, or null for the first `count`; excluded offsets int64 [B + 1] and rows, or null; out uint64 [B, k], best first, 0 for none.
-extern "C" void gather_topk(const float* weights, int64_t groups, int64_t users, const int32_t* bags, int64_t levels, const int64_t* rows,
+extern "C" void gather_topk(const float* weights, int64_t width, int64_t groups, int64_t users, const int32_t* bags, int64_t levels, const int64_t* rows,
                             int64_t count, const int64_t* excluded_offsets, const int64_t* excluded_rows, int64_t k, int64_t threads,
                             uint64_t* out) {
   const Excluded excluded{excluded_offsets, excluded_rows};
   threads = std::max<int64_t>(1, std::min(threads, count / 4096));
   std::vector<std::vector<Best>> best;  // of each thread, of each user
   best.resize(size_t(threads), std::vector<Best>(size_t(users)));
+  std::vector<std::atomic<float>> shared(static_cast<size_t>(users));
+  for (std::atomic<float>& limit : shared) limit.store(-std::numeric_limits<float>::infinity(), std::memory_order_relaxed);
   auto work = [&](int64_t thread) {
-    scan(weights, groups, users, bags, levels, rows, count * thread / threads, count * (thread + 1) / threads, excluded, size_t(k),
-         best[size_t(thread)]);
+    const auto run = levels == 4 ? scan<4> : levels == 3 ? scan<3> : levels == 8 ? scan<8> : scan<0>;
+    run(weights, width, groups, users, bags, levels, rows, count * thread / threads, count * (thread + 1) / threads, excluded, size_t(k),
+         best[size_t(thread)], shared);
   };
   std::vector<std::thread> others;
   for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);

@@ -26,12 +26,13 @@ def search(
     """See `kernels.gather_topk.gather_topk`; only where `available`."""
     library, users = native.load(_SOURCE), weights_vb.shape[1]
     assert library is not None
-    weights = functional.pad(weights_vb, (0, -users % LANES)).contiguous()
+    weights = functional.pad(weights_vb, (0, -users % LANES)).unflatten(1, (-1, LANES)).transpose(0, 1).contiguous()  # [groups, V, LANES]
     out = np.zeros((users, k), np.uint64)
     if users and k:
         library.gather_topk(
             ctypes.c_void_p(weights.data_ptr()),
-            ctypes.c_int64(weights.shape[1] // LANES),
+            ctypes.c_int64(weights.shape[1]),
+            ctypes.c_int64(weights.shape[0]),
             ctypes.c_int64(users),
             ctypes.c_void_p(bags_nk.data_ptr()),
             ctypes.c_int64(bags_nk.shape[1]),
