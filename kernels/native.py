@@ -33,7 +33,7 @@ def load(source: Path) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled(source)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # a process may have no home to keep it in
         _LOG.warning("%s: not compiled, a slower way is taken: %s", source.name, _why(error))
         return None
 

@@ -152,3 +152,12 @@ def test_a_cache_that_cannot_be_written_is_no_error(fresh: Path, monkeypatch: py
     file.write_text("", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(file))
     assert native.load(cpu._SOURCE) is None
+
+
+def test_a_process_without_a_home_is_no_error(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert native.load(cpu._SOURCE) is None
