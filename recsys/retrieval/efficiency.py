@@ -74,6 +74,19 @@ def placed(part: P, model: nn.Module) -> P:
     return (part if like is None else part.to(device=like.device, dtype=like.dtype)).train(model.training)
 
 
+def placed_schedule(config: RetrieverEfficiency | None, model: nn.Module, layers: int) -> PruneSchedule | None:
+    """The schedule that a model is told to take, see `placed`; None for none.
+
+    Raises:
+        ConfigError: it drops tokens after another than one of the first ``layers`` layers.
+    """
+    if config is None or config.schedule is None:
+        return None
+    made = placed(PruneSchedule(config.schedule), model)
+    made.require(layers)
+    return made
+
+
 def pruned_history(pruning: HistoryPruning, batch: SequenceBatch, vectors: Tensor) -> SequenceBatch:
     """The histories that a model reads, from those that a user has; ``vectors`` float ``[S, d]`` stand for the events."""
     view = TokenView.of(vectors, batch.offsets, ids=batch.items)

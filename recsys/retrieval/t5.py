@@ -150,7 +150,7 @@ class EncoderLayer(nn.Module):
         def run(view: TokenView) -> tuple[Tensor, LayerProbe]:
             x_bsd = to_padded(view.values, view.offsets)
             inside = held(view.lengths, x_bsd.shape[1])
-            places_bs = torch.zeros_like(inside, dtype=torch.int64).masked_scatter(inside, view.positions)
+            places_bs = to_padded(view.positions, view.offsets)
             own, ffn = self.attention, self.ffn
             normed = own.norm(x_bsd)
             query, (key, value) = own.queries(normed), own.memory(normed)

@@ -12,7 +12,7 @@ from kernels.jagged_attention import cpu, jagged_attention
 from kernels.jagged_attention.reference import visible
 from kernels.jagged_attention.shape import Case
 from recsys.layers.hstu import HSTULayer
-from recsys.retrieval.transformer import _attend_before, _group_mask
+from recsys.retrieval.item_transformers import _attend_before, _group_mask
 
 LENGTHS = [6, 0, 9, 3, 0]
 MASKS = [("causal", 1), ("grouped", 3), ("grouped", 1), ("grouped_apart", 3), ("grouped_apart", 1)]

@@ -29,7 +29,7 @@ class SetBackbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, items_blnd: Tensor, queries_nd: Tensor, seen_bp: Tensor) -> Tensor:
-        """``[B, P, n, d]``: the outputs of the queries, as `recsys.retrieval.transformer.SetTransformer.forward` has them."""
+        """``[B, P, n, d]``: the outputs of the queries, as `recsys.retrieval.item_transformers.SetTransformer.forward` has them."""
 
     def last(self, items_blnd: Tensor, queries_nd: Tensor, lengths_b: Tensor) -> Tensor:
         """``[B, n, d]``: the outputs of the queries that have seen all ``lengths_b`` items of each row."""

@@ -3,7 +3,6 @@
 
 from typing import Literal, cast
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
 from recsys.efficiency.view import TokenView, held, to_padded
 from recsys.layers.hstu import HSTULayer
-from recsys.retrieval.efficiency import RetrieverEfficiency, placed
+from recsys.retrieval.efficiency import RetrieverEfficiency, placed_schedule
 from recsys.retrieval.id_based import IdConfig, IdRetriever
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.transformer import last_queries
@@ -50,10 +49,7 @@ class HSTU(IdRetriever):
 
     def carry(self, config: RetrieverEfficiency) -> None:
         """See `Retriever.carry`."""
-        made = None if config.schedule is None else placed(PruneSchedule(config.schedule), self)
-        if made is not None:
-            made.require(len(self.layers) - 1)
-        self.schedule = made
+        self.schedule = placed_schedule(config, self, len(self.layers) - 1)
 
     def sequence(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """See `IdRetriever.sequence`."""
@@ -81,8 +77,7 @@ class HSTU(IdRetriever):
         def run(view: TokenView) -> tuple[Tensor, LayerProbe]:
             x_bld = to_padded(view.values, view.offsets)
             inside = held(view.lengths, x_bld.shape[1])
-            behind_all = layer.max_length  # where padding stands, so that no event sees it
-            places_bl = torch.full_like(inside, behind_all, dtype=torch.int64).masked_scatter(inside, view.positions)
+            places_bl = to_padded(view.positions, view.offsets, fill=layer.max_length)  # padding stands behind all, so that nobody sees it
             normed = layer.norm_in(x_bld)
             u, value, query, key = layer.parts(normed)
             added = layer.added(u, value, query, key, places_bl[:, None])

@@ -13,11 +13,12 @@ from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.efficiency import RetrieverEfficiency
+from recsys.retrieval.item_transformers import HybridTransformer
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.padding import known_histories, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy
 from recsys.retrieval.state import SlotLogProbs
-from recsys.retrieval.transformer import HybridTransformer, TransformerConfig
+from recsys.retrieval.transformer import TransformerConfig
 
 
 @register("retriever", "recgpt")

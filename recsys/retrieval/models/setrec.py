@@ -18,12 +18,13 @@ from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.efficiency import RetrieverEfficiency
 from recsys.retrieval.inheritance import Inheritance, inherited
 from recsys.retrieval.item_sets import CodeSet, TextSet
+from recsys.retrieval.item_transformers import SetTransformer
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
 from recsys.retrieval.softmax import catalogue_cross_entropy, sampled_cross_entropy
 from recsys.retrieval.state import SlotVectors
-from recsys.retrieval.transformer import SetTransformer, TransformerConfig
+from recsys.retrieval.transformer import TransformerConfig
 
 
 @register("retriever", "setrec")

@@ -18,7 +18,7 @@ from recsys.efficiency.decoding.tree import DraftSource, PrefixTree
 from recsys.efficiency.schedule import PruneSchedule
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
-from recsys.retrieval.efficiency import DraftConfig, RetrieverEfficiency, placed
+from recsys.retrieval.efficiency import DraftConfig, RetrieverEfficiency, placed_schedule
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.padding import known_histories, training_targets
 from recsys.retrieval.state import EncoderMemory, PrefixScorer
@@ -132,10 +132,7 @@ class TIGER(CodeRetriever):
 
     def carry(self, config: RetrieverEfficiency) -> None:
         """See `Retriever.carry`."""
-        made = None if config.schedule is None else placed(PruneSchedule(config.schedule), self)
-        if made is not None:
-            made.require(self.config.layers)
-        self.schedule = made
+        self.schedule = placed_schedule(config, self, self.config.layers)
         self.drafts = [] if config.drafts is None else [self._adjacency(config.drafts)]
 
     def _adjacency(self, config: DraftConfig) -> AdjacencyDraft:

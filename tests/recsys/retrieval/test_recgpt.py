@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from recsys.core.errors import ConfigError, DataError
 from recsys.retrieval.catalogue import BeamIndex, Catalogue, GatherIndex
+from recsys.retrieval.item_transformers import HybridTransformer
 from recsys.retrieval.models import RecGPT
-from recsys.retrieval.transformer import HybridTransformer, TransformerConfig
+from recsys.retrieval.transformer import TransformerConfig
 from tests.recsys.retrieval.coded import HISTORIES, TARGETS, N, batch_of, build, items_of, table_of
 
 K = 3

@@ -15,7 +15,7 @@ from recsys.efficiency.schedule import PruneSchedule
 from recsys.efficiency.selection import RowSelection
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.efficiency import RetrieverEfficiency
-from recsys.retrieval.transformer import SetTransformer, attend_seen
+from recsys.retrieval.item_transformers import SetTransformer, attend_seen
 from tests.recsys.retrieval.coded import batch_of
 from tests.recsys.retrieval.saving import LONG, MODELS, TOP, build, state_of
 

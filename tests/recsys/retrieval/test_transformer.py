@@ -5,7 +5,8 @@ from torch import nn
 
 from recsys.core.config import parse
 from recsys.core.errors import ConfigError
-from recsys.retrieval.transformer import CausalTransformer, SetTransformer, TransformerConfig, attend_seen
+from recsys.retrieval.item_transformers import SetTransformer, attend_seen
+from recsys.retrieval.transformer import CausalTransformer, TransformerConfig
 
 CONFIG = TransformerConfig(dim=8, blocks=3, heads=2, ffn_multiplier=3, dropout=0.0, max_length=6, init_std=0.5)
 
