@@ -9,7 +9,7 @@ alone (T = 1) for the implicit gradient.
 import torch
 from torch import Tensor
 
-from kernels.sinkhorn.reference import NEGLIGIBLE, scaled
+from kernels.sinkhorn.reference import scaled, visible
 
 
 def forward(logits: Tensor, temperature: Tensor, iterations: int, symmetric: bool, implicit: bool) -> tuple[Tensor, Tensor]:
@@ -62,5 +62,4 @@ def _matrix(a_gij: Tensor, u_gi: Tensor, v_gj: Tensor) -> Tensor:
 
 def _visible(a_gij: Tensor, duals: Tensor) -> Tensor:
     """The result: the last matrix, without what is negligible."""
-    log_gij = (a_gij + duals[:, -1, None, 0]).add_(duals[:, -1, 1, :, None])
-    return torch.exp(log_gij).masked_fill_(log_gij < NEGLIGIBLE, 0.0)
+    return visible((a_gij + duals[:, -1, None, 0]).add_(duals[:, -1, 1, :, None]))

@@ -22,7 +22,12 @@ def sinkhorn(logits: Tensor, temperature: Tensor, iterations: int, symmetric: bo
     a_gij = scaled(logits, temperature, symmetric)
     for _ in range(iterations):
         a_gij = torch.log_softmax(torch.log_softmax(a_gij, dim=-2), dim=-1)
-    return torch.exp(a_gij).masked_fill(a_gij < NEGLIGIBLE, 0.0).to(logits.dtype)
+    return visible(a_gij).to(logits.dtype)
+
+
+def visible(log_gij: Tensor) -> Tensor:
+    """The exponentials, without what is negligible."""
+    return torch.exp(log_gij).masked_fill(log_gij < NEGLIGIBLE, 0.0)
 
 
 def scaled(logits: Tensor, temperature: Tensor, symmetric: bool) -> Tensor:

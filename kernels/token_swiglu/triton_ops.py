@@ -63,20 +63,14 @@ def _dot(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def token_swiglu_up_kernel(
-    X, W, SCALE, HIDDEN, B, D, H, x_t, x_b, scale_t, scale_b,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+def _gate_up(
+    X, W, rows, cols, in_rows, in_cols, D, H, x_b,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """silu(g)·u of BLOCK_M rows and BLOCK_N hidden columns of one token, in HIDDEN [T, B, H]."""
-    token = tl.program_id(1).to(tl.int64)
-    tile_m, tile_n = _place(B, H, BLOCK_M, BLOCK_N, GROUP)
-    row, col = tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
-    rows, cols, depth = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    in_rows, in_cols = rows < B - row, cols < H - col
+    """[BLOCK_M, BLOCK_N] each: the gate's and the up matrix's columns of a tile, in one pass over x."""
+    depth = tl.arange(0, BLOCK_K)
     x_at = rows[:, None] * x_b + depth[None, :]
     w_at = depth[:, None] * 2 * H + cols[None, :]
-    X += token * x_t + row * x_b
-    W += token * D * 2 * H + col
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
@@ -87,6 +81,23 @@ def token_swiglu_up_kernel(
         up = _dot(x, tl.load(W + H + w_at, mask=mask, other=0.0), up, WIDE, PRECISION)
         X += BLOCK_K
         W += BLOCK_K * 2 * H
+    return gate, up
+
+
+@triton.jit
+def token_swiglu_up_kernel(
+    X, W, SCALE, HIDDEN, B, D, H, x_t, x_b, scale_t, scale_b,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """silu(g)·u of BLOCK_M rows and BLOCK_N hidden columns of one token, in HIDDEN [T, B, H]."""
+    token = tl.program_id(1).to(tl.int64)
+    tile_m, tile_n = _place(B, H, BLOCK_M, BLOCK_N, GROUP)
+    row, col = tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    in_rows, in_cols = rows < B - row, cols < H - col
+    X += token * x_t + row * x_b
+    W += token * D * 2 * H + col
+    gate, up = _gate_up(X, W, rows, cols, in_rows, in_cols, D, H, x_b, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION)
     if SCALE is not None:
         scale = tl.load(SCALE + token * scale_t + (row + rows) * scale_b, mask=in_rows, other=0.0)[:, None]
         gate, up = gate * scale, up * scale
@@ -110,25 +121,14 @@ def token_swiglu_hidden_bwd_kernel(
     row, col = tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
     rows, cols, depth = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_rows, in_cols = rows < B - row, cols < H - col
-    x_at = rows[:, None] * x_b + depth[None, :]
     dy_at = rows[:, None] * dy_b + depth[None, :]
-    w_at = depth[:, None] * 2 * H + cols[None, :]
     v_at = depth[:, None] + cols[None, :] * D
     X += token * x_t + row * x_b
     DY += token * dy_t + row * dy_b
     W += token * D * 2 * H + col
     V += (token * H + col) * D
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate, up = _gate_up(X, W, rows, cols, in_rows, in_cols, D, H, x_b, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION)
     dhidden = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_K):
-        in_depth = depth < D - start
-        mask = in_depth[:, None] & in_cols[None, :]
-        x = tl.load(X + x_at, mask=in_rows[:, None] & in_depth[None, :], other=0.0)
-        gate = _dot(x, tl.load(W + w_at, mask=mask, other=0.0), gate, WIDE, PRECISION)
-        up = _dot(x, tl.load(W + H + w_at, mask=mask, other=0.0), up, WIDE, PRECISION)
-        X += BLOCK_K
-        W += BLOCK_K * 2 * H
     for start in range(0, D, BLOCK_K):
         in_depth = depth < D - start
         dy = tl.load(DY + dy_at, mask=in_rows[:, None] & in_depth[None, :], other=0.0)

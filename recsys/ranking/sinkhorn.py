@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NEGLIGIBLE = -60.0  # e^-60 is 1e-26: what is below counts for no sum, and would soon be denormal, with which products are ten times slower
+from kernels.sinkhorn import cpu
+from kernels.sinkhorn.reference import sinkhorn as alternating
+from kernels.sinkhorn.reference import visible
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -49,14 +51,8 @@ def _scaled(logits: Tensor, iterations: int, damped: bool) -> Tensor:
         for _ in range(iterations):
             u_i = (u_i - torch.logsumexp(a_ij + u_i.unsqueeze(-2), dim=-1)) / 2
         # The sum of the potentials first: it is exactly symmetric, which (a + u_i) + u_j would not be.
-        return _exp(a_ij + (u_i.unsqueeze(-1) + u_i.unsqueeze(-2)))
-    for _ in range(iterations):
-        a_ij = torch.log_softmax(torch.log_softmax(a_ij, dim=-2), dim=-1)
-    return _exp(a_ij)
-
-
-def _exp(x: Tensor) -> Tensor:
-    return torch.exp(x).masked_fill(x < _NEGLIGIBLE, 0.0)
+        return visible(a_ij + (u_i.unsqueeze(-1) + u_i.unsqueeze(-2)))
+    return alternating(a_ij, a_ij.new_ones(()), iterations, symmetric=False)
 
 
 @torch.library.custom_op("recsys::sinkhorn", mutates_args=())
@@ -81,16 +77,10 @@ def _whole_backward(gradient: Tensor, logits: Tensor, iterations: int, damped: b
     a_ij = full_precision(logits)
     if damped:
         return _damped_backward(gradient, a_ij, iterations).to(logits.dtype)
-    steps = []
-    for _ in range(iterations):
-        columns = torch.log_softmax(a_ij, dim=-2)
-        a_ij = torch.log_softmax(columns, dim=-1)
-        steps.append((columns.exp(), a_ij.exp()))
-    g_ij = gradient * _exp(a_ij)
-    for columns, rows in reversed(steps):
-        g_ij = g_ij - rows * g_ij.sum(dim=-1, keepdim=True)
-        g_ij = g_ij - columns * g_ij.sum(dim=-2, keepdim=True)
-    return g_ij.to(logits.dtype)
+    a_gij, one = a_ij.reshape(-1, *a_ij.shape[-2:]), a_ij.new_ones(())
+    _, duals = cpu.forward(a_gij, one, iterations, symmetric=False, implicit=False)
+    found = cpu.backward(gradient.reshape(a_gij.shape), a_gij, one, duals, iterations, symmetric=False, implicit=False)
+    return found.view(logits.shape).to(logits.dtype)
 
 
 def _damped_backward(gradient: Tensor, a_ij: Tensor, iterations: int) -> Tensor:
@@ -99,7 +89,7 @@ def _damped_backward(gradient: Tensor, a_ij: Tensor, iterations: int) -> Tensor:
         logits = a_ij + u_i.unsqueeze(-2)
         shares.append(torch.softmax(logits, dim=-1))
         u_i = (u_i - torch.logsumexp(logits, dim=-1)) / 2
-    g_ij = gradient * _exp(a_ij + (u_i.unsqueeze(-1) + u_i.unsqueeze(-2)))
+    g_ij = gradient * visible(a_ij + (u_i.unsqueeze(-1) + u_i.unsqueeze(-2)))
     g_i = g_ij.sum(dim=-1) + g_ij.sum(dim=-2)
     for share_ij in reversed(shares):
         through_ij = share_ij * (g_i / 2).unsqueeze(-1)
