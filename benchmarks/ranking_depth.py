@@ -12,7 +12,7 @@ results as a picture::
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ def run(*, quick: bool) -> Result:
         name: {depth: course(build(data, name, depth), data, steps) for depth in DEPTHS} for name in track(list(MODELS), "models by depth")
     }
     rows = [{"model": name, **{f"{depth} blocks": str(own) for depth, own in by_depth.items()}} for name, by_depth in found.items()]
-    lowest, highest = ({name: pick(v for v in by_depth.values()) for name, by_depth in found.items()} for pick in (_lowest, _highest))
+    lowest = {name: min(own.lowest for own in by_depth.values()) for name, by_depth in found.items()}
+    highest = {name: max(own.highest for own in by_depth.values()) for name, by_depth in found.items()}
     leaves = max(highest["rankmixer"] / HIGH, LOW / lowest["rankmixer"])
     note = "first ÷ last block, 2 to 32 blocks, at the start and all through training"
     checks = [
@@ -89,14 +90,6 @@ def run(*, quick: bool) -> Result:
     ]
     curves = {name: {depth: [float(f"{r:.4g}") for r in own.ratios] for depth, own in by_depth.items()} for name, by_depth in found.items()}
     return Result("ranking_depth", rows, checks, {"ratios": curves, "steps": steps})
-
-
-def _lowest(courses: Iterable[Course]) -> float:
-    return min(own.lowest for own in courses)
-
-
-def _highest(courses: Iterable[Course]) -> float:
-    return max(own.highest for own in courses)
 
 
 def build(data: PlantedData, name: str, blocks: int) -> TokenRanker:

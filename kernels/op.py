@@ -63,7 +63,6 @@ class Op:
         shapes: shapes for tests, odd ones and the smallest among them; `kernels.shapes` has those of the recipes.
         small: the shape at which gradients are compared with finite differences; None for an op without gradients.
         work: ``(shape, dtype) -> Work``.
-        dtypes: the dtypes it takes.
         specs: ``(shapes) -> kernel specialisations`` for ahead-of-time compilation; imports Triton.
     """
 
@@ -74,5 +73,4 @@ class Op:
     shapes: Sequence[Shape]
     small: Shape | None
     work: Callable[[Shape, torch.dtype], Work]
-    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
     specs: Callable[[Sequence[Shape]], list[KernelSpec]] = field(default=lambda _: [])

@@ -22,9 +22,10 @@ from kernels.gather_topk import Bags, gather_topk, native
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.retrieval.catalogue.code_index import CodeIndex, users_of_codes
-from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, check_k
+from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, IndexMeta, check_k
 from recsys.retrieval.catalogue.live import CatalogueView
 from recsys.retrieval.catalogue.topk import best, keys_of, scores_of
+from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.state import SlotLogProbs
 
 _BLOCK = 32  # items whose best score is compared with the running k-th best at once
@@ -58,6 +59,10 @@ class GatherIndex(CodeIndex):
         tile: int = Field(16384, ge=_BLOCK, multiple_of=_BLOCK)
 
     config: Config
+
+    def __init__(self, config: Config, table: CodeTable, meta: IndexMeta) -> None:
+        super().__init__(config, table, meta)
+        self._native = native()  # compiled where it was not yet: now, and not in the first search
 
     def search(
         self, state: SlotLogProbs, k: int, view: CatalogueView, exclude: Exclude | None = None, scorable: Array | None = None
@@ -107,7 +112,7 @@ class GatherIndex(CodeIndex):
     def _search(self, values_bkv: Tensor, k: int, live: Tensor | None, excluded: Excluded) -> tuple[np.ndarray, np.ndarray]:
         """Rows and scores ``[B, k]``, among the rows in ``live`` (ascending), or all."""
         weights = users_of_codes(values_bkv)
-        if native():
+        if self._native:
             offsets = np.searchsorted(excluded.query, np.arange(len(values_bkv) + 1))
             rows_of_live = None if live is None else live.numpy()
             return best(gather_topk(weights, self._checked, k, rows_of_live, offsets, excluded.row), k)
