@@ -303,9 +303,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; empty for the baselines alone")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0], help="comma-separated")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--raw", type=Path, default=RAW, help="the file of finished cells")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    runner = ZeroShot({name: load(name) for name in DOMAINS})
+    runner = ZeroShot({name: load(name) for name in DOMAINS}, arguments.raw)
     for target in arguments.targets.split(","):
         runner.baselines(target)
         for variant, seed in product(filter(None, arguments.variants.split(",")), arguments.seeds):
