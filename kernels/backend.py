@@ -1,24 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op runs.
 
-By default the tensor's device decides: CUDA takes Triton where it is installed, the CPU takes ``cpu.py``, anything else the reference.
-``RECSYS_KERNELS=reference|cpu|triton`` or `use` overrides it. With ``TRITON_INTERPRET=1`` (set before Triton is imported) the override
-``triton`` also runs on CPU tensors, which is how the kernels are tested without a GPU.
+An op's folder has up to three beside its reference: ``triton_ops.py``, ``native.py`` (C++ on the CPU) and ``cpu.py`` (torch operations,
+which run anywhere). By default CUDA takes Triton where it is installed, and the CPU what the committed table `kernels.paths` says for the
+op, the dtype and the size, C++ where it says nothing; anything else takes ``cpu.py``. Nothing is timed at run time. Where an
+implementation does not support what is given, ``cpu.py`` runs.
+
+``RECSYS_KERNELS=reference|cpu|native|triton`` or `use` overrides it. With ``TRITON_INTERPRET=1`` (set before Triton is imported) the
+override ``triton`` also runs on CPU tensors, which is how the kernels are tested without a GPU. ``RECSYS_KERNELS_LOG=1`` logs every choice
+once, and `record` collects them.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, get_args
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
 
-import torch
+from torch import Tensor
 
-Backend = Literal["reference", "cpu", "triton"]
-ENV = "RECSYS_KERNELS"
+from kernels import paths
+
+Backend = Literal["reference", "cpu", "native", "triton"]
+ENV, LOG_ENV = "RECSYS_KERNELS", "RECSYS_KERNELS_LOG"
+_MODULES = {"cpu": "cpu", "native": "native", "triton": "triton_ops"}
+_LOG = logging.getLogger(__name__)
 
 _override: ContextVar[Backend | None] = ContextVar("recsys_kernels_backend", default=None)
+_recorders: list[set["Choice"]] = []
+_logged: set["Choice"] = set()
+
+
+class Choice(NamedTuple):
+    """What ran where: an op's folder, a device, a dtype, a `paths.bucket` of sizes, and the implementation."""
+
+    op: str
+    device: str
+    dtype: str
+    bucket: int
+    backend: Backend
 
 
 def interpreting() -> bool:
@@ -36,22 +61,63 @@ def use(backend: Backend) -> Iterator[None]:
         _override.reset(token)
 
 
-def choose(device: torch.device) -> Backend:
-    """The implementation for tensors on ``device``.
+@contextmanager
+def record() -> Iterator[set[Choice]]:
+    """The choices made inside the block, by any thread."""
+    found: set[Choice] = set()
+    _recorders.append(found)
+    try:
+        yield found
+    finally:
+        _recorders.remove(found)
+
+
+def implementation(op: str, x: Tensor) -> ModuleType | None:
+    """The module of ``kernels.<op>`` that runs for its first tensor ``x``; None for the reference.
 
     Raises:
         RuntimeError: the override asks for a backend that cannot run on this device.
     """
+    chosen = choose(op, x)
+    module = None if chosen == "reference" else _module(op, chosen)
+    if chosen != "reference" and (module is None or (chosen != "cpu" and not module.supports(x))):
+        chosen, module = "cpu", _module(op, "cpu")
+    if _recorders or os.environ.get(LOG_ENV) == "1":
+        _note(Choice(op, x.device.type, str(x.dtype).removeprefix("torch."), paths.bucket(x.numel()), chosen))
+    return module
+
+
+def choose(op: str, x: Tensor) -> Backend:
+    """What is wanted for ``kernels.<op>`` and its first tensor: the override, the table, or the device's own.
+
+    Raises:
+        RuntimeError: the override asks for a backend that cannot run on this device.
+    """
+    kind = x.device.type
     wanted = _override.get() or (_checked(os.environ[ENV]) if os.environ.get(ENV) else None)
     if wanted is None:
-        if device.type == "cuda" and find_spec("triton") is not None:
+        if kind == "cuda" and find_spec("triton") is not None:
             return "triton"
-        return "cpu" if device.type == "cpu" else "reference"
-    if wanted == "triton" and device.type != "cuda" and not interpreting():
-        raise RuntimeError(f"backend 'triton' was asked for on {device}: expected a CUDA tensor, or TRITON_INTERPRET=1")
-    if wanted == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' was asked for on {device}: expected a CPU tensor")
+        return _checked(paths.look_up(kind, op, x.dtype, x.numel()) or "native") if kind == "cpu" else "cpu"
+    if wanted == "triton" and kind != "cuda" and not interpreting():
+        raise RuntimeError(f"backend 'triton' was asked for on {x.device}: expected a CUDA tensor, or TRITON_INTERPRET=1")
+    if wanted in ("cpu", "native") and kind != "cpu":
+        raise RuntimeError(f"backend {wanted!r} was asked for on {x.device}: expected a CPU tensor")
     return wanted
+
+
+@cache
+def _module(op: str, backend: Backend) -> ModuleType | None:
+    name = f"kernels.{op}.{_MODULES[backend]}"
+    return import_module(name) if find_spec(name) is not None else None
+
+
+def _note(choice: Choice) -> None:
+    for recorder in _recorders:
+        recorder.add(choice)
+    if os.environ.get(LOG_ENV) == "1" and choice not in _logged:
+        _logged.add(choice)
+        _LOG.warning("%s of %s on %s, 4^%d elements: %s", choice.op, choice.dtype, choice.device, choice.bucket, choice.backend)
 
 
 def _checked(name: str) -> Backend:

@@ -16,8 +16,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 ENV = "RECSYS_NATIVE"
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+_SHARED = Path(__file__).with_name("native.h")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 _LOG = logging.getLogger(__name__)
 
 
@@ -38,19 +41,40 @@ def load(source: Path) -> ctypes.CDLL | None:
         return None
 
 
+def call(source: Path, name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a function of a compiled source, which there must be: tensors, contiguous ones, go as their addresses, None as a null pointer.
+
+    Tensors are the caller's to keep alive, which they are while this function runs.
+    """
+    library = load(source)
+    assert library is not None
+    getattr(library, name)(*map(_argument, arguments))
+
+
+def _argument(given: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double | None:
+    if isinstance(given, Tensor):
+        return ctypes.c_void_p(given.data_ptr())
+    if isinstance(given, float):
+        return ctypes.c_double(given)
+    return None if given is None else ctypes.c_int64(given)
+
+
 def _compiled(source: Path) -> Path:
     """The library's file, compiled where it is not there yet."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: expected g++ or clang++ on PATH, or CXX")
     text = source.read_bytes()
-    key = hashlib.sha256(b"\0".join((text, compiler.encode(), " ".join(_FLAGS).encode(), _machine().encode()))).hexdigest()[:24]
-    target = cache_folder() / f"{source.stem}-{key}.so"
+    key = hashlib.sha256(
+        b"\0".join((text, _SHARED.read_bytes(), compiler.encode(), " ".join(_FLAGS).encode(), _machine().encode()))
+    ).hexdigest()[:24]
+    target = cache_folder() / f"{source.parent.name}-{key}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            subprocess.run([compiler, *_FLAGS, str(source), "-o", str(made)], check=True, capture_output=True, text=True, timeout=120)
+            command = [compiler, *_FLAGS, "-I", str(_SHARED.parent), str(source), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             made.replace(target)
     return target
 

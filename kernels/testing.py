@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a fast implementation is compared with its reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from kernels.op import Op, Result, Shape
 # Of values; gradients get twice as much, since the upstream gradient is rounded to the dtype as well.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 _FLOOR = 1e-3  # a result that is all but zero is compared absolutely
+
+
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Fresh memory holds NaN, or the largest whole number, so that an element that nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def error_ratio(value: Tensor, expected: Tensor) -> float:

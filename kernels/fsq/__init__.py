@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -69,23 +69,15 @@ def check_levels(levels: Sequence[int], form: Form) -> None:
 
 @torch.library.custom_op("recsys::fsq", mutates_args=())
 def _forward(z: Tensor, levels: Sequence[int], form: str) -> tuple[Tensor, Tensor]:
-    chosen = backend.choose(z.device)
-    if chosen == "triton":
-        from kernels.fsq import triton_ops
-
-        if triton_ops.supports(z):
-            return triton_ops.forward(z, levels, form)
-    return reference.fsq(z, levels, form) if chosen == "reference" else cpu.forward(z, levels, form)
+    module = backend.implementation("fsq", z)
+    found = reference.fsq(z, levels, form) if module is None else module.forward(z, levels, form)
+    return cast(tuple[Tensor, Tensor], found)
 
 
 @torch.library.custom_op("recsys::fsq_backward", mutates_args=())
 def _backward(dy: Tensor, z: Tensor, levels: Sequence[int], form: str) -> Tensor:
-    if backend.choose(z.device) == "triton":
-        from kernels.fsq import triton_ops
-
-        if triton_ops.supports(z):
-            return triton_ops.backward(dy.contiguous(), z, levels, form)
-    return cpu.backward(dy, z, levels, form)
+    module = backend.implementation("fsq", z) or cpu
+    return cast(Tensor, module.backward(dy.contiguous(), z, levels, form))
 
 
 @_forward.register_fake

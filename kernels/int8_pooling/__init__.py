@@ -57,14 +57,10 @@ def int8_pooling(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dty
 
 @torch.library.custom_op("recsys::int8_pooling", mutates_args=())
 def _forward(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    chosen = backend.choose(rows.device)
-    if chosen == "triton":
-        from kernels.int8_pooling import triton_ops
-
-        return triton_ops.forward(rows, values, offsets, dtype)
-    if chosen == "cpu":
-        return cpu.forward(rows, values, offsets, dtype)
-    if rows.device.type == "cpu":
+    module, here = backend.implementation("int8_pooling", rows), rows.device.type == "cpu"
+    if module is not None and (module is not cpu or here):  # FBGEMM's look-up is the processor's
+        return cast(Tensor, module.forward(rows, values, offsets, dtype))
+    if here:
         cpu.check(rows, values, offsets)
     return reference.int8_pooling(rows, values, offsets, dtype)
 

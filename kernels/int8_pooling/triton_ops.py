@@ -45,6 +45,11 @@ def int8_pooling_kernel(ROWS, VALUES, OFFSETS, Y, D, BLOCK_L: tl.constexpr, BLOC
     tl.store(Y + bag * D + cols, tl.sum(sums, axis=0).to(Y.dtype.element_ty), mask=cols < D)
 
 
+def supports(_: Tensor) -> bool:
+    """Every table of int8 rows."""
+    return True
+
+
 def forward(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """``[B, D]`` of ``rows [R, 4 + D]``; all inputs contiguous. Values and offsets are not looked through, which would wait for the GPU."""
     bags, width = len(offsets) - 1, rows.shape[1] - HEADER

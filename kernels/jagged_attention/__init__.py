@@ -2,16 +2,18 @@
 """Attention inside jagged rows as the torch.library op ``recsys::jagged_attention``, with a fake implementation and its own gradient."""
 
 from collections.abc import Sequence
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
 from kernels.jagged_attention import cpu, reference
 from kernels.jagged_attention.cpu import Rule
 from kernels.jagged_attention.reference import Form, Mask
-from kernels.jagged_attention.shape import Case
+from kernels.jagged_attention.shape import Case, seen_pairs
 from kernels.op import KernelSpec, Op, Shape, Work
 
 SHAPES: tuple[Shape, ...] = (
@@ -90,16 +92,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, form: str, mask: str, group: int, divisor: float
 ) -> tuple[Tensor, Tensor]:
     _check_values(offsets, q.shape[0])
-    rule, chosen = Rule(form, mask, group, divisor), backend.choose(q.device)
-    if chosen == "triton":
-        from kernels.jagged_attention import triton_ops
-
-        if triton_ops.supports(q):
-            return triton_ops.forward(q, k, v, offsets, bias, rule)
-    y, lse = cpu.forward(q, k, v, offsets, bias, rule)
-    if chosen == "reference":
-        y = reference.jagged_attention(q, k, v, offsets, bias, form, mask, group, divisor)
-    return y, lse
+    module = backend.implementation("jagged_attention", q)
+    y, lse = (module or cpu).forward(q, k, v, offsets, bias, Rule(form, mask, group, divisor))
+    return (reference.jagged_attention(q, k, v, offsets, bias, form, mask, group, divisor) if module is None else y), lse
 
 
 @torch.library.custom_op("recsys::jagged_attention_backward", mutates_args=())
@@ -117,13 +112,9 @@ def _backward(
     group: int,
     divisor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rule = Rule(form, mask, group, divisor)
-    if backend.choose(q.device) == "triton":
-        from kernels.jagged_attention import triton_ops
-
-        if triton_ops.supports(q):
-            return triton_ops.backward(dy.contiguous(), q, k, v, offsets, bias, y, lse, rule)
-    return cpu.backward(dy, q, k, v, offsets, bias, lse, rule)
+    module = backend.implementation("jagged_attention", q) or cpu
+    gradients = module.backward(dy.contiguous(), q, k, v, offsets, bias, y, lse, Rule(form, mask, group, divisor))
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], gradients)
 
 
 @_forward.register_fake
@@ -172,6 +163,31 @@ def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+
+
+def _pairs(q: Tensor, offsets: Tensor, mask: str, group: int) -> int:
+    """How many pairs of tokens see each other; where only shapes are known, of rows of equal length."""
+    rows = max(len(offsets) - 1, 1)
+    if offsets.is_meta or isinstance(offsets, FakeTensor):
+        return rows * seen_pairs(len(q) // rows, mask, group)
+    return sum(seen_pairs(length, mask, group) for length in offsets.diff().tolist())
+
+
+@register_flop_formula(torch.ops.recsys.jagged_attention, get_raw=True)
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Any, form: str, mask: str, group: int, *_: Any, **__: Any
+) -> int:
+    """Two products over the pairs that see each other."""
+    return 4 * q.shape[1] * q.shape[2] * _pairs(q, offsets, mask, group)
+
+
+@register_flop_formula(torch.ops.recsys.jagged_attention_backward, get_raw=True)
+def _backward_flops(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Any, y: Any, lse: Any, form: str, mask: str, group: int,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Five products, one of which forms the scores again."""
+    return 10 * q.shape[1] * q.shape[2] * _pairs(q, offsets, mask, group)
 
 
 def _inputs(

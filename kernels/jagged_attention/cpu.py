@@ -55,7 +55,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | Non
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, lse: Tensor, rule: Rule
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, _: Tensor | None, lse: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v ``[S, H, e]`` and of the bias ``[H or 1, D]`` (``[0]`` without one).
 

@@ -49,11 +49,13 @@ class Case(NamedTuple):
     @property
     def pairs(self) -> int:
         """How many pairs of tokens see each other."""
-        return sum(self._seen(length) for length in self.lengths)
+        return sum(seen_pairs(length, self.mask, self.group) for length in self.lengths)
 
-    def _seen(self, length: int) -> int:
-        items, left = divmod(length, self.group)
-        before = self.group**2 * items * (items - 1) // 2 + left * items * self.group
-        if self.mask == "causal":
-            return length * (length + 1) // 2
-        return before + (length if self.mask == "grouped_apart" else items * self.group**2 + left**2)
+
+def seen_pairs(length: int, mask: str, group: int) -> int:
+    """How many pairs of tokens of a row see each other."""
+    items, left = divmod(length, group)
+    before = group**2 * items * (items - 1) // 2 + left * items * group
+    if mask == "causal":
+        return length * (length + 1) // 2
+    return before + (length if mask == "grouped_apart" else items * group**2 + left**2)

@@ -34,26 +34,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 @torch.library.custom_op("recsys::rms_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    chosen = backend.choose(x.device)
-    if chosen == "triton":
-        from kernels.rms_norm import triton_ops
-
-        if triton_ops.supports(x):
-            return triton_ops.forward(x, weight, eps)
-    if chosen == "reference":
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return reference.rms_norm(x, weight, eps), torch.rsqrt(wide.square().mean(-1) + eps)
-    return cpu.forward(x, weight, eps)
+    module = backend.implementation("rms_norm", x)
+    if module is not None:
+        return cast(tuple[Tensor, Tensor], module.forward(x, weight, eps))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return reference.rms_norm(x, weight, eps), torch.rsqrt(wide.square().mean(-1) + eps)
 
 
 @torch.library.custom_op("recsys::rms_norm_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    if backend.choose(x.device) == "triton":
-        from kernels.rms_norm import triton_ops
-
-        if triton_ops.supports(x):
-            return triton_ops.backward(dy.contiguous(), x, weight, scale)
-    return cpu.backward(dy, x, weight, scale)
+    module = backend.implementation("rms_norm", x) or cpu
+    return cast(tuple[Tensor, Tensor], module.backward(dy.contiguous(), x, weight, scale))
 
 
 @_forward.register_fake

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,24 +65,15 @@ def _temperature(temperature: Tensor | float, dtype: torch.dtype, device: torch.
 
 @torch.library.custom_op("recsys::log_sinkhorn", mutates_args=())
 def _forward(logits: Tensor, temperature: Tensor, iterations: int, symmetric: bool, implicit: bool = False) -> tuple[Tensor, Tensor]:
-    chosen = backend.choose(logits.device)
-    if chosen == "triton":
-        from kernels.sinkhorn import triton_ops
-
-        if triton_ops.supports(logits):
-            return triton_ops.forward(logits, temperature, iterations, symmetric, implicit)
-    y, duals = cpu.forward(logits, temperature, iterations, symmetric, implicit)
-    return (reference.sinkhorn(logits, temperature, iterations, symmetric), duals) if chosen == "reference" else (y, duals)
+    module = backend.implementation("sinkhorn", logits)
+    y, duals = (module or cpu).forward(logits, temperature, iterations, symmetric, implicit)
+    return (y if module is not None else reference.sinkhorn(logits, temperature, iterations, symmetric)), duals
 
 
 @torch.library.custom_op("recsys::log_sinkhorn_backward", mutates_args=())
 def _backward(dy: Tensor, logits: Tensor, temperature: Tensor, duals: Tensor, iterations: int, symmetric: bool, implicit: bool) -> Tensor:
-    if backend.choose(logits.device) == "triton":
-        from kernels.sinkhorn import triton_ops
-
-        if triton_ops.supports(logits):
-            return triton_ops.backward(dy.contiguous(), logits, temperature, duals, iterations, symmetric, implicit)
-    return cpu.backward(dy, logits, temperature, duals, iterations, symmetric, implicit)
+    module = backend.implementation("sinkhorn", logits) or cpu
+    return cast(Tensor, module.backward(dy.contiguous(), logits, temperature, duals, iterations, symmetric, implicit))
 
 
 @_forward.register_fake

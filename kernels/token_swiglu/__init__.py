@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
 from kernels.op import KernelSpec, Op, Shape, Work
@@ -18,7 +19,8 @@ SHAPES: tuple[Shape, ...] = ((1, 1, 3, 5), (3, 2, 5, 7), (7, 3, 63, 33), (65, 2,
 def token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """``r + (silu(g) ⊙ u) @ down`` with ``[g, u] = s · (x @ gate_up)``, with weights of its own for each token.
 
-    See `kernels.token_swiglu.reference`. ``x`` and ``residual`` may lie in memory with any of batch and tokens outermost.
+    See `kernels.token_swiglu.reference`. ``x`` and ``residual`` may lie in memory with any of batch and tokens outermost. Under autocast
+    everything but the scale takes autocast's dtype.
 
     Args:
         x: ``[B, T, D]``.
@@ -35,6 +37,10 @@ def token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None 
     """
     if x.ndim != 3 or down.ndim != 3:
         raise ValueError(f"x, down: expected three axes each, got {tuple(x.shape)} and {tuple(down.shape)}")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
     batch, tokens, dim = x.shape
     hidden = down.shape[1]
     _check("gate_up", gate_up, (tokens, dim, 2 * hidden), x.dtype)
@@ -58,30 +64,21 @@ def _kept_width(x: Tensor, gate_up: Tensor) -> int:
 
 @torch.library.custom_op("recsys::token_swiglu", mutates_args=())
 def _forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    chosen = backend.choose(x.device)
-    nothing = x.new_empty(x.shape[1], x.shape[0], 0)
-    if chosen == "triton":
-        from kernels.token_swiglu import triton_ops
-
-        if triton_ops.supports(x):
-            return triton_ops.forward(x, gate_up, down, scale, residual), nothing
-    if chosen == "reference":
+    module, kept = backend.implementation("token_swiglu", x), bool(_kept_width(x, gate_up))
+    if module is not None:
+        y, product = module.forward(x, gate_up, down, scale, residual)
+    else:
         y = reference.token_swiglu(x, gate_up, down, scale, residual).transpose(0, 1).contiguous().transpose(0, 1)
-        return y, torch.bmm(x.transpose(0, 1), gate_up) if _kept_width(x, gate_up) else nothing
-    y, product = cpu.forward(x, gate_up, down, scale, residual)
-    return y, product if _kept_width(x, gate_up) else nothing
+        product = torch.bmm(x.transpose(0, 1), gate_up) if kept else None
+    return y, product if kept else x.new_empty(x.shape[1], x.shape[0], 0)
 
 
 @torch.library.custom_op("recsys::token_swiglu_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, product: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend.choose(x.device) == "triton":
-        from kernels.token_swiglu import triton_ops
-
-        if triton_ops.supports(x):
-            return triton_ops.backward(dy, x, gate_up, down, scale)
-    return cpu.backward(dy, x, gate_up, down, scale, product)
+    module = backend.implementation("token_swiglu", x) or cpu
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], module.backward(dy, x, gate_up, down, scale, product))
 
 
 @_forward.register_fake
@@ -111,6 +108,18 @@ def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.recsys.token_swiglu)
+def _forward_flops(x: Shape, gate_up: Shape, down: Shape, *_: Any, **__: Any) -> int:
+    """Of the three matrices' products."""
+    return 6 * x[0] * x[1] * x[2] * down[1]
+
+
+@register_flop_formula(torch.ops.recsys.token_swiglu_backward)
+def _backward_flops(dy: Shape, x: Shape, gate_up: Shape, down: Shape, *_: Any, **__: Any) -> int:
+    """Two products for each of the forward pass; those that some forms make a second time are not counted."""
+    return 2 * _forward_flops(x, gate_up, down)
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:

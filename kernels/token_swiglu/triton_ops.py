@@ -194,8 +194,8 @@ def supports(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
-    """``x [B, T, D]`` → ``y [B, T, D]``, tokens-outermost in memory."""
+def forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, None]:
+    """``x [B, T, D]`` → ``y [B, T, D]``, tokens-outermost in memory; nothing is kept for the backward pass."""
     (batch, tokens, dim), hidden_width = x.shape, down.shape[1]
     x, gate_up, down = _together(x), gate_up.contiguous(), down.contiguous()
     hidden = torch.empty(tokens, batch, hidden_width, dtype=x.dtype, device=x.device)
@@ -207,10 +207,12 @@ def forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, resi
         )  # fmt: skip
     y = torch.empty(tokens, batch, dim, dtype=x.dtype, device=x.device)
     _product(hidden, down, y, None if residual is None else _together(residual).transpose(0, 1))
-    return y.transpose(0, 1)
+    return y.transpose(0, 1), None
 
 
-def backward(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, _: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``gate_up``, ``down`` and ``scale``, the last one empty where there is no scale."""
     (batch, tokens, dim), width = x.shape, down.shape[1]
     dy, x, gate_up, down = _together(dy), _together(x), gate_up.contiguous(), down.contiguous()

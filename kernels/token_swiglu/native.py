@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-token SwiGLU on the CPU: batched products over tokens, and between them one loop in C++ each way.
+
+The product with ``gate_up`` is kept for the backward pass, see `kernels.token_swiglu.cpu`.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import native
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def supports(x: Tensor) -> bool:
+    """Whether there is a loop for the dtype of ``x``, and a compiler for it."""
+    return x.dtype in _NAMES and native.load(_SOURCE) is not None
+
+
+def forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x [B, T, D]`` → ``y [B, T, D]``, tokens-outermost in memory, and ``x @ gate_up`` as ``[T, B, 2H]``."""
+    product = torch.bmm(x.transpose(0, 1), gate_up)
+    hidden = product.new_empty(*product.shape[:2], down.shape[1])
+    name = f"swiglu_{_NAMES[x.dtype]}"
+    native.call(_SOURCE, name, product, _by_row(scale), hidden, *_sizes(hidden), torch.get_num_threads())
+    y = torch.bmm(hidden, down) if residual is None else torch.baddbmm(residual.transpose(0, 1), hidden, down)
+    return y.transpose(0, 1), product
+
+
+def backward(
+    dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, product: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.token_swiglu.cpu.backward`."""
+    x_tbd, dy_tbd = x.transpose(0, 1), dy.transpose(0, 1)
+    if not product.shape[-1]:
+        product = torch.bmm(x_tbd, gate_up)
+    dhidden = torch.bmm(dy_tbd, down.transpose(1, 2))
+    hidden, dproduct = torch.empty_like(dhidden), torch.empty_like(product)
+    dscale_tb = None if scale is None else scale.new_empty(hidden.shape[:2])
+    name = f"swiglu_backward_{_NAMES[x.dtype]}"
+    native.call(
+        _SOURCE, name, dhidden, product, _by_row(scale), hidden, dproduct, dscale_tb, *_sizes(hidden), torch.get_num_threads()
+    )  # fmt: skip
+    dx = torch.bmm(dproduct, gate_up.transpose(1, 2)).transpose(0, 1)
+    ddown, dgate_up = torch.bmm(hidden.transpose(1, 2), dy_tbd), torch.bmm(x_tbd.transpose(1, 2), dproduct)
+    return dx, dgate_up, ddown, product.new_empty(0, dtype=torch.float32) if dscale_tb is None else dscale_tb.t().contiguous()
+
+
+def _by_row(scale_bt: Tensor | None) -> Tensor | None:
+    return None if scale_bt is None else scale_bt.t().contiguous()
+
+
+def _sizes(hidden_tbh: Tensor) -> tuple[int, int]:
+    """Rows and width."""
+    tokens, batch, width = hidden_tbh.shape
+    return tokens * batch, width
