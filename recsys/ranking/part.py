@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
-from torch.nn import functional
+
+from kernels.rms_norm import rms_norm
 
 NORM_EPS = 1e-6  # undisclosed by the papers; public re-implementations use 1e-6 to 1e-8
 
@@ -46,8 +47,8 @@ class TokenPart(Part):
 class TokenNorm(nn.RMSNorm):
     """RMSNorm over the width of each token, one gain per channel shared by the tokens; writes tokens-outermost.
 
-    ``nn.RMSNorm`` alone would write batch-outermost, whatever lay in memory before, and leave the fused kernel where autocast gives it
-    bf16 tokens and a float32 gain. Statistics are float32 in either.
+    ``nn.RMSNorm`` alone would write batch-outermost, whatever lay in memory before. The gain takes the dtype of the tokens, which autocast
+    may have made bf16; statistics are float32.
     """
 
     def __init__(self, dim: int) -> None:
@@ -55,7 +56,7 @@ class TokenNorm(nn.RMSNorm):
 
     def forward(self, x_btd: Tensor) -> Tensor:
         """``[B, T, D] → [B, T, D]``."""
-        return functional.rms_norm(x_btd.transpose(0, 1), self.normalized_shape, self.weight.to(x_btd.dtype), self.eps).transpose(0, 1)
+        return rms_norm(x_btd.transpose(0, 1), self.weight.to(x_btd.dtype), NORM_EPS).transpose(0, 1)
 
 
 class TokenLayerNorm(nn.LayerNorm):

@@ -28,6 +28,11 @@ class PerToken(TokenPart):
     def forward(self, x_btd: Tensor, penalties: Penalties = None) -> Tensor:
         """Transform each token. In training, ``penalties`` is a list to which scalars may be added."""
 
+    def added(self, x_btd: Tensor, onto_btd: Tensor, penalties: Penalties = None) -> Tensor:
+        """``onto + self(x)``, the end of every residual branch; overridden where the sum costs less as part of the last product."""
+        update_btd: Tensor = self(x_btd, penalties)
+        return onto_btd + update_btd
+
 
 def hidden_width(expansion: float, dim: int) -> int:
     """The hidden width for a token of width ``dim``: ``expansion * dim``, rounded, and at least 1."""

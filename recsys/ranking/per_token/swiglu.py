@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.token_swiglu import token_swiglu
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.ranking.part import Penalties
@@ -58,8 +59,16 @@ class SwiGLU(PerToken):
 
     def forward(self, x_btd: Tensor, penalties: Penalties = None) -> Tensor:
         """``[B, T, D] → [B, T, D]``."""
+        if self.gate_up_bias is None:
+            return token_swiglu(x_btd, self.gate_up, self.down)
         gate_tbh, up_tbh = per_token_linear(x_btd.transpose(0, 1), self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
         return per_token_linear(functional.silu(gate_tbh) * up_tbh, self.down, self.down_bias).transpose(0, 1)
+
+    def added(self, x_btd: Tensor, onto_btd: Tensor, penalties: Penalties = None) -> Tensor:
+        """See `PerToken.added`."""
+        if self.gate_up_bias is None:
+            return token_swiglu(x_btd, self.gate_up, self.down, residual=onto_btd)
+        return super().added(x_btd, onto_btd, penalties)
 
     @property
     def flops(self) -> int:

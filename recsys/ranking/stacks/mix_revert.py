@@ -58,11 +58,10 @@ class MixRevertBlock(Block):
         """``[B, T, D] → [B, T, D]``."""
         if self.residual == "input":
             mixed_bhd = self.mixer(x_btd)
-            read_btd, kept_btd = self.mixer.revert(mixed_bhd + self.mixed(self.norm1(mixed_bhd), penalties)), x_btd
+            read_btd, kept_btd = self.mixer.revert(self.mixed.added(self.norm1(mixed_bhd), mixed_bhd, penalties)), x_btd
         else:
             read_btd = kept_btd = x_btd + self.mixer.revert(self.mixed(self.mixer(self.norm1(x_btd)), penalties))
-        update_btd: Tensor = self.token(self.norm2(read_btd), penalties)
-        return kept_btd + update_btd
+        return self.token.added(self.norm2(read_btd), kept_btd, penalties)
 
 
 @register("stack", "mix_revert")
