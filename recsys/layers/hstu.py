@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.jagged_attention import jagged_attention
+
 _NORM_EPS = 1e-6
 
 
 class HSTULayer(nn.Module):
-    """One layer of HSTU (Zhai et al., arXiv 2402.17152, eqs. 1-3) over padded rows: ``[B, L, d] → [B, L, d]``.
+    """One layer of HSTU (Zhai et al., arXiv 2402.17152, eqs. 1-3) over rows of events.
 
     ::
 
@@ -38,22 +40,35 @@ class HSTULayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_bld: Tensor) -> Tensor:
-        """Each event sees itself and what stands before it."""
-        place_l = torch.arange(x_bld.shape[1], device=x_bld.device)
-        y_bld: Tensor = x_bld + self.added(*self.parts(self.norm_in(x_bld)), place_l)
+        """``[B, L, d] → [B, L, d]``: each event sees itself and what stands before it."""
+        rows, length = x_bld.shape[:2]
+        offsets = length * torch.arange(rows + 1, device=x_bld.device)
+        y_bld: Tensor = self.jagged(x_bld.flatten(0, 1), offsets).unflatten(0, (rows, length))
         return y_bld
 
+    def jagged(self, x_sd: Tensor, offsets: Tensor) -> Tensor:
+        """``[S, d] → [S, d]`` of rows that lie one after another, row b at ``offsets[b]:offsets[b + 1]``."""
+        u_sd, *vqk = functional.silu(self.project(self.norm_in(x_sd))).chunk(4, dim=1)
+        v_shc, q_shc, k_shc = (x.unflatten(1, (self.heads, -1)) for x in vqk)
+        bias = self.distance.to(q_shc.dtype)[None]
+        pooled_shc = jagged_attention(q_shc, k_shc, v_shc, offsets, bias, form="silu", divisor=self.max_length)
+        y_sd: Tensor = x_sd + self._out(pooled_shc.flatten(1), u_sd)
+        return y_sd
+
     def parts(self, normed_bld: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """U ``[B, L, d]``, and V, Q, K by heads, ``[B, H, L, d_h]``, of normed events."""
+        """U ``[B, L, d]``, and V, Q, K by heads, ``[B, H, L, d_h]``, of the normed events of padded rows."""
         u_bld, *vqk = functional.silu(self.project(normed_bld)).chunk(4, dim=2)
         v_bhlc, q_bhlc, k_bhlc = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in vqk)
         return u_bld, v_bhlc, q_bhlc, k_bhlc
 
     def added(self, u_bld: Tensor, v_bhlc: Tensor, q_bhlc: Tensor, k_bhlc: Tensor, places: Tensor) -> Tensor:
-        """``[B, L, d]``, what the layer adds to the events; ``places`` say where each stands, int64 ``[L]``, or ``[B, 1, L]`` by row."""
+        """``[B, L, d]``: what the layer adds to padded events that do not follow each other; ``places [B, 1, L]`` say where each stands."""
         back = places[..., :, None] - places[..., None, :]  # how far before event i event j stands; negative where it stands behind
         scores_bhll = q_bhlc @ k_bhlc.transpose(2, 3) / math.sqrt(k_bhlc.shape[3]) + self.distance[back.clamp(0, self.max_length - 1)]
         weights_bhll = torch.where(back >= 0, functional.silu(scores_bhll) / self.max_length, 0.0)
         pooled_bld = (weights_bhll @ v_bhlc).transpose(1, 2).flatten(2)
-        out_bld: Tensor = self.out(self.dropout(self.norm_out(pooled_bld) * u_bld))
-        return out_bld
+        return self._out(pooled_bld, u_bld)
+
+    def _out(self, pooled: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = self.out(self.dropout(self.norm_out(pooled) * u))
+        return out

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.jagged_attention.reference import Mask
 from recsys.efficiency.view import TokenView, held, to_padded
 from recsys.retrieval.padding import after_all
 from recsys.retrieval.transformer import Attend, Block, Transformer, last_queries
@@ -16,27 +17,26 @@ class HybridTransformer(Transformer):
     Groups take the place of the items in a history for their position ids.
     """
 
-    def forward(self, groups_blkd: Tensor, bidirectional: bool = True) -> Tensor:
-        """``[B, L, K, d]`` to ``[B, L, K, d]``. Right padding needs no mask: it comes after everything that matters.
+    def forward(self, groups_blkd: Tensor, lengths_b: Tensor, bidirectional: bool = True) -> Tensor:
+        """``[B, L, K, d]`` to ``[B, L, K, d]``, of right-padded rows of ``lengths_b`` groups.
 
         Args:
             groups_blkd: at most ``max_length + 1`` groups.
+            lengths_b: int64 ``[B]``.
             bidirectional: whether a token sees the later ones of its own group.
         """
         length, tokens = groups_blkd.shape[1:3]
         x_btd = self.dropout(groups_blkd + self.position.weight[:length, None]).flatten(1, 2)
-        mask = _group_mask(length * tokens, tokens if bidirectional else 1, x_btd.device)
-        for block in self._layers():
-            query, key, value = block.project(x_btd)
-            x_btd = block.update(x_btd, F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
-        normed: Tensor = self.norm(x_btd).unflatten(1, (length, tokens))
-        return normed
+        mask: Mask = "grouped" if bidirectional else "causal"
+        states = self._over_rows(x_btd, lengths_b * tokens, mask, tokens if bidirectional else 1)
+        groups: Tensor = states.unflatten(1, (length, tokens))
+        return groups
 
     def last(self, groups_blkd: Tensor, lengths_b: Tensor, bidirectional: bool = True) -> Tensor:
         """``[B, K, d]``: the states of the last group of each row, which has ``lengths_b`` of them, at least 1."""
         length, tokens = groups_blkd.shape[1:3]
         if self.schedule is None:
-            states: Tensor = self(groups_blkd, bidirectional)
+            states: Tensor = self(groups_blkd, lengths_b, bidirectional)
             return after_all(states, lengths_b - 1)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:

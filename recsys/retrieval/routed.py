@@ -34,20 +34,17 @@ class RoutedNetworks(nn.Module):
         self._shares: list[Tensor] = []
         self._errors: list[Tensor] = []
 
-    def forward(self, number: int, network: Callable[[Tensor], Tensor], normed_btd: Tensor, inside_bt: Tensor) -> Tensor:
-        """``[B, T, d]``: the update of each token by block ``number``'s network or its forecast; zero where there is no token."""
+    def forward(self, number: int, network: Callable[[Tensor], Tensor], normed: Tensor) -> Tensor:
+        """``[S, d]``: the update of each of S tokens by block ``number``'s network or its forecast."""
         if number == 0:
             self._shares, self._errors = [], []
-        normed, forecaster = normed_btd[inside_bt], self.forecasters[number]
-        route = self.routers[number](normed)
+        forecaster, route = self.forecasters[number], self.routers[number](normed)
         if self.training:
             executed = network(normed)
             self._shares.append(route.shares()[EXECUTE])
             self._errors.append(F.smooth_l1_loss(forecaster(normed.detach()), executed.detach()))
-            update = dispatch(route, [lambda index: executed[index], lambda index: forecaster(normed[index])])
-        else:
-            update = dispatch(route, [lambda index: network(normed[index]), lambda index: forecaster(normed[index])])
-        return torch.zeros_like(normed_btd).masked_scatter(inside_bt[..., None].expand_as(normed_btd), update)
+            return dispatch(route, [lambda index: executed[index], lambda index: forecaster(normed[index])])
+        return dispatch(route, [lambda index: network(normed[index]), lambda index: forecaster(normed[index])])
 
     def penalty(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What the last pass through all blocks adds to the loss, and parts to report: ``executed`` and ``forecast_error``."""

@@ -9,19 +9,24 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from kernels.jagged_attention import jagged_attention
+from kernels.jagged_attention.reference import Mask
 from recsys.core import components
 from recsys.core.config import Config
 from recsys.core.errors import ConfigError
 from recsys.efficiency.attention.base import SparseAttention
 from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
-from recsys.efficiency.view import TokenView, held, to_padded
+from recsys.efficiency.view import TokenView, held, offsets_of, to_padded
 from recsys.retrieval.efficiency import RetrieverEfficiency, placed, placed_schedule
 from recsys.retrieval.padding import after_all
 from recsys.retrieval.routed import RoutedNetworks
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values ``[B, H, T, e]`` of right-padded rows and their lengths ``[B]``, to ``[B, H, T, e]``."""
+
+Feed: TypeAlias = Callable[[Tensor], Tensor]
+"""In the place of a feed-forward network: normed tokens to their update."""
 
 
 class TransformerConfig(Config):
@@ -80,10 +85,21 @@ class Block(nn.Module):
         key, value = self.key_value(self.attention_norm(x_btd)).chunk(2, -1)
         return self._split(key), self._split(value)
 
-    def update(self, x_btd: Tensor, attended_bhtd: Tensor, feed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def update(self, x_btd: Tensor, attended_bhtd: Tensor, feed: Feed | None = None) -> Tensor:
         """The tokens after both sub-layers, given what each attended to; ``feed`` may stand in the place of the feed-forward network."""
-        x_btd = x_btd + self.dropout(self.out(attended_bhtd.transpose(1, 2).flatten(2)))
-        updated: Tensor = x_btd + self.dropout((feed or self.ffn)(self.ffn_norm(x_btd)))
+        return self._added(x_btd, attended_bhtd.transpose(1, 2).flatten(2), feed or self.ffn)
+
+    def jagged(self, x_sd: Tensor, offsets: Tensor, mask: Mask, group: int, feed: Feed | None = None) -> Tensor:
+        """``[S, d]`` to ``[S, d]``: the tokens after both sub-layers, of rows one after another; see `kernels.jagged_attention`."""
+        normed = self.attention_norm(x_sd)
+        parts = (self.query(normed), *self.key_value(normed).chunk(2, -1))
+        query, key, value = (x.unflatten(1, (self.heads, -1)) for x in parts)
+        attended = jagged_attention(query, key, value, offsets, mask=mask, group=group)
+        return self._added(x_sd, attended.flatten(1), feed or self.ffn)
+
+    def _added(self, x: Tensor, attended: Tensor, feed: Feed) -> Tensor:
+        x = x + self.dropout(self.out(attended))
+        updated: Tensor = x + self.dropout(feed(self.ffn_norm(x)))
         return updated
 
     def probed(self, attend: Attend, asking: Attend) -> ProbedLayer:
@@ -155,6 +171,18 @@ class Transformer(nn.Module):
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
+    def _feed(self, number: int, block: Block) -> Feed | None:
+        """What stands in the place of a block's feed-forward network; None for nothing."""
+        return None
+
+    def _over_rows(self, x_btd: Tensor, lengths_b: Tensor, mask: Mask = "causal", group: int = 1) -> Tensor:
+        """``[B, T, d]`` to ``[B, T, d]`` through all blocks and the final norm; padding takes no part, and what stands there is zero."""
+        offsets = offsets_of(lengths_b)
+        x_sd = x_btd[held(lengths_b, x_btd.shape[1])]
+        for number, block in enumerate(self._layers()):
+            x_sd = block.jagged(x_sd, offsets, mask, group, self._feed(number, block))
+        return to_padded(self.norm(x_sd), offsets, width=x_btd.shape[1])
+
 
 class CausalTransformer(Transformer):
     """Each token sees itself and the earlier ones.
@@ -196,14 +224,15 @@ class CausalTransformer(Transformer):
         self.routing = routing is not None
 
     def forward(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
-        """``[B, T, d]`` to ``[B, T, d]``, of right-padded rows of ``lengths_b`` tokens.
-
-        Fused attention needs no mask for padding, which comes after everything that matters; a form that chooses is told the lengths.
-        """
+        """``[B, T, d]`` to ``[B, T, d]``, of right-padded rows of ``lengths_b`` tokens."""
         x_btd = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
+        if self.attention is None:
+            return self._over_rows(x_btd, lengths_b)
+        inside = held(lengths_b, x_btd.shape[1])[..., None].expand_as(x_btd)
         for number, block in enumerate(self._layers()):
             query, key, value = block.project(x_btd)
-            x_btd = block.update(x_btd, self._attend(query, key, value, lengths_b), self._feed(number, block, lengths_b))
+            attended = self._attend(query, key, value, lengths_b)
+            x_btd = block.update(x_btd, attended, _of_tokens(self._feed(number, block), inside))
         normed: Tensor = self.norm(x_btd)
         return normed
 
@@ -214,12 +243,12 @@ class CausalTransformer(Transformer):
         added, told = self.routes.penalty()
         return loss + added, parts | told
 
-    def _feed(self, number: int, block: Block, lengths_b: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What stands in the place of a block's feed-forward network; None for nothing."""
+    def _feed(self, number: int, block: Block) -> Feed | None:
+        """See `Transformer._feed`."""
         routes = self.routes
         if routes is None or not self.routing:
             return None
-        return lambda normed: routes(number, block.ffn, normed, held(lengths_b, normed.shape[1]))
+        return lambda normed: routes(number, block.ffn, normed)
 
     def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """``[B, d]``: the state of the last token of each row, which has ``lengths_b`` of them, at least 1."""
@@ -237,6 +266,13 @@ class CausalTransformer(Transformer):
         places = torch.arange(query.shape[2], device=query.device)
         attended: Tensor = self.attention(query, key, value, query_positions=places, lengths=lengths_b)
         return attended
+
+
+def _of_tokens(feed: Feed | None, inside: Tensor) -> Feed | None:
+    """A network of tokens over padded rows: what is not ``inside``, bool ``[B, T, d]``, gets zero."""
+    if feed is None:
+        return None
+    return lambda normed: torch.zeros_like(normed).masked_scatter(inside, feed(normed[inside].view(-1, normed.shape[-1])))
 
 
 def last_queries(tokens: int) -> Attend:

@@ -53,19 +53,23 @@ class HSTU(IdRetriever):
 
     def sequence(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """See `IdRetriever.sequence`."""
-        x_btd = self._placed(x_btd)
-        for layer in self.layers:
-            x_btd = layer(x_btd)
-        return x_btd
+        tokens = TokenView.padded(self._placed(x_btd), lengths_b)
+        x_sd = tokens.values
+        for layer in self._layers():
+            x_sd = layer.jagged(x_sd, tokens.offsets)
+        return to_padded(x_sd, tokens.offsets, width=x_btd.shape[1])
 
     def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """See `IdRetriever.last`; events that a schedule drops leave the distances between the others as they were."""
         if self.schedule is None:
             return super().last(x_btd, lengths_b)
-        layers = [self._probed(layer) for layer in cast(list[HSTULayer], list(self.layers))]
+        layers = [self._probed(layer) for layer in self._layers()]
         values, kept = self.schedule(layers, TokenView.padded(self._placed(x_btd), lengths_b))
         last: Tensor = values[kept.offsets[1:] - 1]
         return last
+
+    def _layers(self) -> list[HSTULayer]:
+        return cast(list[HSTULayer], list(self.layers))
 
     def _placed(self, x_btd: Tensor) -> Tensor:
         placed: Tensor = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])

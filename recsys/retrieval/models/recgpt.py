@@ -89,9 +89,9 @@ class RecGPT(CodeRetriever):
             DataError: no targets, a row longer than ``max_length``, or a target outside its history.
             CannotScoreNewItems: a row without codes.
         """
-        padded, _ = known_histories(batch, self.max_length, len(self.tokens))
+        padded, lengths = known_histories(batch, self.max_length, len(self.tokens))
         targets, states = training_targets(batch, self.max_length, known=None)
-        hidden_skd = self._states(padded)[states.row, states.position]
+        hidden_skd = self._states(padded, lengths)[states.row, states.position]
         slot = torch.arange(self.slots, device=targets.device)
         of_target = (states.of_target[:, None] * self.slots + slot).flatten()
         (loss,) = catalogue_cross_entropy(hidden_skd.flatten(0, 1)[:, None], self.head[:, None], self.tokens[targets].flatten(), of_target)
@@ -150,9 +150,9 @@ class RecGPT(CodeRetriever):
             tokens = tokens + self.aux_norm(self.aux(self.text[items]))
         return tokens
 
-    def _states(self, padded_bl: Tensor) -> Tensor:
-        """``[B, L + 1, K, d]``: the states after 0, 1, … L items."""
-        states: Tensor = self.transformer(self._groups(padded_bl), self.config.bidirectional)
+    def _states(self, padded_bl: Tensor, lengths_b: Tensor) -> Tensor:
+        """``[B, L + 1, K, d]``: the states after 0, 1, … L items, of which each row has ``lengths_b``."""
+        states: Tensor = self.transformer(self._groups(padded_bl), lengths_b + 1, self.config.bidirectional)
         return states
 
     def _groups(self, padded_bl: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def recgpt(**config: object) -> RecGPT:
 
 def states(model: RecGPT, history: list[int]) -> Tensor:
     """``[L + 1, K, d]``."""
-    found: Tensor = model._states(torch.tensor([history], dtype=torch.int64).view(1, -1))[0]
+    found: Tensor = model._states(torch.tensor([history], dtype=torch.int64).view(1, -1), torch.tensor([len(history)]))[0]
     return found
 
 
@@ -36,7 +36,7 @@ def test_a_token_sees_its_own_item_and_those_before_it(bidirectional: bool) -> N
     model = HybridTransformer(TransformerConfig(dim=8, blocks=2, heads=2, dropout=0.0, max_length=4, init_std=0.5)).double()
     x = torch.randn(1, 4, K, 8, dtype=torch.float64, requires_grad=True)
     for p in range(4 * K):
-        (grad,) = torch.autograd.grad(model(x, bidirectional)[0].flatten(0, 1)[p].square().sum(), x)
+        (grad,) = torch.autograd.grad(model(x, torch.tensor([4]), bidirectional)[0].flatten(0, 1)[p].square().sum(), x)
         seen = grad[0].flatten(0, 1).abs().sum(1) > 0
         expected = [q // K <= p // K if bidirectional else q <= p for q in range(4 * K)]
         assert seen.tolist() == expected

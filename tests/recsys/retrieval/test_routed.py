@@ -92,7 +92,7 @@ def test_training_holds_the_budget_and_evaluation_routes_as_training_does(name: 
     assert told[-1]["cross_entropy"] < 0.8 * told[0]["cross_entropy"]
     trained, _ = model.loss(batch)
     model.eval()
-    assert torch.allclose(model.loss(batch)[1]["cross_entropy"], model.train().loss(batch)[1]["cross_entropy"])
+    torch.testing.assert_close(model.loss(batch)[1]["cross_entropy"], model.train().loss(batch)[1]["cross_entropy"], rtol=1e-3, atol=1e-5)
     assert trained.isfinite()
 
 
