@@ -13,6 +13,7 @@ from recsys.core.errors import unknown
 
 NAMES = (
     "catalogue_decoding",
+    "kernels",
     "ranking_depth",
     "ranking_growth",
     "ranking_mfu",
