@@ -16,6 +16,11 @@ NO_KEY = tl.constexpr(-(1 << 63))  # below the key of every score
 LAST = tl.constexpr((1 << 32) - 1)
 
 
+def warps_of(block: int) -> int:
+    """Warps of a program that does little but merge tiles of so many keys: with 4, some of 256 and of 1,024 keep 8 bytes on the stack."""
+    return 4 if block < 256 else 8
+
+
 @triton.jit
 def key_of(score, number):
     """The int64 key of a float32 score and a number of 0 to 2^32 - 1, int64."""
@@ -63,3 +68,15 @@ def taken_in(best, keys, K: tl.constexpr, BLOCK: tl.constexpr):
     keys = _falling(keys, BLOCK, 2)
     rising = tl.gather(keys, K - 1 - at, 0)  # the K best of the tile
     return _falling(tl.maximum(best, rising), K, K)  # first down, then up
+
+
+@triton.jit
+def is_in(SORTED, begin, end, x):
+    """Whether each number of x is among the ascending ones from ``begin`` to ``end``."""
+    place = begin + tl.zeros_like(x)
+    left = end - begin
+    while left > 1:
+        half = left // 2
+        place = tl.where(tl.load(SORTED + place + half) <= x, place + half, place)
+        left -= half
+    return tl.load(SORTED + place, mask=place < end, other=-1) == x

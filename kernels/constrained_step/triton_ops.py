@@ -20,7 +20,7 @@ import triton.language as tl
 
 from kernels.backend import interpreting
 from kernels.constrained_step.reference import Given, Step, empty_step
-from kernels.constrained_step.running_topk import NO_KEY, key_of, number_of, score_of, taken_in
+from kernels.constrained_step.running_topk import NO_KEY, is_in, key_of, number_of, score_of, taken_in, warps_of
 from kernels.op import KernelSpec, Shape
 
 MAX_WIDTH = 1024
@@ -29,18 +29,6 @@ _LEAST, _TILE = (2, 16) if interpreting() else (16, 128)
 _MOST_KEYS = 1 << 25  # of all beams at once; what is more goes in several launches
 _BEAMS = tl.constexpr(16)  # beams that are looked at at once
 _PAIRS = tl.constexpr(4096)  # of a child and a beam, of which one may be the other's parent
-
-
-@triton.jit
-def _is_in(CLOSED, begin, end, x):
-    """Whether each number of x is among the ascending ones from ``begin`` to ``end``."""
-    place = begin + tl.zeros_like(x)
-    left = end - begin
-    while left > 1:
-        half = left // 2
-        place = tl.where(tl.load(CLOSED + place + half) <= x, place + half, place)
-        left -= half
-    return tl.load(CLOSED + place, mask=place < end, other=-1) == x
 
 
 @triton.jit
@@ -93,7 +81,7 @@ def beam_kernel(
             begin = tl.load(CLOSED_OFFSETS + user)
             stop = tl.load(CLOSED_OFFSETS + user + 1)
             if stop > begin:
-                is_open &= _is_in(CLOSED, begin, stop, child) == 0
+                is_open &= is_in(CLOSED, begin, stop, child) == 0
         is_open &= found != float("-inf")
         opened += tl.sum(is_open.to(tl.int32))
         keys = tl.where(is_open, key_of(found, child), NO_KEY)
@@ -126,7 +114,7 @@ def user_kernel(
 ):  # fmt: skip
     """The outputs of one user, from its beams' keys. ``children`` is 2^31 - 1 where a beam may have any number."""
     user = tl.program_id(0).to(tl.int64)
-    count = W.to(tl.int64) * keys_of_beam
+    count = tl.cast(W, tl.int64) * keys_of_beam  # a W of 1 is a constant, and no tensor
     best = tl.full((K,), NO_KEY, tl.int64)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -177,7 +165,8 @@ def forward(given: Given, width: int, children: int | None, renormalise: bool) -
             beam_kernel[(count * beams,)](
                 given.log_probs[part], nodes[part], scores[part], first_child, code_of, code_of if alive is None else alive,
                 nodes if offsets is None else offsets[start:], nodes if closed is None else closed, keys, opened, beams, limit, *strides,
-                HAS_ALIVE=alive is not None, HAS_CLOSED=closed is not None, RENORMALISE=renormalise, K=of_beam, BLOCK=max(of_beam, _TILE),
+                HAS_ALIVE=alive is not None, HAS_CLOSED=closed is not None, RENORMALISE=renormalise, K=of_beam,
+                BLOCK=max(of_beam, _TILE), num_warps=warps_of(max(of_beam, _TILE)),
             )  # fmt: skip
         user_kernel[(count,)](
             keys, opened, nodes[part], scores[part], first_child, *(one[part] for one in found), beams, of_beam, width,
@@ -203,7 +192,9 @@ def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
             signature |= {"ALIVE": "*i1" if masked else "*i64", "CLOSED_OFFSETS": "*i64", "CLOSED": "*i64", "KEYS": "*i64", "OPEN": "*i32"}
             signature |= dict.fromkeys(("W", "limit", "user_stride", "beam_stride", "code_stride"), "i32")
             name = f"constrained_step_beam_{dtype}_{of_beam}{'_renormalised' if renormalise else ''}"
-            result[name] = KernelSpec(name, beam_kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+            result[name] = KernelSpec(
+                name, beam_kernel, signature | dict.fromkeys(constants, "constexpr"), constants, warps_of(constants["BLOCK"])
+            )
         fixed: dict[str, Any] = {"K": of_user, "BLOCK": max(of_user, _TILE)}
         tensors = {"KEYS": "*i64", "OPEN": "*i32", "NODES": "*i64", "SCORES": "*fp32", "FIRST_CHILD": "*i64", "OUT_NODES": "*i64"}
         tensors |= {"OUT_SCORES": "*fp32", "OUT_PARENTS": "*i64", "OUT_CUT": "*i1"}
