@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import native
-from kernels.gather_topk import Bags, cpu, gather_topk
+from kernels import backend, native
+from kernels.gather_topk import Bags, best_items, cpu, gather_topk
 from kernels.gather_topk.reference import gather_topk as plain
 
 
@@ -50,7 +50,7 @@ def told(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_equals_plain_numpy_with_ties(users: int, items: int, slots: int, codes: int, k: int, seed: int) -> None:
     values, table = drawn(users, items, slots, codes, seed)
     rows, scores = told(gather_topk(*weights_and_bags(values, table), k))
-    expected_rows, expected = plain(values, table, k)
+    expected_rows, expected = plain(values, table, k=k)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(scores, expected)
 
@@ -64,7 +64,7 @@ def test_threads_change_nothing(threads: int) -> None:
         rows, scores = told(gather_topk(*weights_and_bags(values, table), 50))
     finally:
         torch.set_num_threads(before)
-    expected_rows, expected = plain(values, table, 50)
+    expected_rows, expected = plain(values, table, k=50)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(scores, expected)
 
@@ -107,6 +107,80 @@ def test_wrong_arguments_are_named() -> None:
         gather_topk(weights, bags, 1, np.array([3, 10]))
     with pytest.raises(ValueError, match="excluded: expected offsets for 2 users up to 1 rows"):
         gather_topk(weights, bags, 1, None, np.array([0, 1]), np.array([3]))
+
+
+def brute(values: torch.Tensor, codes: torch.Tensor, rows: set[int], dropped: list[set[int]], k: int) -> tuple[list, list]:
+    """One item at a time; sums of halves are exact."""
+    found, scores = [], []
+    for user, own in enumerate(values.tolist()):
+        sums = [(sum(own[slot][code] for slot, code in enumerate(item)), row) for row, item in enumerate(codes.tolist())]
+        best = sorted((-score, row) for score, row in sums if row in rows - dropped[user] and score > -np.inf)[:k]
+        found.append([row for _, row in best] + [-1] * (k - len(best)))
+        scores.append([-score for score, _ in best] + [-np.inf] * (k - len(best)))
+    return found, scores
+
+
+@pytest.mark.parametrize("form", ["native", "bag", "reference", "float64"])
+@given(
+    users=st.integers(0, 5),
+    items=st.integers(0, 60),
+    slots=st.integers(1, 4),
+    codes=st.integers(1, 6),
+    k=st.sampled_from([1, 7, 100]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_op_equals_brute_force_with_masks(form: str, users: int, items: int, slots: int, codes: int, k: int, seed: int) -> None:
+    values, table = drawn(users, items, slots, codes, seed)
+    random = torch.Generator().manual_seed(seed)
+    values[torch.rand(values.shape, generator=random) < 0.1] = -torch.inf
+    rows = (torch.rand(items, generator=random) < 0.7).nonzero()[:, 0]
+    user, excluded = (torch.rand(users, items, generator=random) < 0.3).nonzero(as_tuple=True)
+    offsets = torch.searchsorted(user, torch.arange(users + 1))
+    dropped = [set(excluded[user == one].tolist()) for one in range(users)]
+    with pytest.MonkeyPatch.context() as patch:
+        if form == "bag":
+            patch.setattr(cpu, "available", lambda: False)
+            patch.setattr(cpu, "_TILE", 13)
+        with backend.use("reference" if form == "reference" else "cpu"):
+            given_values = values.double() if form == "float64" else values
+            found, scores = best_items(given_values, table, rows, offsets, excluded, k)
+            everything, all_scores = best_items(given_values, table.int(), None, None, None, k)
+    assert scores.dtype == given_values.dtype
+    assert (found.tolist(), scores.tolist()) == brute(values, table, set(rows.tolist()), dropped, k)
+    assert (everything.tolist(), all_scores.tolist()) == brute(values, table, set(range(items)), [set()] * users, k)
+
+
+@pytest.mark.parametrize("form", ["native", "bag", "reference"])
+def test_the_op_takes_nan_for_no_score_and_minus_zero_for_zero(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.tensor([[[-torch.inf, torch.nan, -0.0, 0.0, torch.inf, -1.0]]])
+    if form == "bag":
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    with backend.use("reference" if form == "reference" else "cpu"):
+        rows, scores = best_items(values, torch.arange(6)[:, None], None, None, None, 6)
+    assert rows.tolist() == [[4, 2, 3, 5, -1, -1]]
+    assert scores.tolist() == [[np.inf, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
+
+
+def test_wrong_arguments_of_the_op_are_named() -> None:
+    values, codes = drawn(2, 10, 2, 3)
+    numbers = torch.arange(3)
+    with pytest.raises(ValueError, match=r"values: expected floating-point \[B, K, V\], got torch.float32 of shape \(2, 2\)"):
+        best_items(values[..., 0], codes, None, None, None, 1)
+    with pytest.raises(ValueError, match=r"codes: expected int32 or int64 \[N, 2\], as there are slots, got torch.int64"):
+        best_items(values, codes[:, :1], None, None, None, 1)
+    with pytest.raises(ValueError, match=r"rows: expected torch.int64 of one axis, got torch.int32 of shape \(3,\)"):
+        best_items(values, codes, numbers.int(), None, None, 1)
+    with pytest.raises(ValueError, match="excluded, excluded_offsets: expected both or neither"):
+        best_items(values, codes, None, None, numbers, 1)
+    with pytest.raises(ValueError, match=r"excluded_offsets: expected torch.int64 \(3,\), got torch.int64 of shape \(2,\)"):
+        best_items(values, codes, None, numbers[:2], numbers, 1)
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        best_items(values, codes, None, None, None, 0)
+    with pytest.raises(RuntimeError, match="codes: expected 0 to 2, got 0 to 3"):
+        best_items(values, torch.tensor([[0, 3]]), None, None, None, 1)
+    with pytest.raises(RuntimeError, match="rows: expected 0 to 9, got 3 to 10"):
+        best_items(values, codes, torch.tensor([3, 10]), None, None, 1)
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.constrained_step import constrained_step
 from recsys.core.errors import ConfigError
 from recsys.retrieval.catalogue.code_index import check_log_probs
 from recsys.retrieval.catalogue.index import Excluded
 from recsys.retrieval.catalogue.trie import CodeTrie
 from recsys.retrieval.state import PrefixScorer
-
-_LAST_NODE = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,8 @@ class Open:
 
     Attributes:
         alive: for each depth 0 … L bool ``[nodes]``: whether any item below may be recommended; None where that holds for all nodes.
-        closed: for each depth, pairs (user, node), int64 ``[C]`` each, below which everything that is alive is excluded for the user.
+        closed: for each depth, pairs (user, node), int64 ``[C]`` each and ascending, below which everything that is alive is excluded for
+            the user.
     """
 
     alive: tuple[Tensor | None, ...]
@@ -71,7 +71,7 @@ class BeamSearch:
 
         Returns:
             int64 ``[B, W]`` leaves, best first; float32 ``[B, W]`` their scores, -inf where there is none; W is at most the last width.
-            And bool ``[B]``: whether anything may have been left out. Where nothing was, wider beams find the same.
+            And bool ``[B]``: whether anything was left out. Where nothing was, wider beams find the same.
 
         Raises:
             ConfigError: the scorer knows fewer codes than a level has.
@@ -82,69 +82,42 @@ class BeamSearch:
         cut = torch.zeros(len(users), dtype=torch.bool)
         for level, width in enumerate(widths):
             log_probs = next_log_probs(scorer, parents, codes, level, self._trie.level_sizes[level])
-            candidates, child = self._candidates(level, nodes, scores, log_probs)
-            if children is not None and children < candidates.shape[2]:
-                candidates, place = _top(candidates, child, children)
-                child = child.gather(2, place)
-                cut |= (candidates[..., -1] > -torch.inf).any(1)
-            scores, place = _top(candidates.flatten(1), child.flatten(1), width)
-            check_log_probs(scores[:, :1], f"level {level}", users)  # NaN and infinity come first
-            if scores.shape[1] == width:
-                cut |= scores[:, -1] > -torch.inf
-            parents = place // candidates.shape[2]
-            nodes = child.flatten(1).gather(1, place).masked_fill(scores == -torch.inf, 0)
+            step = constrained_step(
+                log_probs,
+                nodes,
+                scores,
+                self._trie.first_child[level],
+                self._trie.code_of[level],
+                self._open.alive[level + 1],
+                *self._closed(level, len(users)),
+                width,
+                children,
+                self._renormalise,
+            )
+            check_log_probs(step.scores[:, :1], f"level {level}", users)  # NaN and infinity come first
+            cut |= step.cut
+            most = max(1, int((step.scores > -torch.inf).sum(1).max())) if len(users) else 1  # no column in which no user has a beam
+            nodes, scores, parents = (one[:, :most] for one in step[:3])
             codes = self._trie.code_of[level][nodes]
         return nodes, scores, cut
 
-    def _candidates(self, level: int, nodes_bw: Tensor, scores_bw: Tensor, log_probs_bwv: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores ``[B, W, C]`` of the children of each beam, -inf where there is none, and the children's nodes."""
-        first, child, found = _children(self._trie, level, nodes_bw, log_probs_bwv)
-        if self._renormalise:
-            found -= _log_sum(found)[..., None]
-        valid = (scores_bw > -torch.inf)[..., None].expand_as(found).clone()
-        alive = self._open.alive[level + 1]
-        if alive is not None:
-            valid &= alive[child]
-        self._close(level, nodes_bw, first, valid)
-        return found.masked_fill_(~valid, -torch.inf) + scores_bw[..., None], child
-
-    def _close(self, level: int, nodes_bw: Tensor, first_bw: Tensor, valid_bwc: Tensor) -> None:
-        """Take out the children below which a user has seen everything."""
+    def _closed(self, level: int, users: int) -> tuple[Tensor | None, Tensor | None]:
+        """The children of a level below which each user has seen everything: where each user's begin, and they, ascending."""
         user, child = self._open.closed[level + 1]
         if not len(user):
-            return
-        starts = self._trie.first_child[level].numpy()
-        parent = np.searchsorted(starts, child, side="right") - 1
-        size = len(starts)
-        beams = (np.arange(len(nodes_bw))[:, None] * size + nodes_bw.numpy()).reshape(-1)
-        order = np.argsort(beams, kind="stable")
-        wanted = user * size + parent
-        left, right = (np.searchsorted(beams[order], wanted, side=side) for side in ("left", "right"))
-        repeated = np.repeat(np.arange(len(wanted)), right - left)  # a beam that is none may stand at a node twice
-        place = left[repeated] + np.arange(len(repeated)) - np.repeat(np.cumsum(right - left) - (right - left), right - left)
-        beam = torch.from_numpy(order[place])
-        offset = torch.from_numpy(child[repeated]) - first_bw.reshape(-1)[beam]
-        inside = offset < valid_bwc.shape[2]
-        valid_bwc.flatten(0, 1)[beam[inside], offset[inside]] = False
+            return None, None
+        return torch.from_numpy(np.searchsorted(user, np.arange(users + 1))), torch.from_numpy(child)
 
 
-def _children(trie: CodeTrie, level: int, nodes_bw: Tensor, log_probs_bwv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first child ``[B, W]`` of each node, all its children, and their log-probabilities ``[B, W, C]``; -inf where there is none."""
+def children_log_sum(trie: CodeTrie, level: int, nodes_bw: Tensor, log_probs_bwv: Tensor) -> Tensor:
+    """``[B, W]``: the logarithm of the probability that falls on the children which the catalogue has; 0 where it is none."""
     starts, codes = trie.first_child[level], trie.code_of[level]
     first = starts[nodes_bw]
     count = starts[nodes_bw + 1] - first
     offset = torch.arange(max(1, int(count.max()) if count.numel() else 1))
     child = (first[..., None] + offset).clamp_(max=len(codes) - 1)
-    return first, child, log_probs_bwv.gather(2, codes[child]).masked_fill_(offset >= count[..., None], -torch.inf)
-
-
-def children_log_sum(trie: CodeTrie, level: int, nodes_bw: Tensor, log_probs_bwv: Tensor) -> Tensor:
-    """``[B, W]``: the logarithm of the probability that falls on the children which the catalogue has; 0 where it is none."""
-    return _log_sum(_children(trie, level, nodes_bw, log_probs_bwv)[2])
-
-
-def _log_sum(found_bwc: Tensor) -> Tensor:
-    return found_bwc.logsumexp(2).nan_to_num(neginf=0.0)
+    found = log_probs_bwv.gather(2, codes[child]).masked_fill_(offset >= count[..., None], -torch.inf)
+    return found.logsumexp(2).nan_to_num(neginf=0.0)
 
 
 def next_log_probs(scorer: PrefixScorer, parents_bw: Tensor, codes_bw: Tensor, level: int, size: int) -> Tensor:
@@ -157,21 +130,3 @@ def next_log_probs(scorer: PrefixScorer, parents_bw: Tensor, codes_bw: Tensor, l
     if log_probs.shape[2] < size:
         raise ConfigError(f"state: level {level} has {size} codes, got log-probabilities of {log_probs.shape[2]}")
     return log_probs
-
-
-def _top(scores: Tensor, nodes: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The ``width`` best of the last dimension, best first, and their places; of equal scores that do not all fit, the smaller nodes."""
-    best, place = scores.topk(min(width + 1, scores.shape[-1]))
-    if best.shape[-1] > width:
-        last, next_one = best[..., width - 1], best[..., width]
-        if bool(((last == next_one) & (last > -torch.inf)).any()):  # which of equal ones are the last is open
-            place = _keys(scores, nodes).topk(width).indices
-            return scores.gather(-1, place), place
-    return best[..., :width], place[..., :width]
-
-
-def _keys(scores: Tensor, nodes: Tensor) -> Tensor:
-    """int64: a better score is a larger key, then a smaller node."""
-    bits = scores.add(0.0).view(torch.int32)  # -0.0 becomes 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    return (ordered << 32) | (_LAST_NODE - nodes)
