@@ -20,7 +20,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -72,8 +72,13 @@ def record() -> Iterator[set[Choice]]:
         _recorders.remove(found)
 
 
-def implementation(op: str, x: Tensor) -> ModuleType | None:
+def implementation(op: str, x: Tensor, *more: Any) -> ModuleType | None:
     """The module of ``kernels.<op>`` that runs for its first tensor ``x``; None for the reference.
+
+    Args:
+        op: the folder's name.
+        x: the op's first tensor.
+        more: what else a module's ``supports`` wants to know.
 
     Raises:
         RuntimeError: the override asks for a backend that cannot run on this device.

@@ -41,14 +41,18 @@ def load(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def call(source: Path, name: str, *arguments: Tensor | int | float | None) -> None:
+def call(source: Path, name: str, *arguments: Tensor | int | float | None) -> int:
     """Call a function of a compiled source, which there must be: tensors, contiguous ones, go as their addresses, None as a null pointer.
 
-    Tensors are the caller's to keep alive, which they are while this function runs.
+    Returns:
+        The function's int64, where it returns one.
     """
     library = load(source)
     assert library is not None
-    getattr(library, name)(*map(_argument, arguments))
+    function = getattr(library, name)
+    function.restype = ctypes.c_int64
+    found: int = function(*map(_argument, arguments))
+    return found
 
 
 def _argument(given: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double | None:

@@ -2,12 +2,13 @@
 """One step of beam search over a trie as the torch.library op ``recsys::constrained_step``, with a fake implementation, no gradient."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.constrained_step import cpu, reference
+from kernels.constrained_step import reference
 from kernels.constrained_step.reference import Given, Step, empty_step
 from kernels.op import KernelSpec, Op, Shape, Work
 
@@ -63,7 +64,7 @@ def constrained_step(
 
     Raises:
         ValueError: an argument has another dtype or shape.
-        RuntimeError: on the CPU, a live beam stands at no node, or one of its children has a code beyond V.
+        RuntimeError: in C++ on the CPU, a live beam stands at no node, or one of its children has a code beyond V.
     """
     given = Given(log_probs, nodes, scores, first_child, code_of, alive, closed_offsets, closed)
     _check(given)
@@ -120,17 +121,10 @@ def _forward(
     renormalise: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = Given(log_probs, nodes, scores, first_child, code_of, alive, closed_offsets, closed)
-    chosen = backend.choose(log_probs.device)
-    if chosen == "triton":
-        from kernels.constrained_step import triton_ops
-
-        if triton_ops.supports(given, width):
-            return triton_ops.forward(given, width, children, renormalise)
-    if chosen == "cpu":
-        return cpu.forward(given, width, children, renormalise)
-    if chosen == "triton" and torch.float64 not in (log_probs.dtype, scores.dtype):
-        return cpu.padded(given, width, children, renormalise)
-    return reference.constrained_step(*given, width, children, renormalise)
+    module = backend.implementation("constrained_step", log_probs, scores, width)
+    if module is None:
+        return reference.constrained_step(*given, width, children, renormalise)
+    return cast(Step, module.forward(given, width, children, renormalise))
 
 
 @_forward.register_fake

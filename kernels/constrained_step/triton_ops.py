@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.backend import interpreting
 from kernels.constrained_step.reference import Given, Step, empty_step
-from kernels.constrained_step.running_topk import NO_KEY, is_in, key_of, number_of, score_of, taken_in, warps_of
 from kernels.op import KernelSpec, Shape
+from kernels.running_topk import NO_KEY, is_in, key_of, number_of, score_of, taken_in, warps_of
 
 MAX_WIDTH = 1024
 # Keys that a list has at least, and keys that are looked at at once at least: the interpreter is the quicker the fewer they are.
@@ -139,13 +140,13 @@ def user_kernel(
     tl.store(OUT_CUT + user, (tl.max(beyond) > 0) | (tl.sum(opened) > width))
 
 
-def supports(given: Given, width: int) -> bool:
+def supports(log_probs: Tensor, scores: Tensor, width: int) -> bool:
     """Whether a list fits a program's registers, and numbers are of at most 32 bits."""
-    return width <= MAX_WIDTH and torch.float64 not in (given.log_probs.dtype, given.scores.dtype)
+    return width <= MAX_WIDTH and torch.float64 not in (log_probs.dtype, scores.dtype)
 
 
 def forward(given: Given, width: int, children: int | None, renormalise: bool) -> Step:
-    """As `kernels.constrained_step.cpu.forward`; nodes and codes are not looked through, which would wait for the GPU."""
+    """As `kernels.constrained_step.native.forward`; nodes and codes are not looked through, which would wait for the GPU."""
     users, beams, codes = given.log_probs.shape
     nodes, scores, first_child, code_of = (
         one.contiguous() for one in (given.nodes, given.scores, given.first_child, given.code_of)

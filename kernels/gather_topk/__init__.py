@@ -7,13 +7,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.gather_topk import cpu, reference
+from kernels.gather_topk import native, reference
 from kernels.op import KernelSpec, Op, Shape, Work
 
 MOST_ITEMS = 1 << 32  # what half a key can number
@@ -28,11 +29,6 @@ SHAPES: tuple[Shape, ...] = (
     (2, 1, 9, 33, 1),
     (0, 2, 3, 4, 2),
 )
-
-
-def native() -> bool:
-    """Whether `gather_topk` can run here."""
-    return cpu.available()
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,9 @@ def gather_topk(
 
     Raises:
         ValueError: an argument has another dtype, layout or size.
-        RuntimeError: there is no native search on this machine, see `native`.
+        RuntimeError: there is no native search on this machine, see `kernels.gather_topk.native.available`.
     """
-    if not native():
+    if not native.available():
         raise RuntimeError("gather_topk: expected a C++ compiler on this machine, or RECSYS_NATIVE unset")
     _check("weights", weights_vb, torch.float32)
     if len(weights_vb) != bags.width:
@@ -98,7 +94,7 @@ def gather_topk(
     chosen = None if rows is None else np.ascontiguousarray(rows, np.int64)
     if chosen is not None and len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) < len(bags.rows):
         raise ValueError(f"rows: expected some of {len(bags.rows)} items, ascending, got {int(chosen[0])} to {int(chosen[-1])}")
-    return cpu.search(weights_vb, bags.rows, k, chosen, np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(dropped, np.int64))
+    return native.search(weights_vb, bags.rows, k, chosen, np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(dropped, np.int64))
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -155,14 +151,9 @@ def _hold(name: str, tensor: Tensor, holds: bool, expected: str) -> None:
 def _forward(
     values: Tensor, codes: Tensor, rows: Tensor | None, excluded_offsets: Tensor | None, excluded: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    given = (values, codes, rows, excluded_offsets, excluded, k)
-    chosen = backend.choose(values.device)
-    if chosen == "triton":
-        from kernels.gather_topk import triton_ops
-
-        if triton_ops.supports(values, k):
-            return triton_ops.forward(*given)
-    return cpu.forward(*given) if chosen == "cpu" else reference.gather_topk(*given)
+    module = backend.implementation("gather_topk", values, k)
+    call = reference.gather_topk if module is None else module.forward
+    return cast(tuple[Tensor, Tensor], call(values, codes, rows, excluded_offsets, excluded, k))
 
 
 @_forward.register_fake

@@ -2,7 +2,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """The best items by sums of their codes' numbers in Triton: a list for each user and part of the catalogue, then the parts' lists in one.
 
-A program scores a tile of items, and merges it into its list in registers (`kernels.constrained_step.running_topk`) only where the tile's
+A program scores a tile of items, and merges it into its list in registers (`kernels.running_topk`) only where the tile's
 best is above the worst that is kept; only then is it asked what is excluded. No score leaves a program but those of lists. Programs of
 the same part follow each other, so that the users read its codes from the cache. What comes back does not depend on how many parts
 there are: keys are a total order.
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import interpreting
-from kernels.constrained_step.running_topk import NO_KEY, is_in, key_of, number_of, score_of, taken_in, warps_of
 from kernels.op import KernelSpec, Shape
+from kernels.running_topk import NO_KEY, is_in, key_of, number_of, score_of, taken_in, warps_of
 
 MAX_K = 1024
 PROGRAMS = 528  # of the first kernel at least, where there are so many tiles: four for each multiprocessor of an H100

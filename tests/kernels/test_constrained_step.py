@@ -14,11 +14,12 @@ from torch import Tensor
 
 from kernels import backend, native
 from kernels.constrained_step import constrained_step, cpu, reference
+from kernels.constrained_step import native as loop
 from kernels.constrained_step.reference import Given, Step
 
 FORMS: dict[str, Callable[..., Step]] = {
-    "looped": lambda *a: cpu.looped(Given(*a[:8]), *a[8:]),
-    "padded": lambda *a: cpu.padded(Given(*a[:8]), *a[8:]),
+    "looped": lambda *a: loop.forward(Given(*a[:8]), *a[8:]),
+    "padded": lambda *a: cpu.forward(Given(*a[:8]), *a[8:]),
     "reference": reference.constrained_step,
     "float64": lambda *a: reference.constrained_step(a[0].double(), a[1], a[2].double(), *a[3:]),
 }
@@ -210,7 +211,7 @@ def test_without_a_compiler_the_same_comes_back(monkeypatch: pytest.MonkeyPatch)
     native.load.cache_clear()
     monkeypatch.setenv("RECSYS_NATIVE", "0")
     try:
-        assert not cpu.available()
+        assert native.load(loop._SOURCE) is None
         found = constrained_step(*tensors, 10, 3)
     finally:
         native.load.cache_clear()
@@ -218,7 +219,7 @@ def test_without_a_compiler_the_same_comes_back(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("log_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("chosen", ["cpu", "reference"])
+@pytest.mark.parametrize("chosen", ["cpu", "native", "reference"])
 def test_log_probabilities_and_scores_may_be_of_two_dtypes(log_dtype: torch.dtype, chosen: Any) -> None:
     tensors = drawn(17, 3, 6, 40, 12)
     expected = constrained_step(*tensors, 10)

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import backend, native
-from kernels.gather_topk import Bags, best_items, cpu, gather_topk
+from kernels.gather_topk import Bags, best_items, gather_topk
+from kernels.gather_topk import native as loop
 from kernels.gather_topk.reference import gather_topk as plain
+
+WAYS: dict[str, backend.Backend] = {"native": "native", "bag": "cpu", "reference": "reference", "float64": "native"}
 
 
 def drawn(users: int, items: int, slots: int, codes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,10 +142,8 @@ def test_the_op_equals_brute_force_with_masks(form: str, users: int, items: int,
     offsets = torch.searchsorted(user, torch.arange(users + 1))
     dropped = [set(excluded[user == one].tolist()) for one in range(users)]
     with pytest.MonkeyPatch.context() as patch:
-        if form == "bag":
-            patch.setattr(cpu, "available", lambda: False)
-            patch.setattr(cpu, "_TILE", 13)
-        with backend.use("reference" if form == "reference" else "cpu"):
+        patch.setattr(cpu, "_TILE", 13)
+        with backend.use(WAYS[form]):
             given_values = values.double() if form == "float64" else values
             found, scores = best_items(given_values, table, rows, offsets, excluded, k)
             everything, all_scores = best_items(given_values, table.int(), None, None, None, k)
@@ -152,11 +153,9 @@ def test_the_op_equals_brute_force_with_masks(form: str, users: int, items: int,
 
 
 @pytest.mark.parametrize("form", ["native", "bag", "reference"])
-def test_the_op_takes_nan_for_no_score_and_minus_zero_for_zero(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_takes_nan_for_no_score_and_minus_zero_for_zero(form: str) -> None:
     values = torch.tensor([[[-torch.inf, torch.nan, -0.0, 0.0, torch.inf, -1.0]]])
-    if form == "bag":
-        monkeypatch.setattr(cpu, "available", lambda: False)
-    with backend.use("reference" if form == "reference" else "cpu"):
+    with backend.use(WAYS[form]):
         rows, scores = best_items(values, torch.arange(6)[:, None], None, None, None, 6)
     assert rows.tolist() == [[4, 2, 3, 5, -1, -1]]
     assert scores.tolist() == [[np.inf, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
@@ -193,11 +192,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_what_is_compiled_is_kept_by_content(fresh: Path) -> None:
-    assert native.load(cpu._SOURCE) is not None
+    assert native.load(loop._SOURCE) is not None
     (made,) = native.cache_folder().iterdir()
     stamp = made.stat().st_mtime_ns
     native.load.cache_clear()
-    assert native.load(cpu._SOURCE) is not None
+    assert native.load(loop._SOURCE) is not None
     assert [file.stat().st_mtime_ns for file in native.cache_folder().iterdir()] == [stamp]
 
 
@@ -215,7 +214,7 @@ def test_a_source_that_does_not_compile_is_logged_and_leaves_nothing(fresh: Path
 @pytest.mark.parametrize(("name", "value"), [("RECSYS_NATIVE", "0"), ("CXX", "/nowhere/g++")])
 def test_without_a_compiler_there_is_another_way(fresh: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    assert not cpu.available()
+    assert not loop.available()
     weights, bags = weights_and_bags(*drawn(2, 10, 2, 3))
     with pytest.raises(RuntimeError, match="expected a C\\+\\+ compiler on this machine"):
         gather_topk(weights, bags, 1)
@@ -225,7 +224,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(fresh: Path, monkeypatch: py
     file = fresh / "file"
     file.write_text("", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(file))
-    assert native.load(cpu._SOURCE) is None
+    assert native.load(loop._SOURCE) is None
 
 
 def test_a_process_without_a_home_is_no_error(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,4 +233,4 @@ def test_a_process_without_a_home_is_no_error(fresh: Path, monkeypatch: pytest.M
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    assert native.load(cpu._SOURCE) is None
+    assert native.load(loop._SOURCE) is None

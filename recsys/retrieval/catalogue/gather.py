@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.gather_topk import Bags, gather_topk, native
+from kernels.gather_topk import Bags, gather_topk
+from kernels.gather_topk.native import available
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.retrieval.catalogue.code_index import CodeIndex, users_of_codes
@@ -62,7 +63,7 @@ class GatherIndex(CodeIndex):
 
     def __init__(self, config: Config, table: CodeTable, meta: IndexMeta) -> None:
         super().__init__(config, table, meta)
-        self._native = native()  # compiled where it was not yet: now, and not in the first search
+        self._native = available()  # compiled where it was not yet: now, and not in the first search
 
     def search(
         self, state: SlotLogProbs, k: int, view: CatalogueView, exclude: Exclude | None = None, scorable: Array | None = None

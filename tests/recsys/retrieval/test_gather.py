@@ -21,9 +21,9 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both ways of searching, whatever this machine would take."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr(gather, "native", lambda: False)
+            patch.setattr(gather, "available", lambda: False)
         else:
-            assert gather.native()
+            assert gather.available()
         yield request.param
 
 
