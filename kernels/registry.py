@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All ops of this package."""
 
+from kernels.catalogue_loss import OP as CATALOGUE_LOSS
 from kernels.fsq import OP as FSQ
 from kernels.int8_pooling import OP as INT8_POOLING
 from kernels.jagged_attention import OP as JAGGED_ATTENTION
@@ -9,4 +10,4 @@ from kernels.rms_norm import OP as RMS_NORM
 from kernels.sinkhorn import OP as SINKHORN
 from kernels.token_swiglu import OP as TOKEN_SWIGLU
 
-OPS: tuple[Op, ...] = (RMS_NORM, JAGGED_ATTENTION, TOKEN_SWIGLU, SINKHORN, FSQ, INT8_POOLING)
+OPS: tuple[Op, ...] = (RMS_NORM, JAGGED_ATTENTION, TOKEN_SWIGLU, SINKHORN, FSQ, INT8_POOLING, CATALOGUE_LOSS)

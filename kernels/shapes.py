@@ -10,6 +10,7 @@ from kernels.op import Shape
 # last is the widest head that the kernels take.
 # fsq: (items, slots, form (0 tanh, 1 sigmoid), levels …): RecGPT's item tokenizer, a batch of its training and a whole catalogue.
 # int8_pooling: (rows of the table, width, bags, values): a request's candidates and a batch of training's size, ten values a bag.
+# catalogue_log_partition: (states, slots, candidates, width of a slot): SASRec and HSTU, a million items, SETRec, RecGPT's heads.
 RECIPES: dict[str, tuple[Shape, ...]] = {
     "rms_norm": ((100 * 8, 64), (512 * 8, 64), (2048 * 16, 256), (2048 * 16, 512), (2048 * 32, 1024), (1024, 4096)),
     "token_swiglu": ((100, 8, 64, 128), (512, 8, 64, 128), (2048, 16, 256, 512), (2048, 16, 512, 1024), (2048, 32, 1024, 2048)),
@@ -24,4 +25,5 @@ RECIPES: dict[str, tuple[Shape, ...]] = {
     ),
     "fsq": ((256, 4, 0, 8, 8, 8, 6, 5), (256, 4, 0, 8, 5, 5), (1_000_000, 4, 0, 8, 5, 5, 5), (1_000_000, 4, 1, 8, 5, 5, 5)),
     "int8_pooling": ((100_000, 32, 100, 1_000), (100_000, 64, 512, 5_120), (1_000_000, 64, 2048, 20_480), (1_000_000, 128, 2048, 20_480)),
+    "catalogue_log_partition": ((2000, 1, 12_101, 64), (512, 1, 1_000_000, 64), (1500, 3, 4000, 64), (6000, 1, 1000, 192)),
 }
