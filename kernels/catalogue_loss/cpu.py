@@ -15,24 +15,25 @@ import torch
 from torch import Tensor
 
 LIMIT = 1 << 15  # items, up to which gradients are formed along with the value
-_LOGITS = 1 << 19  # held at a time, where no more than _ROWS states with all items are more
+_LOGITS = 1 << 19  # held at a time, if that is _ROWS states or more
 _ROWS = 64  # states at least, since the gradient of the items is read and written once for each group of them
 _TILES = {"cpu": (512, 512)}  # states and items of a tile; on another device fewer, larger products are faster
 _LARGE_TILE = (4096, 16384)
 
 
 def at_once(states: Tensor, items: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``[n]``, the statistics as `statistics_of` gives them, and what an upstream gradient of one gives ``states`` and ``items``, widened."""
+    """``[n]``, what `statistics_of` gives, and the gradients of ``states`` and ``items`` for an upstream one of 1, in float32 at least."""
     wide = torch.promote_types(states.dtype, torch.float32)
-    statistics = torch.empty(2, states.shape[1], len(states), dtype=wide, device=states.device)
+    statistics = torch.empty(2, states.shape[1], len(states), dtype=wide)
     dstates, ditems = torch.empty(states.shape, dtype=wide), torch.zeros(items.shape, dtype=wide)
     rows = max(_ROWS, _LOGITS // len(items))
+    held = torch.empty(min(rows, len(states)), len(items), dtype=wide)
     weights_s1 = weights.to(wide)[:, None]
     for k in range(states.shape[1]):
         items_cd = items[:, k].to(wide)
         for row in _slices(len(states), rows):
             states_rd = states[row, k].to(wide)
-            logits = states_rd @ items_cd.T
+            logits = torch.mm(states_rd, items_cd.T, out=held[: len(states_rd)])
             top = logits.amax(1, keepdim=True)
             exps = logits.sub_(top).exp_()
             total = exps.sum(1, keepdim=True)
@@ -69,7 +70,8 @@ def statistics_of(states: Tensor, items: Tensor) -> Tensor:
 def log_partition(statistics: Tensor, weights: Tensor) -> Tensor:
     """``[n]``: the weighted sum, in the dtype of the weights, of log-sum-exps whose statistics are ``statistics [2, n, S]``."""
     top, total = statistics
-    return ((top + total.log()) * weights.to(statistics.dtype)).sum(1).to(weights.dtype)
+    lse_ns: Tensor = top + total.log()
+    return (lse_ns * weights.to(lse_ns.dtype)).sum(1).to(weights.dtype)
 
 
 def backward(grad: Tensor, states: Tensor, items: Tensor, weights: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:

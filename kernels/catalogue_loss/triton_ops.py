@@ -7,7 +7,8 @@ are Cut Your Losses' (Wijmans et al., arXiv 2411.09009). The forward pass keeps 
 of the items are the same sum, over the other side's vectors, and so the same kernel: only whether a state is a row or a column differs.
 
 Few states alone would not fill a GPU. So the catalogue is divided into parts of `PART` items or more, whose results are put together
-outside: no atomics, and a state's result does not depend on which states come with it. Few items are helped likewise, by parts of the states.
+outside: no atomics, and a state's result does not depend on which states come with it. Few items are helped likewise, by parts of the
+states.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.backend import interpreting
 from kernels.op import KernelSpec, Shape
@@ -39,8 +41,9 @@ class Tile(NamedTuple):
 
 
 # By how products are formed: of two-byte elements, of float32 as TF32, of float32 as they are.
-FORWARD = {"half": Tile(128, 128, 64, 0, 8, 3), "tf32": Tile(128, 64, 32, 0, 8, 3), "ieee": Tile(64, 64, 32, 0, 16, 3)}
-GRADIENT = {"half": Tile(64, 64, 64, 256, 8, 3), "tf32": Tile(64, 64, 32, 128, 8, 3), "ieee": Tile(64, 64, 32, 64, 16, 3)}
+# The largest tried that do not spill in `kernels.aot`.
+FORWARD = {"half": Tile(128, 128, 64, 0, 8, 3), "tf32": Tile(128, 64, 32, 0, 8, 3), "ieee": Tile(64, 64, 32, 0, 8, 3)}
+GRADIENT = {"half": Tile(128, 64, 64, 128, 8, 3), "tf32": Tile(64, 64, 32, 128, 8, 3), "ieee": Tile(64, 64, 32, 128, 8, 3)}
 
 
 @triton.jit
@@ -53,9 +56,12 @@ def _dot(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _vectors(X, rows, in_rows, x_r, first, D: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK]: elements of vectors from ``first`` on, zeros beyond."""
+    """[rows, BLOCK]: elements of vectors from ``first`` on, zeros beyond. Vectors start at multiples of 16 bytes; see `_aligned`."""
     cols = first + tl.arange(0, BLOCK)
-    return tl.load(X + rows[:, None] * x_r + cols[None, :], mask=in_rows[:, None] & (cols < D)[None, :], other=0.0)
+    at = X + rows[:, None] * x_r + cols[None, :]
+    at = tl.multiple_of(tl.max_contiguous(at, [1, 16]), [1, 16])
+    mask = in_rows[:, None] if D % BLOCK == 0 else in_rows[:, None] & (cols < D)[None, :]
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -74,19 +80,19 @@ def _logits(
 
 @triton.jit
 def statistics_kernel(
-    X, Y, TOPS, TOTALS, S, C, share, x_s, x_n, y_c, y_n, D: tl.constexpr,
+    X, Y, TOPS, TOTALS, S, C, span, x_s, x_n, y_c, y_n, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit and the sum below it of BLOCK_M states over a part of ``share`` items, in TOPS and TOTALS [parts, n, S]."""
+    """The largest logit and the sum below it of BLOCK_M states over a part of ``span`` items, in TOPS and TOTALS [parts, n, S]."""
     part, slot = tl.program_id(1), tl.program_id(2)
-    row, begin = tl.program_id(0).to(tl.int64) * BLOCK_M, part * share
+    row, begin = tl.program_id(0).to(tl.int64) * BLOCK_M, part * span
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_rows = rows < S - row
     X += row * x_s + slot.to(tl.int64) * x_n
     Y += begin.to(tl.int64) * y_c + slot.to(tl.int64) * y_n
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(begin, tl.minimum(begin + share, C), BLOCK_N):
+    for start in range(begin, tl.minimum(begin + span, C), BLOCK_N):
         in_cols = cols < C - start
         logits = _logits(X, Y, rows, cols, in_rows, in_cols, x_s, y_c, D, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION)
         logits = tl.where(in_cols[None, :], logits, float("-inf"))
@@ -101,18 +107,18 @@ def statistics_kernel(
 
 @triton.jit
 def gradient_kernel(
-    X, Y, TOPS, SHARES, SCALES, OUT, M, N, S, share, x_m, x_n, y_m, y_n, scale_n, scale_m, D: tl.constexpr, STATES: tl.constexpr,
+    X, Y, TOPS, SHARES, SCALES, OUT, M, N, S, span, x_m, x_n, y_m, y_n, scale_n, scale_m, D: tl.constexpr, STATES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``OUT [parts, M, n, D] = scale_m Σ_n share · exp(logit_mn − top) · Y_n`` over a part of ``share`` of the N vectors in Y.
+    """``OUT [parts, M, n, D] = scale_m Σ_n share · exp(logit_mn − top) · Y_n`` over a part of ``span`` of the N vectors in Y.
 
     TOPS and SHARES [n, S] are the states', which are the rows, of M, where STATES is set, and the columns else. SCALES are read at
     ``slot * scale_n + row * scale_m``.
     """
     slices: tl.constexpr = (D + BLOCK_E - 1) // BLOCK_E
     part, slot, first = tl.program_id(1), tl.program_id(2) // slices, tl.program_id(2) % slices * BLOCK_E
-    row, begin = tl.program_id(0).to(tl.int64) * BLOCK_M, part * share
+    row, begin = tl.program_id(0).to(tl.int64) * BLOCK_M, part * span
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_rows = rows < M - row
     X += row * x_m + slot.to(tl.int64) * x_n
@@ -123,7 +129,7 @@ def gradient_kernel(
         top = tl.load(TOPS + row + rows, mask=in_rows, other=0.0)[:, None]
         weight = tl.load(SHARES + row + rows, mask=in_rows, other=0.0)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for start in range(begin, tl.minimum(begin + share, N), BLOCK_N):
+    for start in range(begin, tl.minimum(begin + span, N), BLOCK_N):
         in_cols = cols < N - start
         logits = _logits(X, Y, rows, cols, in_rows, in_cols, x_m, y_m, D, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION)
         if not STATES:
@@ -137,8 +143,8 @@ def gradient_kernel(
     within = first + tl.arange(0, BLOCK_E)
     slots = tl.num_programs(2) // slices
     OUT += ((part.to(tl.int64) * M + row) * slots + slot) * D
-    at = rows[:, None] * slots * D + within[None, :]
-    tl.store(OUT + at, (total * scale).to(OUT.dtype.element_ty), mask=in_rows[:, None] & (within < D)[None, :])
+    at = tl.multiple_of(tl.max_contiguous(OUT + rows[:, None] * slots * D + within[None, :], [1, 16]), [1, 16])
+    tl.store(at, (total * scale).to(OUT.dtype.element_ty), mask=in_rows[:, None] & (within < D)[None, :])
 
 
 def supports(states: Tensor) -> bool:
@@ -148,14 +154,14 @@ def supports(states: Tensor) -> bool:
 
 def statistics_of(states: Tensor, items: Tensor) -> Tensor:
     """``[2, n, S]`` float32: each state's largest logit, and the sum of all exponentials of what they are below it."""
-    (count, slots, width), candidates = states.shape, len(items)
-    states, items = _together(states), _together(items)
+    (count, slots, _), candidates = states.shape, len(items)
+    states, items = _aligned(states), _aligned(items)
     tile = FORWARD[_mode(states)]
-    parts, share = _parts(candidates, min(MAX_PARTS, candidates // PART), tile.n)
+    parts, span = _parts(candidates, min(MAX_PARTS, candidates // PART), tile.n)
     tops, totals = (torch.empty(parts, slots, count, dtype=torch.float32, device=states.device) for _ in range(2))
     if tops.numel():
         statistics_kernel[triton.cdiv(count, tile.m), parts, slots](
-            states, items, tops, totals, count, candidates, share, *states.stride()[:2], *items.stride()[:2], **_options(tile, states)
+            states, items, tops, totals, count, candidates, span, *states.stride()[:2], *items.stride()[:2], **_options(tile, states)
         )  # fmt: skip
     top = tops.amax(0)
     return torch.stack((top, (totals * (tops - top).exp()).sum(0)))
@@ -167,7 +173,8 @@ def backward(grad: Tensor, states: Tensor, items: Tensor, weights: Tensor, stati
     A probability is rounded to the dtype of the vectors before it is multiplied with them. Probabilities of a large catalogue and
     weights of a large batch are below what float16 can tell from zero, so they are lifted first, the weights to one at most.
     """
-    states, items = _together(states), _together(items)
+    width = states.shape[2]
+    states, items = _aligned(states), _aligned(items)
     tops, totals = statistics
     coefficients = grad.float()[:, None] * weights.float()
     largest = coefficients.abs().amax(1, keepdim=True) if len(weights) else coefficients.new_ones(len(grad), 1)
@@ -178,36 +185,39 @@ def backward(grad: Tensor, states: Tensor, items: Tensor, weights: Tensor, stati
     tiles = triton.cdiv(len(items), GRADIENT[_mode(items)].m) * items.shape[1]
     parts = min(PROGRAMS // max(tiles, 1), len(states) // 512)
     ditems = _gradient(items, states, tops, coefficients / largest * lifted, largest / _LIFT, parts, False)
-    return dstates, ditems
+    return dstates[..., :width].contiguous(), ditems[..., :width].contiguous()
 
 
 def _gradient(own: Tensor, other: Tensor, tops: Tensor, shares: Tensor, scales: Tensor, parts: int, of_states: bool) -> Tensor:
-    """The gradient of ``own [M, n, d]``; ``scales`` is ``[n, M]`` or ``[n, 1]``."""
+    """The gradient of ``own [M, n, d]``; ``scales`` is ``[n, M]`` of the states and ``[n, 1]`` of the items."""
     count, slots, width = own.shape
     if not own.numel() or not len(other):
         return torch.zeros(own.shape, dtype=own.dtype, device=own.device)
     tile = GRADIENT[_mode(own)]
-    parts, share = _parts(len(other), parts, tile.n)
+    parts, span = _parts(len(other), parts, tile.n)
     out = torch.empty(parts, count, slots, width, dtype=own.dtype if parts == 1 else torch.float32, device=own.device)
     options = _options(tile, own)
     grid = (triton.cdiv(count, tile.m), parts, slots * triton.cdiv(width, options["BLOCK_E"]))
     gradient_kernel[grid](
-        own, other, tops.contiguous(), shares.contiguous(), scales, out, count, len(other), tops.shape[1], share,
-        *own.stride()[:2], *other.stride()[:2], scales.stride(0), scales.stride(1) if scales.shape[1] > 1 or count == 1 else 0,
-        STATES=of_states, **options
+        own, other, tops.contiguous(), shares.contiguous(), scales.contiguous(), out, count, len(other), tops.shape[1], span,
+        *own.stride()[:2], *other.stride()[:2], scales.shape[1], int(of_states), STATES=of_states, **options
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(own.dtype)
 
 
 def _parts(count: int, wanted: int, block: int) -> tuple[int, int]:
     """How many parts, none of them empty, and how much each has of ``count``: whole blocks."""
-    share = triton.cdiv(triton.cdiv(count, max(wanted, 1)), block) * block
-    return triton.cdiv(count, share), share
+    span = triton.cdiv(triton.cdiv(count, max(wanted, 1)), block) * block
+    return triton.cdiv(count, span), span
 
 
-def _together(x: Tensor) -> Tensor:
-    """``x`` with its last axis together in memory; the others may lie anyhow."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """``x [N, n, d]`` with vectors that start at multiples of 16 bytes and end at 16 elements: zeros add nothing to inner products."""
+    missing = -x.shape[2] % 16
+    if missing:
+        return functional.pad(x, (0, missing))
+    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:2])
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _mode(x: Tensor) -> str:
@@ -231,23 +241,24 @@ def _constants(tile: Tile, mode: str, width: int, wide: bool) -> dict[str, Any]:
 def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
     """The kernels for the widths that ``shapes`` lead to, in bfloat16 and in both ways of float32."""
     result = []
-    for width in sorted({shape[3] for shape in shapes}):
+    for width in sorted({triton.cdiv(shape[3], 16) * 16 for shape in shapes}):
         for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("ieee", "*fp32")):
             vectors = {"X": tensor, "Y": tensor, "TOPS": "*fp32"}
-            forward = vectors | {"TOTALS": "*fp32"} | dict.fromkeys("S C share x_s x_n y_c y_n".split(), "i32")
-            gradient = vectors | {"SHARES": "*fp32", "SCALES": "*fp32", "OUT": tensor}
-            gradient |= dict.fromkeys("M N S share x_m x_n y_m y_n scale_n scale_m".split(), "i32")
+            forward = vectors | {"TOTALS": "*fp32"} | _integers("S C span x_s x_n y_c y_n")
+            gradient = vectors | {"SHARES": "*fp32", "SCALES": "*fp32"} | _integers("M N S span x_m x_n y_m y_n scale_n scale_m")
             result.append(_spec(f"catalogue_statistics_{mode}_{width}", statistics_kernel, forward, FORWARD[mode], mode, width, {}))
-            for of in ("states", "items"):
+            for of, out in (("states", "*fp32"), ("items", tensor)):  # those of the states are mostly summed over parts
                 known = {"STATES": of == "states"} | ({"scale_m": 1} if of == "states" else {"scale_n": 1})
                 name = f"catalogue_{of}_grad_{mode}_{width}"
-                result.append(_spec(name, gradient_kernel, gradient, GRADIENT[mode], mode, width, known))
+                result.append(_spec(name, gradient_kernel, gradient | {"OUT": out}, GRADIENT[mode], mode, width, known))
     return result
 
 
-def _spec(
-    name: str, kernel: Any, signature: dict[str, str], tile: Tile, mode: str, width: int, known: dict[str, int]
-) -> KernelSpec:  # fmt: skip
+def _integers(names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), "i32")
+
+
+def _spec(name: str, kernel: Any, signature: dict[str, str], tile: Tile, mode: str, width: int, known: dict[str, int]) -> KernelSpec:
     """``known`` are arguments that Triton compiles in as constants."""
     constants = _constants(tile, mode, width, wide=False) | known
     signature = signature | dict.fromkeys(constants, "constexpr")
