@@ -44,6 +44,7 @@ class Tile(NamedTuple):
 # The largest tried that do not spill in `kernels.aot`.
 FORWARD = {"half": Tile(128, 128, 64, 0, 8, 3), "tf32": Tile(128, 64, 32, 0, 8, 3), "ieee": Tile(64, 64, 32, 0, 8, 3)}
 GRADIENT = {"half": Tile(128, 64, 64, 128, 8, 3), "tf32": Tile(64, 64, 32, 128, 8, 3), "ieee": Tile(64, 64, 32, 128, 8, 3)}
+_WIDE_HALF = Tile(64, 64, 64, 256, 8, 3)  # beyond 128: one sum of all columns spares forming the logits anew for each slice of them
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def backward(grad: Tensor, states: Tensor, items: Tensor, weights: Tensor, stati
     lifted = _LIFT / totals
     parts = min(MAX_PARTS, len(items) // PART)
     dstates = _gradient(states, items, tops, lifted, coefficients / _LIFT, parts, True)
-    tiles = triton.cdiv(len(items), GRADIENT[_mode(items)].m) * items.shape[1]
+    tiles = triton.cdiv(len(items), _gradient_tile(_mode(items), items.shape[2]).m) * items.shape[1]
     parts = min(PROGRAMS // max(tiles, 1), len(states) // 512)
     ditems = _gradient(items, states, tops, coefficients / largest * lifted, largest / _LIFT, parts, False)
     return dstates[..., :width].contiguous(), ditems[..., :width].contiguous()
@@ -193,7 +194,7 @@ def _gradient(own: Tensor, other: Tensor, tops: Tensor, shares: Tensor, scales: 
     count, slots, width = own.shape
     if not own.numel() or not len(other):
         return torch.zeros(own.shape, dtype=own.dtype, device=own.device)
-    tile = GRADIENT[_mode(own)]
+    tile = _gradient_tile(_mode(own), width)
     parts, span = _parts(len(other), parts, tile.n)
     out = torch.empty(parts, count, slots, width, dtype=own.dtype if parts == 1 else torch.float32, device=own.device)
     options = _options(tile, own)
@@ -203,6 +204,10 @@ def _gradient(own: Tensor, other: Tensor, tops: Tensor, shares: Tensor, scales: 
         *own.stride()[:2], *other.stride()[:2], scales.shape[1], int(of_states), STATES=of_states, **options
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(own.dtype)
+
+
+def _gradient_tile(mode: str, width: int) -> Tile:
+    return _WIDE_HALF if mode == "half" and width > 128 else GRADIENT[mode]
 
 
 def _parts(count: int, wanted: int, block: int) -> tuple[int, int]:
@@ -250,7 +255,7 @@ def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
             for of, out in (("states", "*fp32"), ("items", tensor)):  # those of the states are mostly summed over parts
                 known = {"STATES": of == "states"} | ({"scale_m": 1} if of == "states" else {"scale_n": 1})
                 name = f"catalogue_{of}_grad_{mode}_{width}"
-                result.append(_spec(name, gradient_kernel, gradient | {"OUT": out}, GRADIENT[mode], mode, width, known))
+                result.append(_spec(name, gradient_kernel, gradient | {"OUT": out}, _gradient_tile(mode, width), mode, width, known))
     return result
 
 
