@@ -85,7 +85,7 @@ def implementation(op: str, x: Tensor, *more: Any) -> ModuleType | None:
     """
     chosen = choose(op, x)
     module = None if chosen == "reference" else _module(op, chosen)
-    if chosen != "reference" and (module is None or (chosen != "cpu" and not module.supports(x))):
+    if chosen != "reference" and (module is None or (chosen != "cpu" and not module.supports(x, *more))):
         chosen, module = "cpu", _module(op, "cpu")
     if _recorders or os.environ.get(LOG_ENV) == "1":
         _note(Choice(op, x.device.type, str(x.dtype).removeprefix("torch."), paths.bucket(x.numel()), chosen))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All ops of this package."""
 
+from kernels.catalogue_loss import OP as CATALOGUE_LOSS
 from kernels.constrained_step import OP as CONSTRAINED_STEP
 from kernels.fsq import OP as FSQ
 from kernels.gather_topk import OP as GATHER_TOPK
@@ -11,4 +12,14 @@ from kernels.rms_norm import OP as RMS_NORM
 from kernels.sinkhorn import OP as SINKHORN
 from kernels.token_swiglu import OP as TOKEN_SWIGLU
 
-OPS: tuple[Op, ...] = (RMS_NORM, JAGGED_ATTENTION, TOKEN_SWIGLU, SINKHORN, FSQ, INT8_POOLING, CONSTRAINED_STEP, GATHER_TOPK)
+OPS: tuple[Op, ...] = (
+    RMS_NORM,
+    TOKEN_SWIGLU,
+    SINKHORN,
+    JAGGED_ATTENTION,
+    CATALOGUE_LOSS,
+    CONSTRAINED_STEP,
+    GATHER_TOPK,
+    FSQ,
+    INT8_POOLING,
+)

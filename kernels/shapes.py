@@ -13,6 +13,7 @@ from kernels.op import Shape
 # constrained_step: (users, beams, codes, nodes, width, children of a beam, whether renormalised): RecGPT's published search, TIGER's beams,
 # and beams that were widened for a user who lacks items.
 # gather_topk: (users, slots, codes of a slot, items, k): a batch over RecGPT's codes, one over RPG's, and the longest list of the kernel.
+# catalogue_log_partition: (states, slots, candidates, width of a slot): SASRec and HSTU, a million items, SETRec, RecGPT's heads.
 RECIPES: dict[str, tuple[Shape, ...]] = {
     "rms_norm": ((100 * 8, 64), (512 * 8, 64), (2048 * 16, 256), (2048 * 16, 512), (2048 * 32, 1024), (1024, 4096)),
     "token_swiglu": ((100, 8, 64, 128), (512, 8, 64, 128), (2048, 16, 256, 512), (2048, 16, 512, 1024), (2048, 32, 1024, 2048)),
@@ -29,4 +30,5 @@ RECIPES: dict[str, tuple[Shape, ...]] = {
     "int8_pooling": ((100_000, 32, 100, 1_000), (100_000, 64, 512, 5_120), (1_000_000, 64, 2048, 20_480), (1_000_000, 128, 2048, 20_480)),
     "constrained_step": ((32, 20, 1000, 20_000, 20, 5, 0), (64, 50, 256, 60_000, 50, 0, 1), (4, 1000, 256, 60_000, 1000, 0, 0)),
     "gather_topk": ((64, 4, 15_360, 1_000_000, 50), (64, 32, 256, 1_000_000, 100), (8, 4, 256, 1_000_000, 1024)),
+    "catalogue_log_partition": ((2000, 1, 12_101, 64), (512, 1, 1_000_000, 64), (1500, 3, 4000, 64), (6000, 1, 1000, 192)),
 }

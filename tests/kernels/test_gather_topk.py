@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import backend, native
-from kernels.gather_topk import Bags, best_items, gather_topk
+from kernels.gather_topk import Bags, best_items, cpu, gather_topk
 from kernels.gather_topk import native as loop
 from kernels.gather_topk.reference import gather_topk as plain
 

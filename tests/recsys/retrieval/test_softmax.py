@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recsys.retrieval import softmax
+from kernels.catalogue_loss import cpu
 from recsys.retrieval.softmax import catalogue_cross_entropy, sampled_cross_entropy
 
 
@@ -19,9 +19,10 @@ def brute_force(s, e, targets, of_target):
     return torch.stack([F.cross_entropy(slot[of_target], targets) for slot in logits])
 
 
-@pytest.mark.parametrize("chunk", [1, 11 * 17, 1 << 19])
-def test_losses_and_gradients_equal_torch_cross_entropy(monkeypatch, chunk):
-    monkeypatch.setitem(softmax._CHUNK, "cpu", chunk)
+@pytest.mark.parametrize("limit", [0, cpu.LIMIT])
+def test_losses_and_gradients_equal_torch_cross_entropy(monkeypatch, limit):
+    """With gradients formed along with the value, and without."""
+    monkeypatch.setattr(cpu, "LIMIT", limit)
     s, e, targets, of_target = example()
     upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     ours, theirs = (loss(s, e, targets, of_target) for loss in (catalogue_cross_entropy, brute_force))
@@ -48,6 +49,13 @@ def test_large_logits_do_not_overflow():
     torch.testing.assert_close(
         catalogue_cross_entropy(s * 1e3, e, targets, of_target), brute_force(s * 1e3, e, targets, of_target), rtol=1e-4, atol=1e-2
     )
+
+
+def test_a_second_derivative_is_an_error():
+    s, e, targets, of_target = example()
+    (gradient,) = torch.autograd.grad(catalogue_cross_entropy(s, e, targets, of_target).sum(), s, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.square().sum().backward()
 
 
 def test_no_targets_is_no_loss():
