@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels import paths
 
 Backend = Literal["reference", "cpu", "native", "triton"]
+Asked = Literal["auto", "reference", "cpu", "native", "triton"]
 ENV, LOG_ENV = "RECSYS_KERNELS", "RECSYS_KERNELS_LOG"
 _MODULES = {"cpu": "cpu", "native": "native", "triton": "triton_ops"}
 _LOG = logging.getLogger(__name__)
@@ -70,6 +71,17 @@ def record() -> Iterator[set[Choice]]:
         yield found
     finally:
         _recorders.remove(found)
+
+
+@contextmanager
+def session(asked: Asked) -> Iterator[set[Choice]]:
+    """`record`, and `use` unless that is left to the table (``auto``)."""
+    with record() as ran:
+        if asked == "auto":
+            yield ran
+        else:
+            with use(asked):
+                yield ran
 
 
 def implementation(op: str, x: Tensor, *more: Any) -> ModuleType | None:

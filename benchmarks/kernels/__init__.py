@@ -30,7 +30,8 @@ ALIKE = 1e-4  # relative RMS difference of a rival's results
 LEAST = 0.03  # seconds of one measurement
 OVER_BEST, OVER_EAGER = 0.95, 1.5
 # Where fusion saves memory traffic; the others are one pass over their input either way, or a library's own kernel.
-FUSED = ("jagged_attention", "log_sinkhorn", "token_swiglu", "fsq")
+FUSED = ("jagged_attention", "catalogue_log_partition", "gather_topk", "constrained_step", "log_sinkhorn", "token_swiglu", "fsq")
+TIES = ("gather_topk",)  # of equal scores a rival may give others, so that scores alone are compared
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def contest(op: Op, shape: Shape, pairs: int) -> Contest:
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             failed[name] = type(error).__name__
             continue
-        check_alike(f"{op.name} {shape}: {name}", found, expected)
+        compared = slice(1, None) if op.name in TIES else slice(None)
+        check_alike(f"{op.name} {shape}: {name}", found[compared], expected[compared])
         runs[name] = own
     return Contest(op.name, shape, in_turns(runs, pairs), failed)
 

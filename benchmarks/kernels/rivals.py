@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.constrained_step.cpu import forward as padded_step
+from kernels.constrained_step.reference import Given
 from kernels.fsq import reference as fsq
 from kernels.int8_pooling.cpu import forward as fbgemm_pooling
 from kernels.int8_pooling.reference import HEADER
@@ -65,11 +67,51 @@ def int8_pooling(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dty
     return sums.to(dtype)
 
 
+def catalogue_loss(states: Tensor, items: Tensor, weights: Tensor) -> Tensor:
+    """All logits of a slot at once."""
+    slots = [torch.logsumexp(states[:, k] @ items[:, k].T, 1) @ weights for k in range(states.shape[1])]
+    return torch.stack(slots)
+
+
+def constrained_step(
+    log_probs: Tensor,
+    nodes: Tensor,
+    scores: Tensor,
+    first_child: Tensor,
+    code_of: Tensor,
+    alive: Tensor,
+    closed_offsets: Tensor,
+    closed: Tensor,
+    width: int,
+    children: int | None,
+    renormalise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The children of all beams side by side, padded to as many as the largest node has."""
+    given = Given(log_probs, nodes, scores, first_child, code_of, alive, closed_offsets, closed)
+    return padded_step(given, width, children, renormalise)
+
+
+def gather_topk(values: Tensor, codes: Tensor, rows: Tensor, excluded_offsets: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All scores by PyTorch's bag, then the best."""
+    users, slots, size = values.shape
+    bags = codes.long() + size * torch.arange(slots)
+    scores = functional.embedding_bag(bags, values.flatten(1).T, mode="sum").T
+    allowed = torch.zeros(len(codes), dtype=torch.bool)
+    allowed[rows] = True
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    scores[torch.arange(users).repeat_interleave(excluded_offsets.diff(), output_size=len(excluded)), excluded] = -torch.inf
+    best, found = scores.topk(k)
+    return found, best
+
+
 RIVALS: Mapping[str, Mapping[str, Rival]] = {
     "rms_norm": {"eager": rms_norm},
     "token_swiglu": {"eager": token_swiglu},
     "log_sinkhorn": {"eager": sinkhorn.sinkhorn},
     "jagged_attention": {"eager": jagged_attention},
     "fsq": {"eager": fsq.fsq},
+    "catalogue_log_partition": {"eager": catalogue_loss},
+    "constrained_step": {"eager": constrained_step},
+    "gather_topk": {"eager": gather_topk},
     "int8_pooling": {"eager": int8_pooling, "fbgemm": fbgemm_pooling},
 }

@@ -75,6 +75,9 @@ class Checkpoint:
     directory: Path
     manifest: Manifest
 
+    def __contains__(self, part: str) -> bool:
+        return f"{part}.json" in self.manifest.files
+
     def read(self, part: str) -> Any:
         """One part of the state, as it was given to `Checkpoints.save`."""
         tensors = self.directory / f"{part}.safetensors"

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from kernels import backend, paths
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError, RecsysError, unknown
 from recsys.data.loader import Loader
@@ -27,7 +28,8 @@ __all__ = ["EpochRecord", "History", "Monitor", "NonFiniteError", "Preempted", "
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
 
-_OPERATIONAL = {"checkpoint", "log_every", "max_skipped"}  # what may change between two parts of a run without changing its course
+# What may change between two parts of a run without changing its course.
+_OPERATIONAL = {"checkpoint", "kernels", "log_every", "max_skipped"}
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +66,6 @@ class Monitor(BaseConfig):
         return value > best if self.mode == "max" else value < best
 
 
-_OPERATIONAL = {"checkpoint", "log_every", "max_skipped"}  # what does not change the result of a training
-
-
 class Trainer:
     """Trains a model in ``run_dir``; a run that was interrupted there goes on, and one that was finished is loaded.
 
@@ -98,6 +97,8 @@ class Trainer:
             validate_every: epochs between validations; the last epoch is always validated.
             compile: compile the model's dense part (its method ``compile_dense``) with ``torch.compile``: worth its half minute where a run
                 is long. Results differ from those without it in the last digits.
+            kernels: which implementations of `kernels` run: ``auto`` follows the committed table, the others are for comparisons. Results
+                differ in the last digits. Every checkpoint says what was asked, which table there was, and what ran.
             max_skipped: a step whose loss or gradient norm is not finite is left out; one more than this many is an error. Fused tables
                 take part in the backward pass, so only a loss that is not finite leaves them untouched.
             log_every: steps between the records of a step's metrics.
@@ -110,6 +111,7 @@ class Trainer:
         clip_norm: float | None = Field(None, gt=0)
         precision: Literal["auto", "fp32", "bf16"] = "auto"
         compile: bool = False
+        kernels: backend.Asked = "auto"
         monitor: Monitor | None = None
         validate_every: int = Field(1, ge=1)
         max_skipped: int = Field(10, ge=0)
@@ -152,7 +154,7 @@ class Trainer:
             raise DataError("loader: there is no batch to train on")
         run = _Run(self, model, loader, validate)
         run.resume()
-        with Sigterm() as sigterm:
+        with Sigterm() as sigterm, backend.session(self.config.kernels) as run.ran:
             try:
                 while not run.state.finished:
                     for _ in run.train_epoch():
@@ -178,6 +180,8 @@ class _Run:
         self.optimizers = Optimizers(self.config.optimizer, model)
         self.checkpoints = Checkpoints(trainer.run_dir / "checkpoints", self.config.checkpoint.keep, self._identity())
         self.state = TrainState()
+        self.ran: set[backend.Choice] = set()
+        self.ran_before: set[backend.Choice] = set()  # before this run was interrupted
         self.saved_at = time.monotonic()
 
     def _identity(self) -> dict[str, Any]:
@@ -203,6 +207,7 @@ class _Run:
             self.optimizers.load_state_dict(found.read("optimizers"))
             self.loader.load_state_dict(found.read("loader"))
             set_random_state(found.read("random"))
+            self.ran_before = {backend.Choice(*choice) for choice in found.read("kernels")["ran"]} if "kernels" in found else set()
             logger.info("%s: going on after step %d", found.directory, self.state.step)
         self.logged = (self.state.step, time.monotonic())
         self.trainer.metrics.rewind(self.state.step)
@@ -216,6 +221,7 @@ class _Run:
             "random": random_state(),
             "loader": self.loader.state_dict(),
             "progress": self.state.as_dict(),
+            "kernels": {"asked": self.config.kernels, "table": paths.fingerprint(), "ran": sorted(map(list, self.ran_before | self.ran))},
         }
         path = self.checkpoints.save(self.state.step, state, self.state.best_step)
         self.saved_at = time.monotonic()

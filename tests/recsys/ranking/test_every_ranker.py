@@ -2,6 +2,7 @@
 """What holds of every registered ranker. A ranker that is added must be added here."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,16 +46,18 @@ BY_DATA = {"rankmixer, relu_moe"}  # how many experts work depends on the data, 
 Build = Callable[..., Ranker]
 
 
+def built(spec: InputSpec, variant: str, seed: int = 0, **options: Any) -> Ranker:
+    """A small ranker."""
+    name, changes = VARIANTS[variant]
+    cls = components.get("ranker", name)
+    torch.manual_seed(seed)
+    model: Ranker = cls(parse(cls.Config, {"embedding": {"dim": 8}} | changes | options, source="test"), spec)
+    return model
+
+
 @pytest.fixture
 def build(spec: InputSpec) -> Build:
-    def make(variant: str, seed: int = 0, **options: Any) -> Ranker:
-        name, changes = VARIANTS[variant]
-        cls = components.get("ranker", name)
-        torch.manual_seed(seed)
-        model: Ranker = cls(parse(cls.Config, {"embedding": {"dim": 8}} | changes | options, source="test"), spec)
-        return model
-
-    return make
+    return partial(built, spec)
 
 
 @pytest.fixture
