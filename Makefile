@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 INTERPRETER := --dist load tests/kernels/interpreter
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev run serve test test-all lint bench peers check-gpu-set clean
+.PHONY: help setup dev run serve test test-all test-kernels tune lint bench peers check-gpu-set clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,13 @@ test: dev ## the tests, without the slow ones; Triton kernels in a process of th
 test-all: dev ## all tests
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETER)
+
+test-kernels: dev ## everything of the kernels: all shapes and architectures, all courses of training, then interpreted
+	$(PYTEST) tests/kernels tests/recsys/ranking/test_convergence.py tests/recsys/retrieval/test_convergence.py
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETER)
+
+tune: dev ## measure which implementation of each op is the fastest here, and write kernels/paths.json
+	$(BIN)/python -m kernels.tune
 
 lint: dev ## check style, format and types
 	$(BIN)/ruff check .

@@ -8,8 +8,10 @@ from kernels.op import KernelSpec, Op
 from kernels.registry import OPS
 from kernels.shapes import RECIPES
 
+QUICK = 90  # the others take as long again, and `make test-kernels` compiles for them
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=[] if arch == QUICK else pytest.mark.slow) for arch in ARCHITECTURES])
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_no_kernel_spills(op: Op, arch: int) -> None:
     specs = op.specs(RECIPES[op.name])

@@ -9,7 +9,7 @@ from recsys.data.spec import InputSpec
 from tests.recsys.ranking.test_every_ranker import LENGTHS, VARIANTS, built
 from tests.recsys.training.courses import assert_same_course
 
-QUICK = ("tokenmixer_large", "unimixer")
+QUICK = ("tokenmixer_large",)
 
 
 @pytest.mark.parametrize("variant", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in VARIANTS])

@@ -9,7 +9,7 @@ from tests.recsys.retrieval.coded import N, batch_of
 from tests.recsys.retrieval.saving import MODELS, build
 from tests.recsys.training.courses import assert_same_course
 
-QUICK = ("hstu", "recgpt")
+QUICK = ("recgpt",)
 LENGTHS = (3, 0, 6, 1, 5)
 
 
