@@ -10,6 +10,8 @@ from kernels.op import Shape
 # last is the widest head that the kernels take.
 # fsq: (items, slots, form (0 tanh, 1 sigmoid), levels …): RecGPT's item tokenizer, a batch of its training and a whole catalogue.
 # int8_pooling: (rows of the table, width, bags, values): a request's candidates and a batch of training's size, ten values a bag.
+# routed_experts: (tokens, batch, width, hidden, experts, choices, whether GELU): serving and training batches of TokenMixer-Large, whose
+# shared expert is not among them; RankMixer in serving, where every expert is a choice. routed_experts_int8: likewise, in serving.
 RECIPES: dict[str, tuple[Shape, ...]] = {
     "rms_norm": ((100 * 8, 64), (512 * 8, 64), (2048 * 16, 256), (2048 * 16, 512), (2048 * 32, 1024), (1024, 4096)),
     "token_swiglu": ((100, 8, 64, 128), (512, 8, 64, 128), (2048, 16, 256, 512), (2048, 16, 512, 1024), (2048, 32, 1024, 2048)),
@@ -24,4 +26,17 @@ RECIPES: dict[str, tuple[Shape, ...]] = {
     ),
     "fsq": ((256, 4, 0, 8, 8, 8, 6, 5), (256, 4, 0, 8, 5, 5), (1_000_000, 4, 0, 8, 5, 5, 5), (1_000_000, 4, 1, 8, 5, 5, 5)),
     "int8_pooling": ((100_000, 32, 100, 1_000), (100_000, 64, 512, 5_120), (1_000_000, 64, 2048, 20_480), (1_000_000, 128, 2048, 20_480)),
+    "routed_experts": (
+        (8, 100, 64, 16, 7, 3, 0),
+        (8, 512, 64, 16, 7, 3, 0),
+        (16, 2048, 256, 64, 7, 3, 0),
+        (31, 1024, 1536, 384, 7, 3, 0),
+        (8, 100, 64, 64, 4, 4, 1),
+    ),
+    "routed_experts_int8": (
+        (8, 100, 64, 16, 7, 3, 0),
+        (16, 128, 256, 64, 7, 3, 0),
+        (31, 100, 1536, 384, 7, 3, 0),
+        (8, 100, 64, 64, 4, 4, 1),
+    ),
 }
