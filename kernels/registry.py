@@ -9,12 +9,16 @@ from kernels.int8_pooling import OP as INT8_POOLING
 from kernels.jagged_attention import OP as JAGGED_ATTENTION
 from kernels.op import Op
 from kernels.rms_norm import OP as RMS_NORM
+from kernels.routed_experts import OP as ROUTED_EXPERTS
+from kernels.routed_experts.int8 import OP as ROUTED_EXPERTS_INT8
 from kernels.sinkhorn import OP as SINKHORN
 from kernels.token_swiglu import OP as TOKEN_SWIGLU
 
 OPS: tuple[Op, ...] = (
     RMS_NORM,
     TOKEN_SWIGLU,
+    ROUTED_EXPERTS,
+    ROUTED_EXPERTS_INT8,
     SINKHORN,
     JAGGED_ATTENTION,
     CATALOGUE_LOSS,

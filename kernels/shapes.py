@@ -14,6 +14,8 @@ from kernels.op import Shape
 # and beams that were widened for a user who lacks items.
 # gather_topk: (users, slots, codes of a slot, items, k): a batch over RecGPT's codes, one over RPG's, and the longest list of the kernel.
 # catalogue_log_partition: (states, slots, candidates, width of a slot): SASRec and HSTU, a million items, SETRec, RecGPT's heads.
+# routed_experts: (tokens, batch, width, hidden, experts, choices, whether GELU): serving and training batches of TokenMixer-Large, whose
+# shared expert is not among them; RankMixer in serving, where every expert is a choice. routed_experts_int8: likewise, in serving.
 RECIPES: dict[str, tuple[Shape, ...]] = {
     "rms_norm": ((100 * 8, 64), (512 * 8, 64), (2048 * 16, 256), (2048 * 16, 512), (2048 * 32, 1024), (1024, 4096)),
     "token_swiglu": ((100, 8, 64, 128), (512, 8, 64, 128), (2048, 16, 256, 512), (2048, 16, 512, 1024), (2048, 32, 1024, 2048)),
@@ -31,4 +33,17 @@ RECIPES: dict[str, tuple[Shape, ...]] = {
     "constrained_step": ((32, 20, 1000, 20_000, 20, 5, 0), (64, 50, 256, 60_000, 50, 0, 1), (4, 1000, 256, 60_000, 1000, 0, 0)),
     "gather_topk": ((64, 4, 15_360, 1_000_000, 50), (64, 32, 256, 1_000_000, 100), (8, 4, 256, 1_000_000, 1024)),
     "catalogue_log_partition": ((2000, 1, 12_101, 64), (512, 1, 1_000_000, 64), (1500, 3, 4000, 64), (6000, 1, 1000, 192)),
+    "routed_experts": (
+        (8, 100, 64, 16, 7, 3, 0),
+        (8, 512, 64, 16, 7, 3, 0),
+        (16, 2048, 256, 64, 7, 3, 0),
+        (31, 1024, 1536, 384, 7, 3, 0),
+        (8, 100, 64, 64, 4, 4, 1),
+    ),
+    "routed_experts_int8": (
+        (8, 100, 64, 16, 7, 3, 0),
+        (16, 128, 256, 64, 7, 3, 0),
+        (31, 100, 1536, 384, 7, 3, 0),
+        (8, 100, 64, 64, 4, 4, 1),
+    ),
 }

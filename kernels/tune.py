@@ -86,7 +86,9 @@ def main() -> None:
     table: dict[str, Any] = json.loads(paths.FILE.read_text(encoding="utf-8"))
     found: dict[str, dict[str, dict[str, str]]] = {}
     for op in OPS:
-        folder = op.call.__module__.removeprefix("kernels.")
+        folder = op.call.__module__.split(".")[1]
+        if folder in found:  # ops of one folder share its rows
+            continue
         for dtype in DTYPES[device]:
             buckets = {str(bucket): way for bucket, way in measured(op, dtype, device)}
             found.setdefault(folder, {})[str(dtype).removeprefix("torch.")] = dict(sorted(buckets.items(), key=lambda one: int(one[0])))

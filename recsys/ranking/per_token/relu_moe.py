@@ -8,12 +8,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.routed_experts import routed_experts
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.ranking.part import Penalties
 from recsys.ranking.per_token.base import PerToken, hidden_width, per_token_linear, xavier_uniform_per_token_, zero_bias
-from recsys.ranking.per_token.routing import routed_experts, router_logits
+from recsys.ranking.per_token.routing import router_logits
 
 INITIAL_STRENGTH = 1e-8
 STEP = 1.2
@@ -142,8 +143,8 @@ class ReluMoE(PerToken):
             self.down.unflatten(1, slices),
             chosen_tbe,
             gates_tbe,
+            bias=None if self.up_bias is None else self.up_bias.squeeze(1).unflatten(1, slices),
             activation="gelu",
-            bias_in_tef=None if self.up_bias is None else self.up_bias.squeeze(1).unflatten(1, slices),
         )
         return y_tbd if self.down_bias is None else y_tbd + torch.bmm(gates_tbe, self.down_bias)
 

@@ -8,12 +8,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.routed_experts import routed_experts
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.ranking.part import Penalties
 from recsys.ranking.per_token.base import PerToken, hidden_width, per_token_linear
-from recsys.ranking.per_token.routing import choose, routed_experts, router_logits
+from recsys.ranking.per_token.routing import choose, router_logits
 from recsys.ranking.per_token.swiglu import SwiGLU
 
 
@@ -123,7 +124,7 @@ class SparseMoE(PerToken):
         gate_tbh, up_tbh = inner_tbf.chunk(2, dim=-1)
         shared_tbd = per_token_linear(functional.silu(gate_tbh) * up_tbh, self.shared_down, None)
         scaled_tbk = (self.gate_scale * gates_tbk).to(x_tbd.dtype)
-        y_tbd = routed_experts(x_tbd, self.gate_up, self.down, chosen_tbk, scaled_tbk, activation="swiglu", onto_tbd=shared_tbd)
+        y_tbd = routed_experts(x_tbd, self.gate_up, self.down, chosen_tbk, scaled_tbk, onto=shared_tbd)
         return y_tbd.transpose(0, 1)
 
     def _read(self, x_tbd: Tensor) -> tuple[Tensor, Tensor]:

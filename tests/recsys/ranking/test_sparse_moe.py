@@ -14,7 +14,7 @@ from recsys.ranking.models import TokenMixerLarge
 from recsys.ranking.part import Part
 from recsys.ranking.per_token import FFN, SparseMoE, SwiGLU
 from recsys.ranking.per_token.conversion import sparsify, sparsify_ranker
-from recsys.ranking.per_token.routing import choose, routed_experts
+from recsys.ranking.per_token.routing import choose
 from recsys.ranking.per_token.sparse_moe import balance_loss
 
 T, D = 3, 8
@@ -274,46 +274,7 @@ def test_the_balance_loss_joins_the_penalties_only_where_it_is_wanted() -> None:
     assert module.gate_up.grad is None
 
 
-# The op
-
-
-def test_the_op_keeps_the_promises_of_torch_library() -> None:
-    module, x = build(experts=4, active=3), rows(5).transpose(0, 1).detach().requires_grad_()
-    chosen = choose(x @ module.router, 2)
-    gates = torch.rand(T, 5, 2, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(T, 3, 8, dtype=torch.float64, requires_grad=True)
-    onto = torch.randn(T, 5, D, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.recsys.routed_experts, (x, module.gate_up, module.down, bias, onto, chosen, gates, "swiglu", True))
-
-
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_negative_choices_are_none(activation: Any) -> None:
-    torch.manual_seed(0)
-    h = 3
-    width = 2 * h if activation == "swiglu" else h
-    sizes = (T, 5, D), (T, 4, D, width), (T, 4, h, D), (T, 4, width), (T, 5, 4)
-    x, w_in, w_out, bias, gates = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
-    chosen = torch.arange(4).expand(T, 5, 4).where(torch.rand(T, 5, 4) < 0.5, -1)
-    chosen[:, :, 2] = -1  # a group without rows
-    chosen[1] = -1  # a token without choices
-
-    def call(*tensors: torch.Tensor) -> torch.Tensor:
-        x, w_in, w_out, bias, gates = tensors
-        return routed_experts(x, w_in, w_out, chosen, gates, activation=activation, bias_in_tef=bias)
-
-    y = call(x, w_in, w_out, bias, gates)
-    for t in range(T):
-        for b in range(5):
-            expected = torch.zeros(D, dtype=torch.float64)
-            for e in (e for e in chosen[t, b].tolist() if e >= 0):
-                inner = x[t, b] @ w_in[t, e] + bias[t, e]
-                hidden = functional.gelu(inner) if activation == "gelu" else functional.silu(inner[:h]) * inner[h:]
-                expected = expected + gates[t, b, e] * (hidden @ w_out[t, e])
-            torch.testing.assert_close(y[t, b], expected)
-    assert torch.autograd.gradcheck(call, (x, w_in, w_out, bias, gates), fast_mode=True)
-    with FlopCounterMode(display=False) as counter:
-        call(x, w_in, w_out, bias, gates)
-    assert counter.get_total_flops() == 2 * int((chosen >= 0).sum()) * D * (width + h)
+# Capture, types
 
 
 def test_compiled_without_graph_breaks_it_equals_eager() -> None:

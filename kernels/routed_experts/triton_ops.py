@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts in Triton, launched: the pairs are sorted, their groups cut in tiles, and the kernels of `triton_kernels` started.
+
+Which rows go where is data, how many programs there can be is not: n pairs in g groups make at most n / BLOCK_M + g tiles. So many are
+started, a map made on the device tells each its group, and those too many end at once: the host never waits. The sort is `torch.sort` of
+keys (token, expert), whose order within a group is that of the rows, which a counting sort would give too. Outputs of experts are written
+for each pair, and a last kernel sums those of a row in the order of its choices: no atomics, and no row depends on its batch mates.
+
+The backward pass keeps nothing of the hidden width and forms it again, as `kernels.token_swiglu` does and for its reasons: forming it
+costs 2/9 (SwiGLU) more operations on the part that has most of them, keeping it costs k · F numbers for each row until the backward pass.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.backend import interpreting
+from kernels.op import KernelSpec, Shape
+from kernels.routed_experts.cpu import sort_pairs
+from kernels.routed_experts.triton_kernels import (
+    routed_combine_kernel,
+    routed_hidden_bwd_kernel,
+    routed_product_kernel,
+    routed_up_kernel,
+    routed_weight_grad_kernel,
+)
+
+BLOCK_M = 64  # pairs of a tile; groups are small and ragged, and one size needs one map
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of a program's tile, its warps and the stages of its pipeline."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# By how products are formed: of two-byte elements, of float32 as TF32, of float32 as they are, and of these with int8 weights. The largest
+# tried that do not spill in `kernels.aot`.
+UP = {
+    "half": Tile(BLOCK_M, 64, 64, 8, 3),
+    "tf32": Tile(BLOCK_M, 64, 32, 8, 3),
+    "ieee": Tile(BLOCK_M, 64, 32, 16, 3),
+    "int8_ieee": Tile(BLOCK_M, 64, 32, 8, 1),
+}
+HIDDEN = {"half": Tile(BLOCK_M, 64, 32, 8, 3), "tf32": Tile(BLOCK_M, 64, 32, 8, 2), "ieee": Tile(BLOCK_M, 64, 32, 8, 3)}
+PRODUCT = {
+    "half": Tile(BLOCK_M, 128, 64, 8, 3),
+    "tf32": Tile(BLOCK_M, 64, 32, 8, 3),
+    "ieee": Tile(BLOCK_M, 64, 32, 16, 3),
+    "int8_ieee": Tile(BLOCK_M, 64, 32, 8, 1),
+}
+WEIGHT = {"half": Tile(64, 128, 64, 8, 3), "tf32": Tile(64, 64, 32, 8, 3), "ieee": Tile(64, 64, 32, 16, 3)}
+COMBINE = (16, 128)  # rows and columns
+
+
+class Plan(NamedTuple):
+    """Where the sorted pairs come from and go: see `triton_kernels`, and `places`, the sorted place of each choice ``[T * B * k]``."""
+
+    rows: Tensor
+    gates: Tensor
+    offsets: Tensor
+    tiles: Tensor
+    places: Tensor
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the kernels take the dtype of ``x [T, B, D]``, and a token's rows can be counted in 32 bits."""
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] * x.shape[2] < 2**31
+
+
+def forward(
+    x: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    chosen: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    onto: Tensor | None,
+    activation: str,
+    _: bool,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result ``[T, B, D]``; nothing of the inner layer, which the backward pass forms again; the order and the offsets of the pairs.
+
+    With ``scales`` of their columns, the weights are int8.
+    """
+    order, offsets = sort_pairs(chosen, weight_in.shape[1])
+    plan = _plan(order, offsets, gates)
+    x, weight_in = _rows_together(x), _together(weight_in)
+    hidden = torch.empty(len(order), weight_out.shape[2], dtype=x.dtype, device=x.device)
+    scale_in, scale_out = (None, None) if scales is None else (scale.contiguous() for scale in scales)
+    mode = _mode(x, scale_in)
+    if len(order):
+        routed_up_kernel[_grid(plan, hidden, UP[mode])](
+            x, plan.rows, plan.gates, weight_in, scale_in, _contiguous(bias), offsets, plan.tiles, hidden,
+            weight_in.shape[1], x.shape[2], hidden.shape[1], *x.stride()[:2], *weight_in.stride()[:3],
+            SWIGLU=activation == "swiglu", **_options(UP[mode], mode),
+        )  # fmt: skip
+    parts = _product(hidden, weight_out, plan, scale_out)
+    return _combine(parts, plan, onto, x), x.new_empty(0, weight_in.shape[3]), order, offsets
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    _: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``weight_in``, ``weight_out``, ``gates`` and ``bias``, the last one empty where there is none."""
+    plan = _plan(order, offsets, gates)
+    dy, x, weight_in, weight_out = _rows_together(dy), _rows_together(x), _together(weight_in), _together(weight_out)
+    (experts, dim, width), hidden_width = weight_in.shape[1:], weight_out.shape[2]
+    mode = _mode(x)
+    hidden = torch.empty(len(order), hidden_width, dtype=x.dtype, device=x.device)
+    dinner = torch.empty(len(order), width, dtype=x.dtype, device=x.device)
+    grid = _grid(plan, hidden, HIDDEN[mode])
+    shares = torch.zeros(grid[1], len(order), dtype=torch.float32, device=x.device)  # zero for the pairs without an expert
+    if len(order):
+        routed_hidden_bwd_kernel[grid](
+            dy, x, plan.rows, plan.gates, weight_in, weight_out, _contiguous(bias), offsets, plan.tiles, hidden, dinner, shares,
+            len(order), experts, dim, hidden_width,
+            *dy.stride()[:2], *x.stride()[:2], *weight_in.stride()[:3], *weight_out.stride()[:3],
+            SWIGLU=activation == "swiglu", **_options(HIDDEN[mode], mode),
+        )  # fmt: skip
+    dgates = torch.empty(len(order), dtype=x.dtype, device=x.device).scatter_(0, order, shares.sum(0).to(x.dtype)).view(gates.shape)
+    dx = _combine(_product(dinner, weight_in.transpose(2, 3), plan), plan, None, x)
+    dbias = torch.empty(0 if bias is None else bias.shape, dtype=x.dtype, device=x.device)
+    dweight_in, dweight_out = (torch.empty(one.shape, dtype=x.dtype, device=x.device) for one in (weight_in, weight_out))
+    _weight_grad(x, dinner, plan, dweight_in, None if bias is None else dbias)
+    _weight_grad(hidden, dy, plan, dweight_out)
+    return dx, dweight_in, dweight_out, dgates, dbias
+
+
+def _plan(order: Tensor, offsets: Tensor, gates: Tensor) -> Plan:
+    _, batch, choices = gates.shape
+    rows = (order // max(choices, 1) % max(batch, 1)).int()
+    sorted_places = torch.arange(len(order), device=order.device)
+    places = torch.zeros_like(order).scatter_(0, order, sorted_places.where(sorted_places < offsets[-1], -1)).int()
+    return Plan(rows, gates.flatten()[order], offsets, _tiles(offsets, len(order)), places)
+
+
+def _tiles(offsets: Tensor, pairs: int) -> Tensor:
+    """int32 ``[pairs // BLOCK_M + groups, 2]``: the group of each tile, -1 for a tile too many, and its first pair."""
+    groups = len(offsets) - 1
+    counts = (offsets.diff() + BLOCK_M - 1) // BLOCK_M
+    ends = counts.cumsum(0)
+    tile = torch.arange(pairs // BLOCK_M + groups, device=offsets.device)
+    group = torch.searchsorted(ends, tile, right=True)
+    at = group.clamp(max=groups - 1)
+    first = offsets[at] + (tile - (ends - counts)[at]) * BLOCK_M
+    return torch.stack((group.where(group < groups, -1), first), 1).int()
+
+
+def _product(a: Tensor, weight: Tensor, plan: Plan, scale: Tensor | None = None) -> Tensor:
+    """``a @ weight`` of each group: ``[pairs, K]``, ``[T, E, K, N]`` → ``[pairs, N]``."""
+    out = torch.empty(len(a), weight.shape[3], dtype=a.dtype, device=a.device)
+    mode = _mode(a, scale)
+    if len(a):
+        routed_product_kernel[_grid(plan, out, PRODUCT[mode])](
+            a, weight, scale, plan.offsets, plan.tiles, out, weight.shape[1], out.shape[1], a.shape[1], *weight.stride(),
+            **_options(PRODUCT[mode], mode),
+        )  # fmt: skip
+    return out
+
+
+def _combine(parts: Tensor, plan: Plan, onto: Tensor | None, x: Tensor) -> Tensor:
+    """``[T, B, D]``: the sum over the choices of each row, in their order, on top of ``onto``."""
+    tokens, batch, dim = x.shape
+    y = torch.empty(tokens, batch, dim, dtype=x.dtype, device=x.device)
+    rows, (block_m, block_n) = tokens * batch, COMBINE
+    if rows:
+        routed_combine_kernel[(triton.cdiv(rows, block_m), triton.cdiv(dim, block_n))](
+            parts, plan.places, _contiguous(onto), y, rows, dim, len(plan.places) // rows, BLOCK_M=block_m, BLOCK_N=block_n
+        )  # fmt: skip
+    return y
+
+
+def _weight_grad(a: Tensor, b: Tensor, plan: Plan, out: Tensor, sums: Tensor | None = None) -> None:
+    """``out [T, E, M, N]``: aᵀ @ b over the pairs of each group; the one of both with three axes, ``[T, B, ·]``, is gathered."""
+    mode, (_, experts, m, n) = _mode(out), out.shape
+    tile, source = WEIGHT[mode], a if a.ndim == 3 else b
+    programs = (len(plan.offsets) - 1) * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    if programs:
+        routed_weight_grad_kernel[(programs,)](
+            a, b, plan.rows, plan.offsets, out, sums, experts, m, n, *source.stride()[:2], GATHER_A=a.ndim == 3, **_options(tile, mode)
+        )  # fmt: skip
+
+
+def _together(x: Tensor) -> Tensor:
+    """``x`` with its last axis together in memory; the others may lie anyhow."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows_together(x_tbd: Tensor) -> Tensor:
+    """Likewise, with the rows of a token so near to each other that the kernels' 32 bits reach from one to all."""
+    return x_tbd.contiguous() if x_tbd.stride(1) * x_tbd.shape[1] >= 2**31 else _together(x_tbd)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _grid(plan: Plan, out: Tensor, tile: Tile) -> tuple[int, int]:
+    return len(plan.tiles), triton.cdiv(out.shape[1], tile.n)
+
+
+def _mode(x: Tensor, scale: Tensor | None = None) -> str:
+    if x.itemsize == 2:
+        return "half"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee" if scale is None else "int8_ieee"
+
+
+def _options(tile: Tile, mode: str) -> dict[str, Any]:
+    return _constants(tile, mode, interpreting()) | {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def _constants(tile: Tile, mode: str, wide: bool) -> dict[str, Any]:
+    precision = "ieee" if mode.endswith("ieee") else "tf32"
+    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "WIDE": wide, "PRECISION": precision}
+
+
+def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
+    """All kernels with a bias and something to start from, in bfloat16 and in both ways of float32; one size of tiles serves all shapes."""
+    if not shapes:
+        return []
+    result = []
+    for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("ieee", "*fp32")):
+        hidden = _up(tensor) | {"DY": tensor, "V": tensor, "DINNER": tensor, "DGATES": "*fp32"} | _integers("N dy_t dy_b v_t v_e v_h")
+        product = _product_signature(tensor)
+        weight = {"A": tensor, "B": tensor, "ROWS": "*i32", "OFFSETS": "*i64", "C": tensor, "SUMS": tensor} | _integers("E M N r_t r_b")
+        for name, known in _activations(shapes).items():
+            result += [
+                _spec(f"routed_up_{name}_{mode}", routed_up_kernel, _up(tensor), UP, mode, known | {"SCALE": None}),
+                _spec(f"routed_hidden_bwd_{name}_{mode}", routed_hidden_bwd_kernel, hidden, HIDDEN, mode, known),
+            ]
+        result += [
+            _spec(f"routed_product_down_{mode}", routed_product_kernel, product, PRODUCT, mode, {"w_n": 1, "SCALE": None}),
+            _spec(f"routed_product_dx_{mode}", routed_product_kernel, product, PRODUCT, mode, {"w_k": 1, "SCALE": None}),
+            _spec(f"routed_weight_grad_in_{mode}", routed_weight_grad_kernel, weight, WEIGHT, mode, {"GATHER_A": True}),
+            _spec(f"routed_weight_grad_out_{mode}", routed_weight_grad_kernel, weight, WEIGHT, mode, {"GATHER_A": False, "SUMS": None}),
+        ]
+    for tensor in ("bf16", "fp32"):
+        signature = {"PARTS": f"*{tensor}", "PLACES": "*i32", "ONTO": f"*{tensor}", "Y": f"*{tensor}"} | _integers("M D choices")
+        constants = dict(zip(("BLOCK_M", "BLOCK_N"), COMBINE, strict=True))
+        signature |= dict.fromkeys(constants, "constexpr")
+        result.append(KernelSpec(f"routed_combine_{tensor}", routed_combine_kernel, signature, constants))
+    return result
+
+
+def int8_specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
+    """The two products of the forward pass with int8 weights; what combines their outcomes is among `specs`."""
+    result = []
+    int8 = {"W": "*i8", "SCALE": "*fp32"}
+    for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("int8_ieee", "*fp32")) if shapes else ():
+        suffix = f"int8_{mode.removeprefix('int8_')}"
+        for name, known in _activations(shapes).items():
+            result.append(_spec(f"routed_up_{name}_{suffix}", routed_up_kernel, _up(tensor) | int8, UP, mode, known))
+        product = _product_signature(tensor) | int8
+        result.append(_spec(f"routed_product_down_{suffix}", routed_product_kernel, product, PRODUCT, mode, {"w_n": 1}))
+    return result
+
+
+def _activations(shapes: Sequence[Shape]) -> dict[str, dict[str, Any]]:
+    return {"gelu" if gelu else "swiglu": {"SWIGLU": not gelu} for gelu in sorted({shape[-1] for shape in shapes})}
+
+
+def _up(tensor: str) -> dict[str, str]:
+    given = {
+        "X": tensor,
+        "W": tensor,
+        "BIAS": tensor,
+        "HIDDEN": tensor,
+        "GATES": tensor,
+        "ROWS": "*i32",
+        "OFFSETS": "*i64",
+        "TILES": "*i32",
+    }
+    return given | _integers("E D H x_t x_b w_t w_e w_d")
+
+
+def _product_signature(tensor: str) -> dict[str, str]:
+    return {"A": tensor, "W": tensor, "OFFSETS": "*i64", "TILES": "*i32", "C": tensor} | _integers("E N K w_t w_e w_k w_n")
+
+
+def _integers(names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), "i32")
+
+
+def _spec(name: str, kernel: Any, signature: dict[str, str], tiles: dict[str, Tile], mode: str, known: dict[str, Any]) -> KernelSpec:
+    """``known`` are arguments that Triton compiles in as constants: flags, strides of 1 and absent tensors."""
+    tile = tiles[mode]
+    constants = _constants(tile, mode, wide=False) | known
+    signature = signature | dict.fromkeys(constants, "constexpr")
+    return KernelSpec(name, kernel, signature, constants, tile.warps, tile.stages, (tile.m, tile.n, tile.k))
