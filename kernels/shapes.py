@@ -9,6 +9,9 @@ from kernels.op import Shape
 # jagged_attention: a `kernels.jagged_attention.shape.Case`: SASRec, HSTU as retriever and over a ranker's history, RecGPT, SETRec; the
 # last is the widest head that the kernels take.
 # fsq: (items, slots, form (0 tanh, 1 sigmoid), levels …): RecGPT's item tokenizer, a batch of its training and a whole catalogue.
+# selected_attention: a `kernels.selected_attention.shape.Case`: a step of FASA or TokenSelect, the same with grouped heads, DHSA's blocks
+# of a prompt, and a retriever's histories of which a choice for all queries was made; the last has the widest heads that the kernels take.
+# paged_scores: (heads, key heads, width, pages, slots of each row …): a step of TokenSelect for one history, and for a batch of short ones.
 # int8_pooling: (rows of the table, width, bags, values): a request's candidates and a batch of training's size, ten values a bag.
 RECIPES: dict[str, tuple[Shape, ...]] = {
     "rms_norm": ((100 * 8, 64), (512 * 8, 64), (2048 * 16, 256), (2048 * 16, 512), (2048 * 32, 1024), (1024, 4096)),
@@ -24,4 +27,12 @@ RECIPES: dict[str, tuple[Shape, ...]] = {
     ),
     "fsq": ((256, 4, 0, 8, 8, 8, 6, 5), (256, 4, 0, 8, 5, 5), (1_000_000, 4, 0, 8, 5, 5, 5), (1_000_000, 4, 1, 8, 5, 5, 5)),
     "int8_pooling": ((100_000, 32, 100, 1_000), (100_000, 64, 512, 5_120), (1_000_000, 64, 2048, 20_480), (1_000_000, 128, 2048, 20_480)),
+    "selected_attention": (
+        (1, 8, 8, 1, 32_768, 8, 1, 1024, 128, 128, 0),
+        (1, 8, 2, 1, 32_768, 1, 1, 1024, 128, 128, 0),
+        (1, 4, 4, 4096, 4096, 1, 64, 1024, 64, 64, 1),
+        (64, 2, 2, 200, 200, 1, 1, 50, 32, 32, 0),
+        (1, 8, 2, 1024, 8192, 2, 16, 512, 128, 128, 1),
+    ),
+    "paged_scores": ((8, 8, 128, 65_536, 32_768), (8, 2, 128, 65_536, 32_768), (4, 4, 64, 65_536, *[4096] * 16)),
 }
