@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.op import KernelSpec, Shape
 
 MAX_WIDTH = 512
-_TILE = 4096  # elements of keys that one program holds
+_TILE = 2048  # elements of keys that one program holds
 
 
 @triton.jit

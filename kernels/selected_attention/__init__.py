@@ -16,7 +16,7 @@ from kernels.selected_attention.shape import Case
 
 SHAPES: tuple[Shape, ...] = (
     Case(1, 1, 1, 1, 1, 1, 1, 1, 3, 3, 0),
-    Case(2, 4, 2, 7, 20, 2, 3, 6, 5, 3, 1),
+    Case(1, 4, 2, 7, 20, 2, 3, 6, 5, 3, 1),
     Case(1, 4, 2, 5, 63, 4, 2, 9, 16, 16, 1),
     Case(1, 3, 1, 1, 300, 1, 1, 270, 33, 33, 0),
     Case(2, 1, 1, 100, 50, 1, 1, 20, 8, 8, 0),

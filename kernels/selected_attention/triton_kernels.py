@@ -28,11 +28,12 @@ def forward_kernel(
     Where there is one share, a query that reads nothing gets zeros and +∞; otherwise -∞, and `combine_kernel` does the rest.
     """
     batch, head, unit, tile = _place(units, tl.cdiv(rows, BLOCK_M), key_heads)
-    at, place, inside = _queries(batch, head, unit, tile, rows, size, sharing, key_heads, blocks, length, BLOCK_M, OWN)
+    at, place, inside = _queries(unit, tile, rows, size, blocks, length, BLOCK_M, OWN)
+    first = (batch * key_heads + head) * sharing * length
     choice = _choice(batch, head, unit, groups, units, kept)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, kept)
-    q = _rows(Q, at * E, inside, E, BLOCK_E, WIDE)
+    q = _rows(Q + first * E, at.to(tl.int64) * E, inside, E, BLOCK_E, WIDE)
     bound = _bound(LAST, place, inside, CAUSAL)
     K += batch * k_b + head * k_h
     V += batch * v_b + head * v_h
@@ -55,14 +56,14 @@ def forward_kernel(
         weight = weight * faded + tl.sum(weights, 1)
         y = y * faded[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = higher
-    share = tl.program_id(1).to(tl.int64) * total
+    first += tl.program_id(1).to(tl.int64) * total
     nothing = weight == 0
     y = y / tl.where(nothing, 1.0, weight)[:, None]
     lse = tl.where(nothing, float("-inf"), top + tl.log(tl.where(nothing, 1.0, weight)))
     if tl.num_programs(1) == 1:
         lse = tl.where(nothing, float("inf"), lse)
-    tl.store(LSE + share + at, lse, mask=inside)
-    _store(Y, y, (share + at) * EV, inside, EV, BLOCK_EV)
+    tl.store(LSE + first + at, lse, mask=inside)
+    _store(Y + first * EV, y, at.to(tl.int64) * EV, inside, EV, BLOCK_EV)
 
 
 @triton.jit
@@ -97,14 +98,15 @@ def query_grad_kernel(
 ):  # fmt: skip
     """The gradient of BLOCK_M queries, and DELTA, the sum of dy·y of each, which `slot_grad_kernel` reads."""
     batch, head, unit, tile = _place(units, tl.cdiv(rows, BLOCK_M), key_heads)
-    at, place, inside = _queries(batch, head, unit, tile, rows, size, sharing, key_heads, blocks, length, BLOCK_M, OWN)
+    at, place, inside = _queries(unit, tile, rows, size, blocks, length, BLOCK_M, OWN)
+    first = (batch * key_heads + head) * sharing * length
     choice = _choice(batch, head, unit, groups, units, kept)
-    q = _rows(Q, at * E, inside, E, BLOCK_E, WIDE)
-    dy = _rows(DY, at * EV, inside, EV, BLOCK_EV, WIDE)
-    y = _rows(Y, at * EV, inside, EV, BLOCK_EV, WIDE)
+    q = _rows(Q + first * E, at.to(tl.int64) * E, inside, E, BLOCK_E, WIDE)
+    dy = _rows(DY + first * EV, at.to(tl.int64) * EV, inside, EV, BLOCK_EV, WIDE)
+    y = _rows(Y + first * EV, at.to(tl.int64) * EV, inside, EV, BLOCK_EV, WIDE)
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
-    tl.store(DELTA + at, delta, mask=inside)
-    lse = tl.load(LSE + at, mask=inside, other=float("inf"))
+    tl.store(DELTA + first + at, delta, mask=inside)
+    lse = tl.load(LSE + first + at, mask=inside, other=float("inf"))
     bound = _bound(LAST, place, inside, CAUSAL)
     K += batch * k_b + head * k_h
     V += batch * v_b + head * v_h
@@ -120,7 +122,7 @@ def query_grad_kernel(
         weights = tl.where(seen, tl.exp(scores - lse[:, None]), 0.0)
         dscores = weights * (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq += tl.dot(dscores.to(k.dtype), k, input_precision=PRECISION)
-    _store(DQ, dq * scale, at * E, inside, E, BLOCK_E)
+    _store(DQ + first * E, dq * scale, at.to(tl.int64) * E, inside, E, BLOCK_E)
 
 
 @triton.jit
@@ -132,6 +134,7 @@ def slot_grad_kernel(
 ):  # fmt: skip
     """What a unit adds to the gradients of BLOCK_N of the keys and values that it lists, in DK and DV ``[B, H_kv, P, K, ·]`` float32."""
     batch, head, unit, tile = _place(units, tl.cdiv(kept, BLOCK_N), key_heads)
+    first = (batch * key_heads + head) * sharing * length
     choice = _choice(batch, head, unit, groups, units, kept)
     slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     key, counts = _keys(INDEX + choice, VALID + choice, slot, kept, keys)
@@ -140,18 +143,18 @@ def slot_grad_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_EV), tl.float32)
     for step in range(0, tl.cdiv(rows, BLOCK_M)):
-        at, place, inside = _queries(batch, head, unit, step, rows, size, sharing, key_heads, blocks, length, BLOCK_M, OWN)
-        q = _rows(Q, at * E, inside, E, BLOCK_E, WIDE)
-        dy = _rows(DY, at * EV, inside, EV, BLOCK_EV, WIDE)
-        lse = tl.load(LSE + at, mask=inside, other=float("inf"))
-        delta = tl.load(DELTA + at, mask=inside, other=0.0)
+        at, place, inside = _queries(unit, step, rows, size, blocks, length, BLOCK_M, OWN)
+        q = _rows(Q + first * E, at.to(tl.int64) * E, inside, E, BLOCK_E, WIDE)
+        dy = _rows(DY + first * EV, at.to(tl.int64) * EV, inside, EV, BLOCK_EV, WIDE)
         bound = _bound(LAST, place, inside, CAUSAL)
+        lse = tl.load(LSE + first + at, mask=inside, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         seen = counts[:, None]
         if CAUSAL:
             seen = seen & (key[:, None] <= bound[None, :])
         weights = tl.where(seen, tl.exp(scores - lse[None, :]), 0.0)
         dv += tl.dot(weights.to(dy.dtype), dy, input_precision=PRECISION)
+        delta = tl.load(DELTA + first + at, mask=inside, other=0.0)
         dscores = weights * (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - delta[None, :])
         dk += tl.dot(dscores.to(q.dtype), q, input_precision=PRECISION)
     to = ((batch * key_heads + head) * units + unit) * kept + slot
@@ -192,18 +195,15 @@ def _place(units, tiles, key_heads):
 
 
 @triton.jit
-def _queries(
-    batch, head, unit, tile, rows, size, sharing, key_heads, blocks, length, BLOCK_M: tl.constexpr, OWN: tl.constexpr
-):  # fmt: skip
-    """Of BLOCK_M queries of a unit: where each lies among all B H T, its place among T, and whether there is one."""
+def _queries(unit, tile, rows, size, blocks, length, BLOCK_M: tl.constexpr, OWN: tl.constexpr):
+    """Of BLOCK_M queries of a unit: where each lies among those of its key head, its place among T, and whether there is one."""
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if OWN:
         member, block, within = row * 0 + unit // blocks, unit % blocks, row
     else:
         member, block, within = row // size, unit, row % size
     place = block * size + within
-    query_head = (batch * key_heads + head) * sharing + member
-    return query_head * length + place, place, (row < rows) & (place < length)
+    return member * length + place, place, (row < rows) & (place < length)
 
 
 @triton.jit

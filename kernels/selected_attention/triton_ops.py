@@ -26,7 +26,7 @@ FEW = 16  # rows of a tile for units of few queries: the least that a tensor cor
 SPAN = 256  # entries of a share
 MAX_WIDTH = {torch.float32: 128, torch.bfloat16: 128, torch.float16: 128}  # of a head, with which nothing spills
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_SUMMED = 2048  # elements of a tile of `key_sum_kernel`
+_SUMMED = 1024  # elements of a tile of `key_sum_kernel`
 _COMBINED = 4  # queries of a program of `combine_kernel`
 
 
@@ -162,12 +162,14 @@ def _tile(kernel: str, layout: Layout, q: Tensor, v: Tensor) -> Tile:
 def _tile_of(kernel: str, few: bool, dtype: torch.dtype, width: int) -> Tile:
     """The largest tried that do not spill in `kernels.aot`. Products of float32 are formed outside of the tensor cores, from registers."""
     if dtype == torch.float32:
-        if few or width > 64:
-            return Tile(FEW, 32, 8, 2) if kernel == "fwd" else Tile(FEW, 16, 8, 1)
-        return Tile(32, 32, 8, 1)
-    if kernel == "slots":
-        return Tile(FEW if few else 64, 64, 8, 1)
-    return Tile(FEW if few else 64, 64, 8 if width > 64 and not few else 4, 2)
+        if kernel == "slots" or not (few or width > 64):
+            return Tile(32, 32, 8, 1)
+        return Tile(FEW, 16, 8, 2 if kernel == "fwd" else 1)
+    if few:
+        return {"fwd": Tile(FEW, 64, 4, 2), "dq": Tile(FEW, 32, 8, 2), "slots": Tile(FEW, 64, 8, 1)}[kernel]
+    if kernel == "fwd":
+        return Tile(64, 64, 8, 3) if width > 64 else Tile(64, 64, 4, 2)
+    return Tile(64, 64, 8, 1 if kernel == "slots" else 2)
 
 
 def _options(tile: Tile) -> dict[str, int]:
