@@ -8,9 +8,11 @@ from kernels.gather_topk import OP as GATHER_TOPK
 from kernels.int8_pooling import OP as INT8_POOLING
 from kernels.jagged_attention import OP as JAGGED_ATTENTION
 from kernels.op import Op
+from kernels.paged_scores import OP as PAGED_SCORES
 from kernels.rms_norm import OP as RMS_NORM
 from kernels.routed_experts import OP as ROUTED_EXPERTS
 from kernels.routed_experts.int8 import OP as ROUTED_EXPERTS_INT8
+from kernels.selected_attention import OP as SELECTED_ATTENTION
 from kernels.sinkhorn import OP as SINKHORN
 from kernels.token_swiglu import OP as TOKEN_SWIGLU
 
@@ -21,6 +23,8 @@ OPS: tuple[Op, ...] = (
     ROUTED_EXPERTS_INT8,
     SINKHORN,
     JAGGED_ATTENTION,
+    SELECTED_ATTENTION,
+    PAGED_SCORES,
     CATALOGUE_LOSS,
     CONSTRAINED_STEP,
     GATHER_TOPK,

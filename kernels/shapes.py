@@ -9,6 +9,9 @@ from kernels.op import Shape
 # jagged_attention: a `kernels.jagged_attention.shape.Case`: SASRec, HSTU as retriever and over a ranker's history, RecGPT, SETRec; the
 # last is the widest head that the kernels take.
 # fsq: (items, slots, form (0 tanh, 1 sigmoid), levels …): RecGPT's item tokenizer, a batch of its training and a whole catalogue.
+# selected_attention: a `kernels.selected_attention.shape.Case`: a step of FASA or TokenSelect, the same with grouped heads, DHSA's blocks
+# of a prompt, and a retriever's histories of which a choice for all queries was made; the last has the widest heads that the kernels take.
+# paged_scores: (heads, key heads, width, pages, slots of each row …): a step of TokenSelect for one history, and for a batch of short ones.
 # int8_pooling: (rows of the table, width, bags, values): a request's candidates and a batch of training's size, ten values a bag.
 # constrained_step: (users, beams, codes, nodes, width, children of a beam, whether renormalised): RecGPT's published search, TIGER's beams,
 # and beams that were widened for a user who lacks items.
@@ -46,4 +49,12 @@ RECIPES: dict[str, tuple[Shape, ...]] = {
         (31, 100, 1536, 384, 7, 3, 0),
         (8, 100, 64, 64, 4, 4, 1),
     ),
+    "selected_attention": (
+        (1, 8, 8, 1, 32_768, 8, 1, 1024, 128, 128, 0),
+        (1, 8, 2, 1, 32_768, 1, 1, 1024, 128, 128, 0),
+        (1, 4, 4, 4096, 4096, 1, 64, 1024, 64, 64, 1),
+        (64, 2, 2, 200, 200, 1, 1, 50, 32, 32, 0),
+        (1, 8, 2, 1024, 8192, 2, 16, 512, 128, 128, 1),
+    ),
+    "paged_scores": ((8, 8, 128, 65_536, 32_768), (8, 2, 128, 65_536, 32_768), (4, 4, 64, 65_536, *[4096] * 16)),
 }

@@ -104,12 +104,87 @@ def gather_topk(values: Tensor, codes: Tensor, rows: Tensor, excluded_offsets: T
     return found, best
 
 
+def routed_experts(
+    x: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    chosen: Tensor,
+    gates: Tensor,
+    bias: Tensor,
+    onto: Tensor,
+    activation: str,
+) -> Tensor:
+    """Every expert over every row, and a weight that is zero where it was not chosen: what needs no loop over data."""
+    experts = weight_in.shape[1]
+    hot = functional.one_hot(chosen.clamp(min=0), experts).to(x.dtype) * (gates * (chosen >= 0))[..., None]
+    inner = torch.einsum("tbd,tedf->tebf", x, weight_in) + bias[:, :, None]
+    if activation == "gelu":
+        hidden = functional.gelu(inner)
+    else:
+        gate, up = inner.chunk(2, dim=-1)
+        hidden = functional.silu(gate) * up
+    return onto + torch.einsum("tebh,tehd,tbe->tbd", hidden, weight_out, hot.sum(2))
+
+
+def routed_experts_int8(
+    x: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    chosen: Tensor,
+    gates: Tensor,
+    scale_in: Tensor,
+    scale_out: Tensor,
+    bias: Tensor,
+    onto: Tensor,
+    activation: str,
+) -> Tensor:
+    """The same with weights that are widened first."""
+    wide_in, wide_out = weight_in.to(x.dtype) * scale_in[:, :, None], weight_out.to(x.dtype) * scale_out[:, :, None]
+    return routed_experts(x, wide_in, wide_out, chosen, gates, bias, onto, activation)
+
+
+def selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Tensor, last: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The chosen rows are gathered, and PyTorch's fused attention reads them under a mask."""
+    heads, length, key_heads = q.shape[1], q.shape[2], k.shape[1]
+    blocks, kept = index.shape[2:]
+    size = -(-length // blocks)
+    place = index.long().expand(-1, heads, -1, -1) if index.shape[1] == 1 else index.long().repeat_interleave(heads // index.shape[1], 1)
+    counts = valid.expand(-1, heads, -1, -1) if valid.shape[1] == 1 else valid.repeat_interleave(heads // valid.shape[1], 1)
+    flat = place.flatten(2)[..., None]
+    keys, values = (
+        x.repeat_interleave(heads // key_heads, 1).gather(2, flat.expand(-1, -1, -1, x.shape[3])).unflatten(2, (blocks, kept))
+        for x in (k, v)
+    )
+    queries = functional.pad(q, (0, 0, 0, blocks * size - length)).unflatten(2, (blocks, size))
+    seen = counts[:, :, :, None].expand(-1, -1, -1, size, -1)
+    if last is not None:
+        bound = functional.pad(last, (0, blocks * size - length), value=-1).view(blocks, size, 1)
+        seen = seen & (place[:, :, :, None] <= bound)
+    none = ~seen.any(-1, keepdim=True)
+    attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen | none, scale=scale)
+    return attended.masked_fill(none, 0.0).flatten(2, 3)[:, :, :length]
+
+
+def paged_scores(q: Tensor, pages: Tensor, slots: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gather, then multiply."""
+    row = torch.arange(len(q)).repeat_interleave(offsets.diff(), output_size=len(slots))
+    keys = pages[slots.clamp(min=0)]
+    scores = torch.einsum("sgqe,sge->gqs", q[row].unflatten(1, (pages.shape[1], -1)), keys).flatten(0, 1)
+    return scores.masked_fill(slots < 0, -torch.inf).to(dtype)
+
+
 RIVALS: Mapping[str, Mapping[str, Rival]] = {
     "rms_norm": {"eager": rms_norm},
     "token_swiglu": {"eager": token_swiglu},
     "log_sinkhorn": {"eager": sinkhorn.sinkhorn},
     "jagged_attention": {"eager": jagged_attention},
     "fsq": {"eager": fsq.fsq},
+    "routed_experts": {"eager": routed_experts},
+    "routed_experts_int8": {"eager": routed_experts_int8},
+    "selected_attention": {"eager": selected_attention},
+    "paged_scores": {"eager": paged_scores},
     "catalogue_log_partition": {"eager": catalogue_loss},
     "constrained_step": {"eager": constrained_step},
     "gather_topk": {"eager": gather_topk},

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.selected_attention import selected_attention
 from recsys.core.errors import ConfigError
 from recsys.efficiency.selection import BlockSelection
 
@@ -12,7 +13,7 @@ from recsys.efficiency.selection import BlockSelection
 def sparse_attend(
     q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, query_positions: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention of each query to the keys that its block reads, through PyTorch's fused kernels.
+    """Softmax attention of each query to the keys that its block reads: the op `kernels.selected_attention`, with its arguments checked.
 
     Reading all keys is dense attention. A query that reads no key gets zeros. Gradients flow through the gathered rows; the choice itself
     is a constant.
@@ -32,7 +33,7 @@ def sparse_attend(
         ConfigError: the groups or the blocks do not fit the heads or the queries.
     """
     (batch, heads, length, _), key_heads = q.shape, k.shape[1]
-    _, groups, blocks, kept = selection.index.shape
+    _, groups, blocks, _ = selection.index.shape
     if len(selection.index) != batch:
         raise ConfigError(f"selection: expected one for a batch of {batch}, got {len(selection.index)}")
     if heads % key_heads or groups not in (1, key_heads, heads):
@@ -44,39 +45,7 @@ def sparse_attend(
     size = -(-length // blocks)
     if -(-length // size) != blocks:
         raise ConfigError(f"selection: {length} queries cannot form {blocks} blocks of equal size")
-    if groups == heads > key_heads:
-        return _by_key_head(q, k, v, selection, size, query_positions, scale)
-    keys_bgqke, values_bgqke = (gather_keys(x, selection.index) for x in (k, v))
-    q = F.pad(q, (0, 0, 0, blocks * size - length)) if blocks * size > length else q
-    queries = q.view(batch, heads, blocks, size, q.shape[-1]).transpose(1, 2).flatten(0, 1)
-    mask = _mask(selection, size, query_positions)
-    if mask is not None:
-        mask = mask.expand(batch, -1, -1, -1, -1).transpose(1, 2).flatten(0, 1)
-        mask = mask if groups == 1 or groups == heads else mask.repeat_interleave(heads // groups, 1)
-    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys_bgqke, values_bgqke))
-    if kept == 0:
-        return q[:, :, :length].sum(-1, keepdim=True) * v.sum(2, keepdim=True)[:, :1] * 0.0  # zeros that have a gradient, of zeros
-    if mask is None:
-        attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=key_heads != heads)
-    else:
-        attended = masked_attend(queries, keys, values, mask, scale)
-    found: Tensor = attended.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
-    return found
-
-
-def _by_key_head(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, size: int, query_positions: Tensor | None, scale: float | None
-) -> Tensor:
-    """`sparse_attend` where each query head chooses: those of a key head are further blocks of its queries, so that no key is repeated."""
-    key_heads, length, missing = k.shape[1], q.shape[2], selection.index.shape[2] * size - q.shape[2]
-    queries, index, valid = (
-        x.unflatten(1, (key_heads, -1)).flatten(2, 3) for x in (F.pad(q, (0, 0, 0, missing)), selection.index, selection.valid)
-    )
-    shared = q.shape[1] // key_heads
-    positions = None if query_positions is None else F.pad(query_positions, (0, missing), value=-1).repeat(shared)
-    found = sparse_attend(queries, k, v, BlockSelection(index, valid), query_positions=positions, scale=scale)
-    apart: Tensor = found.unflatten(2, (shared, -1)).flatten(1, 2)[:, :, :length]
-    return apart
+    return selected_attention(q, k, v, selection.index, selection.valid, query_positions, scale)
 
 
 def gather_keys(x_bhne: Tensor, index_bgqk: Tensor) -> Tensor:
@@ -89,16 +58,6 @@ def gather_keys(x_bhne: Tensor, index_bgqk: Tensor) -> Tensor:
     first = x_bhne.shape[2] * torch.arange(batch * heads, device=index.device).view(batch, heads, 1)
     rows = x_bhne.reshape(-1, width).index_select(0, (first + index).flatten())  # several times faster on a CPU than `gather`
     return rows.view(batch, heads, blocks, kept, width)
-
-
-def _mask(selection: BlockSelection, size: int, query_positions: Tensor | None) -> Tensor | None:
-    """bool ``[B, G, Q, size, K]``: what each query may read; None where that is all of it."""
-    if query_positions is None:
-        return None if bool(selection.valid.all()) else selection.valid[..., None, :].expand(-1, -1, -1, size, -1)
-    blocks = selection.index.shape[2]
-    padded = F.pad(query_positions, (0, blocks * size - len(query_positions)), value=-1).view(blocks, size, 1)
-    mask = selection.valid[..., None, :] & (selection.index[..., None, :] <= padded)
-    return None if bool(mask.all()) else mask
 
 
 def dense_attend(

@@ -9,12 +9,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import paged_scores, selected_attention
+
 _GATHERS = {
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_select.default,
     torch.ops.aten.gather.default,
     torch.ops.aten.embedding.default,
     torch.ops.aten.take_along_dim.default,
+}
+
+
+def _attention_bytes(q: Tensor, k: Tensor, v: Tensor, index: Tensor, *_: Any) -> int:
+    return selected_attention.gathered_elements(q.shape, k.shape, v.shape, index.shape) * k.element_size()
+
+
+def _paged_bytes(q: Tensor, pages: Tensor, slots: Tensor, *_: Any) -> int:
+    return paged_scores.gathered_elements(pages.shape, slots.shape) * pages.element_size()
+
+
+_READ_BY_INDEX: dict[Any, Callable[..., int]] = {  # ops that gather inside, and the bytes of it
+    torch.ops.recsys.selected_attention.default: _attention_bytes,
+    torch.ops.recsys.selected_attention_backward.default: lambda dy, *rest: _attention_bytes(*rest),
+    torch.ops.recsys.paged_scores.default: _paged_bytes,
 }
 
 
@@ -45,7 +62,7 @@ class Cost:
     Attributes:
         macs: multiply-adds of matrix products, convolutions and fused attention, by PyTorch's counter. A causal attention counts the pairs
             on and below the diagonal where PyTorch takes its fused kernel for the CPU, one with a mask, or unfused, all pairs.
-        gathered_bytes: bytes of the results of gathers: what was copied together from rows that were chosen by index.
+        gathered_bytes: bytes of the results of gathers: what was copied together, or read by an op, from rows that were chosen by index.
         calls: how often a module that was handed to `watch` was called.
     """
 
@@ -92,4 +109,6 @@ class _Gathers(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         if func in _GATHERS and isinstance(found, Tensor):
             self.total += found.numel() * found.element_size()
+        elif func in _READ_BY_INDEX:
+            self.total += _READ_BY_INDEX[func](*args)
         return found

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from kernels.paged_scores import paged_scores
 from recsys.core.components import register
 from recsys.core.errors import ConfigError
 from recsys.efficiency.attend import gather_keys, masked_attend, sparse_attend
@@ -315,7 +316,7 @@ def head_vote(logits: Tensor, inside: Tensor, scale: float = 1.0, smoothing: int
 
 
 def paged_dot(q: Tensor, pages: Tensor, slots: Tensor, tile: int = 1024) -> Tensor:
-    """`head_logits` of keys that lie scattered in a pool, ``[B, H, n]``, without a contiguous copy of them all.
+    """`head_logits` of keys that lie scattered in a pool, ``[B, H, n]``, without a contiguous copy of them all and without a gradient.
 
     Key head ``h // (H / H_kv)`` serves query head h. The released kernel takes ``h % H_kv``, which is another assignment.
 
@@ -323,14 +324,14 @@ def paged_dot(q: Tensor, pages: Tensor, slots: Tensor, tile: int = 1024) -> Tens
         q: ``[B, H, e]``.
         pages: ``[slots, H_kv, e]``, pages of one key; H_kv divides H.
         slots: int64 ``[B, n]``, where each row's keys lie; -1 for none, which scores -inf.
-        tile: keys of each row that are copied at a time.
+        tile: keys of each row that are scored at a time.
     """
-    scores = q.new_empty(*q.shape[:2], slots.shape[1])
-    for begin in range(0, slots.shape[1], tile):
-        some = slots[:, begin : begin + tile]
-        logits = head_logits(q, pages[some.clamp(min=0)].transpose(1, 2))
-        scores[..., begin : begin + tile] = logits.masked_fill((some < 0)[:, None], -torch.inf)
-    return scores
+    rows = torch.arange(len(q) + 1, device=q.device)
+    parts = [q.new_empty(*q.shape[:2], 0)]
+    for some in slots.split(tile, dim=1):
+        scores_hs = paged_scores(q, pages, some.flatten(), rows * some.shape[1], q.dtype)
+        parts.append(scores_hs.unflatten(1, some.shape).transpose(0, 1))
+    return torch.cat(parts, 2)
 
 
 def _attend_compact(
