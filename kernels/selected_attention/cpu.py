@@ -88,7 +88,7 @@ class _Part:
         units: which of the B P.
         owner: int64 ``[c, 1, 1]``, the batch row of each.
         index: int64 ``[c, 1 or H_kv, K]``, places that may be gathered.
-        seen: bool ``[c, 1 or H_kv, 1 or R, K]``; None where all may be read.
+        seen: bool ``[c, 1 or H_kv, 1 or ceil(T / Q), K]``, the same for all heads of a unit; None where all may be read.
         heads: int64 ``[1, H_kv, 1]``, the key heads.
     """
 
@@ -128,26 +128,27 @@ def _parts(layout: Layout, k: Tensor, v: Tensor, index: Tensor, valid: Tensor, l
     """All units, as many at a time as their gathered rows and masks allow."""
     index_cgk, valid_cgk = layout.fold_choice(index), layout.fold_choice(valid)
     whole = bool(valid.all())
-    last_pr = None if last is None else layout.fold_last(last)
+    last_pt = None if last is None else layout.fold_last(last.to(index.dtype))
     one = index.shape[3] * (k.shape[1] * (k.shape[3] + v.shape[3]) + (0 if last is None else index_cgk.shape[1] * layout.rows))
     step = max(1, _ELEMENTS * torch.get_num_threads() // one)
     heads = torch.arange(k.shape[1], device=k.device)[None, :, None]
     for start in range(0, len(index_cgk), step):
         units = slice(start, min(start + step, len(index_cgk)))
         number = torch.arange(units.start, units.stop, device=k.device)
-        places, counts = index_cgk[units].long(), valid_cgk[units]
+        places, counts = index_cgk[units], valid_cgk[units]
         seen = None if whole else counts[:, :, None]
-        if last_pr is not None:
-            up_to = places[:, :, None] <= last_pr[number % layout.units][:, None, :, None]
-            seen = up_to if seen is None else up_to & seen
+        if last_pt is not None:
+            up_to = places[:, :, None] <= last_pt[number % layout.units][:, None, :, None]
+            seen = up_to if seen is None else up_to.logical_and_(seen)
+            seen = None if bool(seen.all()) else seen
         places = places if whole else places.masked_fill(~counts, 0)
-        yield _Part(units, (number // layout.units)[:, None, None], places, seen, heads)
+        yield _Part(units, (number // layout.units)[:, None, None], places.long(), seen, heads)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """``[c, h, R, e]`` to ``[c, h, K, e]`` → ``[c, h, R, e_v]`` and the log-sum-exp ``[c, h, R]``."""
     if q.device.type == "cpu":
-        mask, (q, k, padded) = _mask(seen, q.dtype), _as_wide(q, k, v)
+        mask, (q, k, padded) = _mask(seen, q), _as_wide(q, k, v)
         y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, padded, 0.0, False, attn_mask=mask, scale=scale)
         y = y[..., : v.shape[3]]
     else:
@@ -156,7 +157,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) 
         lse = scores.logsumexp(-1)
         y = (scores.sub_(lse[..., None]).exp_() @ v.to(wide)).to(q.dtype)
     if seen is not None:
-        nothing = ~seen.any(-1)
+        nothing = _for_rows(~seen.any(-1, keepdim=True), q.shape[2])[..., 0]
         y, lse = y.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, torch.inf)
     return y, lse
 
@@ -170,7 +171,7 @@ def _attend_backward(
     """
     if q.device.type == "cpu":
         widths = q.shape[3], v.shape[3]
-        mask, (q, k, v), (dy, y) = _mask(seen, q.dtype), _as_wide(q, k, v), _as_wide(dy, y, at_least=widths[0])
+        mask, (q, k, v), (dy, y) = _mask(seen, q), _as_wide(q, k, v), _as_wide(dy, y, at_least=widths[0])
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, k, v, y, lse, 0.0, False, attn_mask=mask, scale=scale
         )
@@ -184,12 +185,19 @@ def _attend_backward(
 def _scores(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) * scale) @ k.to(wide).mT
-    return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
+    return scores if seen is None else scores.masked_fill_(~_for_rows(seen, q.shape[2]), -torch.inf)
 
 
-def _mask(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _mask(seen: Tensor | None, q: Tensor) -> Tensor | None:
     """What the fused attention adds to scores."""
-    return None if seen is None else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    if seen is None:
+        return None
+    return _for_rows(torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf), q.shape[2])
+
+
+def _for_rows(x: Tensor, rows: int) -> Tensor:
+    """``[c, g, 1, K]`` as it is, ``[c, g, size, K]`` once for each head of a unit of R = ``rows``."""
+    return x if x.shape[2] in (1, rows) else x.repeat(1, 1, rows // x.shape[2], 1)
 
 
 def _as_wide(*tensors: Tensor, at_least: int = 0) -> list[Tensor]:

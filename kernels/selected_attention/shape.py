@@ -112,6 +112,6 @@ class Layout:
         return x_bgqk.transpose(1, 2).flatten(0, 1)
 
     def fold_last(self, last_t: Tensor) -> Tensor:
-        """``[T]`` → ``[P, R]``, -1 for the queries that the last block lacks."""
+        """``[T]`` → ``[P, ceil(T / Q)]``, the same for all heads of a unit; -1 for the queries that the last block lacks."""
         last_qt = functional.pad(last_t, (0, self.blocks * self.size - self.queries), value=-1).view(self.blocks, self.size)
-        return last_qt.repeat(self.sharing, 1) if self.own else last_qt.repeat(1, self.sharing)
+        return last_qt.repeat(self.sharing, 1) if self.own else last_qt
