@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.routed_experts.reference import activate
-
 
 def sort_pairs(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """The pairs (row, choice) by token and expert, those without an expert last, and where each group of them begins.
@@ -64,24 +62,28 @@ def forward(
     Raises:
         ValueError: a choice is not an expert.
     """
-    check(chosen, weight_in.shape[1])
-    order, offsets = sort_pairs(chosen, weight_in.shape[1])
-    rows, gates_n1 = _rows(order, chosen), gates.flatten()[order].unsqueeze(1)
+    experts, dim, width = weight_in.shape[1:]
+    check(chosen, experts)
+    order, offsets = sort_pairs(chosen, experts)
+    rows, gates_n1, x_nd = order // max(chosen.shape[2], 1), gates.flatten()[order].unsqueeze(1), x.reshape(-1, dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.new_zeros(x.shape, dtype=wide) if onto is None else onto.to(wide, memory_format=torch.contiguous_format, copy=True)
-    inner = x.new_empty(order.numel() if save else 0, weight_in.shape[-1])
+    y_nd = y.view(-1, dim)
+    inner = x.new_empty(order.numel() if save else 0, width)
     inner[offsets[-1] :] = 0  # pairs without an expert
-    for token, expert, group in _groups(offsets, weight_in.shape[1]):
-        x_md = x[token].index_select(0, rows[group])
-        product = torch.mm(x_md, weight_in[token, expert].to(x.dtype), out=inner[group] if save else None)
+    for token, expert, group in _groups(offsets, experts):
+        in_group, w_in, w_out = rows[group], weight_in[token, expert], weight_out[token, expert]
+        if scales is not None:
+            w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
+        product = torch.mm(x_nd.index_select(0, in_group), w_in, out=inner[group] if save else None)
         if scales is not None:
             product *= scales[0][token, expert]
         if bias is not None:
             product += bias[token, expert]
-        y_md = torch.mm(activate(product, activation).mul_(gates_n1[group]), weight_out[token, expert].to(x.dtype))
+        y_md = torch.mm(_activate(product, activation).mul_(gates_n1[group]), w_out)
         if scales is not None:
             y_md *= scales[1][token, expert]
-        y[token].index_add_(0, rows[group], y_md.to(y.dtype))
+        y_nd.index_add_(0, in_group, y_md.to(wide))
     return y.to(x.dtype), inner, order, offsets
 
 
@@ -111,18 +113,20 @@ def backward(
         offsets: of `sort_pairs`, ``[T * E + 1]``.
         activation: "swiglu" or "gelu".
     """
-    rows, gates_n1 = _rows(order, gates), gates.flatten()[order].unsqueeze(1)
-    dx = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    experts, dim, _ = weight_in.shape[1:]
+    rows, gates_n1 = order // max(gates.shape[2], 1), gates.flatten()[order].unsqueeze(1)
+    x_nd, dy_nd = x.reshape(-1, dim), dy.reshape(-1, dim)
+    dx_nd = x.new_zeros(x_nd.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     dgates = gates.new_zeros(gates.numel())
     dweight_in, dweight_out = x.new_zeros(weight_in.shape), x.new_zeros(weight_out.shape)
     dbias = x.new_zeros(0 if bias is None else bias.shape)
-    for token, expert, group in _groups(offsets, weight_in.shape[1]):
-        gates_m1, in_group = gates_n1[group], rows[group]
-        x_md, dy_md = x[token].index_select(0, in_group), dy[token].index_select(0, in_group)
+    for token, expert, group in _groups(offsets, experts):
+        in_group, gates_m1, w_in = rows[group], gates_n1[group], weight_in[token, expert]
+        x_md, dy_md = x_nd.index_select(0, in_group), dy_nd.index_select(0, in_group)
         if inner.shape[0]:
             product = inner[group]
         else:
-            product = torch.mm(x_md, weight_in[token, expert])
+            product = torch.mm(x_md, w_in)
             if bias is not None:
                 product += bias[token, expert]
         dhidden = torch.mm(dy_md, weight_out[token, expert].T)
@@ -133,14 +137,8 @@ def backward(
         torch.mm(x_md.T, dinner, out=dweight_in[token, expert])
         if bias is not None:
             torch.sum(dinner, 0, out=dbias[token, expert])
-        dx[token].index_add_(0, in_group, torch.mm(dinner, weight_in[token, expert].T).to(dx.dtype))
-    return dx.to(x.dtype), dweight_in, dweight_out, dgates.view(gates.shape), dbias
-
-
-def _rows(order: Tensor, chosen: Tensor) -> Tensor:
-    """The row within its token of each sorted pair, ``[pairs]``."""
-    _, batch, choices = chosen.shape
-    return order // max(choices, 1) % max(batch, 1)
+        dx_nd.index_add_(0, in_group, torch.mm(dinner, w_in.T).to(dx_nd.dtype))
+    return dx_nd.view(x.shape).to(x.dtype), dweight_in, dweight_out, dgates.view(gates.shape), dbias
 
 
 def _groups(offsets: Tensor, experts: int) -> Iterator[tuple[int, int, slice]]:
@@ -148,6 +146,13 @@ def _groups(offsets: Tensor, experts: int) -> Iterator[tuple[int, int, slice]]:
     for group, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if begin < end:
             yield group // experts, group % experts, slice(begin, end)
+
+
+def _activate(inner: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return functional.gelu(inner)
+    gate, up = inner.chunk(2, dim=1)
+    return functional.silu(gate).mul_(up)
 
 
 def _activate_with_gradient(inner: Tensor, activation: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -46,7 +46,7 @@ def routed_experts(
         if bias is not None:
             inner = inner + bias[:, expert, None].to(wide)
         gate_tb1 = (gates.to(wide) * (chosen == expert)).sum(-1, keepdim=True)
-        y = y + gate_tb1 * torch.bmm(activate(inner, activation), weight_out[:, expert].to(wide))
+        y = y + gate_tb1 * torch.bmm(_activate(inner, activation), weight_out[:, expert].to(wide))
     return y.to(x.dtype)
 
 
@@ -82,7 +82,7 @@ def routed_experts_int8(
     return routed_experts(x, w_in, w_out, chosen, gates, bias, onto, activation)
 
 
-def activate(inner: Tensor, activation: str) -> Tensor:
+def _activate(inner: Tensor, activation: str) -> Tensor:
     """``[..., F]`` → ``[..., h]``."""
     if activation == "gelu":
         return functional.gelu(inner)

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from kernels import backend
-from kernels.routed_experts import OP, draw, routed_experts, triton_ops
+from kernels.routed_experts import OP, cpu, draw, routed_experts, triton_ops
 from kernels.routed_experts.int8 import OP as INT8
 from kernels.routed_experts.int8 import routed_experts_int8
 from kernels.testing import error_ratio
@@ -86,6 +87,17 @@ def test_every_tile_lies_in_one_group_and_together_they_are_all_pairs() -> None:
                 seen += range(first, min(first + triton_ops.BLOCK_M, int(offsets[group + 1])))
         assert sorted(seen) == list(range(int(offsets[-1])))
         assert len(tiles) == (int(offsets[-1]) + without) // triton_ops.BLOCK_M + len(counts)
+
+
+def test_the_host_never_waits_for_what_the_device_sorts() -> None:
+    """Tensors without values make every look at one an error."""
+    with FakeTensorMode():
+        chosen, gates = torch.zeros(2, 100, 3, dtype=torch.int64), torch.zeros(2, 100, 3)
+        order, offsets = cpu.sort_pairs(chosen, 5)
+        plan = triton_ops._plan(order, offsets, gates)
+        assert plan.tiles.shape == (600 // triton_ops.BLOCK_M + 10, 2)
+        with pytest.raises(DataDependentOutputException):
+            int(offsets[-1])
 
 
 def test_a_row_does_not_depend_on_its_batch_mates() -> None:
