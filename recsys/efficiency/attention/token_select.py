@@ -315,7 +315,7 @@ def head_vote(logits: Tensor, inside: Tensor, scale: float = 1.0, smoothing: int
     return votes
 
 
-def paged_dot(q: Tensor, pages: Tensor, slots: Tensor, tile: int = 1024) -> Tensor:
+def paged_dot(q: Tensor, pages: Tensor, slots: Tensor) -> Tensor:
     """`head_logits` of keys that lie scattered in a pool, ``[B, H, n]``, without a contiguous copy of them all and without a gradient.
 
     Key head ``h // (H / H_kv)`` serves query head h. The released kernel takes ``h % H_kv``, which is another assignment.
@@ -324,14 +324,11 @@ def paged_dot(q: Tensor, pages: Tensor, slots: Tensor, tile: int = 1024) -> Tens
         q: ``[B, H, e]``.
         pages: ``[slots, H_kv, e]``, pages of one key; H_kv divides H.
         slots: int64 ``[B, n]``, where each row's keys lie; -1 for none, which scores -inf.
-        tile: keys of each row that are scored at a time.
     """
-    rows = torch.arange(len(q) + 1, device=q.device)
-    parts = [q.new_empty(*q.shape[:2], 0)]
-    for some in slots.split(tile, dim=1):
-        scores_hs = paged_scores(q, pages, some.flatten(), rows * some.shape[1], q.dtype)
-        parts.append(scores_hs.unflatten(1, some.shape).transpose(0, 1))
-    return torch.cat(parts, 2)
+    offsets = slots.shape[1] * torch.arange(len(q) + 1, device=q.device)
+    scores_hs = paged_scores(q, pages, slots.flatten(), offsets, q.dtype)
+    scores_bhn: Tensor = scores_hs.unflatten(1, slots.shape).transpose(0, 1)
+    return scores_bhn
 
 
 def _attend_compact(

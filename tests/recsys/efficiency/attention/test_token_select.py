@@ -119,8 +119,7 @@ def test_2_smoothing_is_the_maximum_of_the_neighbours():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("tile", [1, 7, 1024])
-def test_3_the_paged_product_is_gather_then_matmul(groups, tile):
+def test_3_the_paged_product_is_gather_then_matmul(groups):
     torch.manual_seed(0)
     q, pages = torch.randn(B, H, D, dtype=torch.float64), torch.randn(200, groups, D, dtype=torch.float64)
     slots = torch.stack([torch.randperm(200)[:50] for _ in range(B)])
@@ -128,9 +127,9 @@ def test_3_the_paged_product_is_gather_then_matmul(groups, tile):
     for b in range(B):
         for h in range(H):
             expected[b, h] = pages[slots[b]][:, h // (H // groups)] @ q[b, h]
-    torch.testing.assert_close(paged_dot(q, pages, slots, tile), expected)
+    torch.testing.assert_close(paged_dot(q, pages, slots), expected)
     slots[1, 30:] = -1
-    found = paged_dot(q, pages, slots, tile)
+    found = paged_dot(q, pages, slots)
     assert bool((found[1, :, 30:] == -torch.inf).all())
     torch.testing.assert_close(found[1, :, :30], expected[1, :, :30])
     assert paged_dot(q, pages, slots[:, :0]).shape == (B, H, 0)
