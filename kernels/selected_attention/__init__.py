@@ -58,7 +58,7 @@ def selected_attention(
         ValueError: names the argument that does not fit the others, and what was expected.
         RuntimeError: on the CPU, a valid entry of ``index`` names no key.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     _check_keys(q, k, v)

@@ -37,7 +37,7 @@ def token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None 
     """
     if x.ndim != 3 or down.ndim != 3:
         raise ValueError(f"x, down: expected three axes each, got {tuple(x.shape)} and {tuple(down.shape)}")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         residual = None if residual is None else residual.to(dtype)

@@ -9,6 +9,7 @@ import torch
 from benchmarks.token_efficiency import indexing, indexing_real
 from benchmarks.token_efficiency.indexing import BLOCK, BLOCKS, HEADS, KEEP, QUERIES, WIDTH, Setting, inputs, iou_check, macs, overlap
 from recsys.efficiency.attention.hisa import FlatIndexer, HisaIndexer
+from recsys.retrieval import transformer
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.models import SASRec
 
@@ -67,10 +68,13 @@ def test_coherence_is_stated():
 def test_the_keys_of_a_model_are_those_that_its_attention_reads(monkeypatch):
     model = SASRec(SASRec.Config(dim=16, heads=2, blocks=2, max_length=12), ItemTable(30, torch.ones(30, dtype=torch.bool))).eval()
     windows, seen = torch.randint(0, 30, (5, 12)), []
-    attend = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **how: seen.append((q, k)) or attend(q, k, v, **how)
-    )
+    attend = transformer.jagged_attention
+
+    def look(q, k, v, offsets, **how):
+        seen.append([x.unflatten(0, (5, 13)).transpose(1, 2) for x in (q, k)])
+        return attend(q, k, v, offsets, **how)
+
+    monkeypatch.setattr(transformer, "jagged_attention", look)
     with torch.no_grad():
         model.sequence(model._read(windows), torch.full((5,), 13))
     read, seen = list(seen), []

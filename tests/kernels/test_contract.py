@@ -63,6 +63,7 @@ def test_torch_library_accepts_the_op(op: Op) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_compile_and_export_see_through_the_op(op: Op) -> None:
+    torch._dynamo.reset()  # one function below stands for all ops
     inputs = op.inputs(op.shapes[2], torch.float32, torch.Generator().manual_seed(0))
     tensors = tuple(i for i in inputs if isinstance(i, torch.Tensor))
     rest = inputs[len(tensors) :]

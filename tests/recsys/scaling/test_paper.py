@@ -39,8 +39,12 @@ def test_parameters_are_those_of_the_model_in_memory() -> None:
     assert real.tokenizer.tokens == 3 + 1  # a token for each group of fields, and the global one
 
 
-def test_what_is_kept_is_what_autograd_keeps() -> None:
-    """Against the same count on real tensors: distinct storages that are saved and are no parameters."""
+def test_what_is_kept_is_what_autograd_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same count on real tensors: distinct storages that are saved and are no parameters.
+
+    The models on paper are for GPUs, where SwiGLU keeps nothing of its hidden width.
+    """
+    monkeypatch.setattr("kernels.token_swiglu._kept_width", lambda x, gate_up: 0)
     recipe = small()
     from recsys.core import components
 

@@ -82,7 +82,7 @@ def test_costs_of_sasrec_by_hand(data: HistoriesData, tmp_path: Path) -> None:
     linear = d * d + d + 2 * d * d + 2 * d + d * d + d + 3 * d * d + 3 * d + 3 * d * d + d
     assert found.tables == ITEMS * d
     assert found.dense == found.active == blocks * (linear + 4 * d) + tokens * d + 2 * d + d  # positions, final norm, start token
-    assert found.flops == blocks * (2 * tokens * (4 + 2 * 3) * d * d + 2 * 2 * tokens * tokens * d)
+    assert found.flops == blocks * (2 * tokens * (4 + 2 * 3) * d * d + 2 * tokens * (tokens + 1) * d)
 
 
 def test_costs_of_models_that_are_not_bound_to_items(data: HistoriesData, tmp_path: Path) -> None:
@@ -91,9 +91,10 @@ def test_costs_of_models_that_are_not_bound_to_items(data: HistoriesData, tmp_pa
         model, _ = built(data, label, tmp_path)
         found = subject.costs(model.config)
         assert (found.tables, found.dense) == (0, sum(p.numel() for p in model.parameters()))
-    # RecGPT: (L + 1) K tokens; four projections and a feed-forward part of 2 · 4 d²; the text's slices of 8, and the heads' 16 codes.
+    # RecGPT: (L + 1) K tokens; four projections and a feed-forward part of 2 · 4 d²; attention to the items up to a token's own; the text's
+    # slices of 8, and the heads' 16 codes.
     d, tokens = 8, 6 * 2
-    assert found.flops == 2 * tokens * 12 * d * d + 4 * tokens * tokens * d + 2 * 5 * 2 * 8 * d + 2 * 2 * 16 * d
+    assert found.flops == 2 * tokens * 12 * d * d + 2 * tokens * (tokens + 2) * d + 2 * 5 * 2 * 8 * d + 2 * 2 * 16 * d
 
 
 @pytest.mark.parametrize("label", list(OTHERS))
