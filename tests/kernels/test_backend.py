@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import backend, native, paths
+from kernels.op import Op
 from kernels.registry import OPS
 from kernels.rms_norm import cpu, rms_norm
 from kernels.rms_norm import native as loop
@@ -103,3 +104,27 @@ def test_an_unknown_or_impossible_backend_is_named(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(backend.ENV, way)
         with pytest.raises(RuntimeError, match=f"backend '{way}' was asked for on meta: expected a CPU tensor"):
             backend.choose("rms_norm", x.to("meta"))
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if (paths.FILE.parent / op.call.__module__.split(".")[1] / "native.py").is_file()], ids=lambda op: op.name
+)
+def test_loops_give_the_same_bits_on_any_number_of_threads(op: Op) -> None:
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            inputs = op.inputs(op.shapes[3], torch.float32, torch.Generator().manual_seed(0))
+            with backend.use("native"):
+                values = op.call(*inputs)
+                values = values if isinstance(values, tuple) else (values,)
+                leaves = [i for i in inputs if isinstance(i, torch.Tensor) and i.requires_grad]
+                asked = [value for value in values if value.requires_grad]
+                gradients = torch.autograd.grad(asked, leaves, [torch.ones_like(one) for one in asked]) if asked else ()
+            found.append((*values, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    products = {"token_swiglu"}  # of PyTorch's own, which divides them among threads
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **({} if op.name in products else {"rtol": 0, "atol": 0}))
