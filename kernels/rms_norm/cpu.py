@@ -21,7 +21,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tens
     wide = scale.dtype
     normed = x.to(wide) * scale[:, None]
     dy_wide = dy.to(wide)
-    dweight = torch.einsum("mn,mn->n", dy_wide, normed)
+    dweight = (dy_wide * normed).sum(0)  # as an einsum it would be a product of columns, many times slower
     g = dy_wide * weight.to(wide)
     inner = torch.einsum("mn,mn->m", g, normed).div_(x.shape[-1])
     dx = torch.addcmul(g, normed, inner[:, None], value=-1).mul_(scale[:, None])
