@@ -27,7 +27,7 @@ from torch import Tensor
 from kernels import paths
 
 Backend = Literal["reference", "cpu", "native", "triton"]
-Asked = Literal["auto", "reference", "cpu", "native", "triton"]
+Asked = Literal["auto"] | Backend
 ENV, LOG_ENV = "RECSYS_KERNELS", "RECSYS_KERNELS_LOG"
 _MODULES = {"cpu": "cpu", "native": "native", "triton": "triton_ops"}
 _LOG = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def choose(op: str, x: Tensor) -> Backend:
     kind = x.device.type
     wanted = _override.get() or (_checked(os.environ[ENV]) if os.environ.get(ENV) else None)
     if wanted is None:
-        if kind == "cuda" and find_spec("triton") is not None:
+        if kind == "cuda" and _has_triton():
             return "triton"
         return _checked(paths.look_up(kind, op, x.dtype, x.numel()) or "native") if kind == "cpu" else "cpu"
     if wanted == "triton" and kind != "cuda" and not interpreting():
@@ -121,6 +121,11 @@ def choose(op: str, x: Tensor) -> Backend:
     if wanted in ("cpu", "native") and kind != "cpu":
         raise RuntimeError(f"backend {wanted!r} was asked for on {x.device}: expected a CPU tensor")
     return wanted
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

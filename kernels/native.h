@@ -148,6 +148,24 @@ inline void store(uint16_t* to, vf x, int64_t count = kWidth) {  // to the neare
     for (int64_t lane = 0; lane < count; ++lane) to[lane] = half[lane];
 }
 
+// A list's order as numbers: a better score is a larger key, then a smaller row; NaN is above infinity, -0.0 is 0.0. Never 0.
+inline uint64_t key_of(float score, uint32_t row) {
+  score += 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &score, 4);
+  if (score != score) bits = 0x7FC00000u;
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return (uint64_t(bits) << 32) | (0xFFFFFFFFu - row);
+}
+
+inline float score_of(uint64_t key) {
+  uint32_t bits = uint32_t(key >> 32);
+  bits = bits >> 31 ? bits & 0x7FFFFFFFu : ~bits;
+  float score;
+  std::memcpy(&score, &bits, 4);
+  return score;
+}
+
 // Calls body(task) for every task once, by so many threads.
 template <class Body>
 void parallel_for(int64_t tasks, int64_t threads, Body body) {

@@ -12,6 +12,18 @@ Shape = tuple[int, ...]
 Result: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
+def forward_backward(
+    call: Callable[..., Result], inputs: Sequence[Any], upstream: Callable[[Tensor], Tensor] = torch.ones_like
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The results of a call, detached, and the gradients of the inputs that ask for one, given an ``upstream`` for each result."""
+    found = call(*inputs)
+    values = found if isinstance(found, tuple) else (found,)
+    leaves = [i for i in inputs if isinstance(i, Tensor) and i.requires_grad]
+    asked = [value for value in values if value.requires_grad]
+    gradients = torch.autograd.grad(asked, leaves, [upstream(value) for value in asked]) if leaves and asked else ()
+    return tuple(value.detach() for value in values), gradients
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One specialisation of a Triton kernel, as ``triton.compile`` takes it.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.op import Op, Result, Shape
+from kernels.op import Op, Result, Shape, forward_backward
 
 # Of values; gradients get twice as much, since the upstream gradient is rounded to the dtype as well.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -60,16 +60,9 @@ def _wide(given: Any) -> Any:
 
 
 def _run(call: Callable[..., Result], inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The results, and the gradients of the inputs that ask for one, for drawn gradients of the results that can have one."""
-    found = call(*inputs)
-    values = found if isinstance(found, tuple) else (found,)
-    leaves = [i for i in inputs if isinstance(i, Tensor) and i.requires_grad]
-    asked = [value for value in values if value.requires_grad]
-    if not leaves or not asked:
-        return tuple(value.detach() for value in values), ()
+    """The results, and the gradients of the inputs for drawn gradients of the results, rounded to ``dtype``."""
     random = torch.Generator().manual_seed(7)
-    upstream = [torch.randn(value.shape, generator=random).to(dtype).to(value.dtype) for value in asked]
-    return tuple(value.detach() for value in values), torch.autograd.grad(asked, leaves, upstream)
+    return forward_backward(call, inputs, lambda value: torch.randn(value.shape, generator=random).to(dtype).to(value.dtype))
 
 
 def _check(what: str, value: Tensor, expected: Tensor, dtype: torch.dtype, allowed: float) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend, paths
-from kernels.op import Op, Shape
+from kernels.op import Op, Shape, forward_backward
 from kernels.registry import OPS
 from kernels.shapes import RECIPES
 
@@ -50,7 +50,7 @@ def _different(op: Op, inputs: tuple[Any, ...], device: str) -> list[backend.Bac
     found = []
     for way in WAYS[device]:
         with backend.use(way), backend.record() as ran:
-            _run(op, inputs)
+            forward_backward(op.call, inputs)
         if any(choice.backend == way for choice in ran):
             found.append(way)
     return found or ["cpu"]
@@ -58,26 +58,18 @@ def _different(op: Op, inputs: tuple[Any, ...], device: str) -> list[backend.Bac
 
 def _seconds(op: Op, inputs: tuple[Any, ...], way: backend.Backend) -> float:
     with backend.use(way):
-        once = _timed(lambda: _run(op, inputs), 1)
+        once = _timed(lambda: forward_backward(op.call, inputs), 1)
         repeats = max(1, round(LEAST / once))
-        return statistics.median(_timed(lambda: _run(op, inputs), repeats) for _ in range(ROUNDS))
+        return statistics.median(_timed(lambda: forward_backward(op.call, inputs), repeats) for _ in range(ROUNDS))
 
 
-def _timed(call: Callable[[], None], repeats: int) -> float:
+def _timed(call: Callable[[], Any], repeats: int) -> float:
     started = perf_counter()
     for _ in range(repeats):
         call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (perf_counter() - started) / repeats
-
-
-def _run(op: Op, inputs: tuple[Any, ...]) -> None:
-    found = op.call(*inputs)
-    asked = [value for value in (found if isinstance(found, tuple) else (found,)) if value.requires_grad]
-    leaves = [i for i in inputs if isinstance(i, Tensor) and i.requires_grad]
-    if asked and leaves:
-        torch.autograd.grad(asked, leaves, [torch.ones_like(value) for value in asked])
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.frame import Check, Ratio, Result, ratio, threads
 from benchmarks.kernels.rivals import RIVALS, Rival
-from kernels.op import Op, Shape
+from kernels.op import Op, Shape, forward_backward
 from kernels.registry import OPS
 from kernels.shapes import RECIPES
 from kernels.testing import error_ratio
@@ -107,17 +107,12 @@ def contest(op: Op, shape: Shape, pairs: int) -> Contest:
 
 def once(call: Rival, inputs: tuple[Any, ...]) -> Callable[[], list[Tensor]]:
     """A function that runs a call and, where it has a gradient, its backward pass, and returns results and gradients."""
-    leaves = [i for i in inputs if isinstance(i, Tensor) and i.requires_grad]
 
-    def forward_backward() -> list[Tensor]:
-        found = call(*inputs)
-        values = list(found) if isinstance(found, tuple) else [found]
-        asked = [value for value in values if value.requires_grad]
-        if not leaves or not asked:
-            return values
-        return [value.detach() for value in values] + list(torch.autograd.grad(asked, leaves, [torch.ones_like(value) for value in asked]))
+    def run() -> list[Tensor]:
+        values, gradients = forward_backward(call, inputs)
+        return [*values, *gradients]
 
-    return forward_backward
+    return run
 
 
 def check_alike(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

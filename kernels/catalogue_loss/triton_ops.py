@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from kernels.backend import interpreting
 from kernels.op import KernelSpec, Shape
+from kernels.tiles import dot, integers, mode_of, precision_of
 
 PART = 2048  # items at least that a program goes through
 MAX_PARTS = 32  # of the catalogue
@@ -48,14 +49,6 @@ _WIDE_HALF = Tile(64, 64, 64, 256, 8, 3)  # beyond 128: one sum of all columns s
 
 
 @triton.jit
-def _dot(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + a @ b``; the interpreter's product of bfloat16 is wrong, so that it takes float32."""
-    if WIDE:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
 def _vectors(X, rows, in_rows, x_r, first, D: tl.constexpr, BLOCK: tl.constexpr):
     """[rows, BLOCK]: elements of vectors from ``first`` on, zeros beyond. Vectors start at multiples of 16 bytes; see `_aligned`."""
     cols = first + tl.arange(0, BLOCK)
@@ -75,7 +68,7 @@ def _logits(
     for first in range(0, D, BLOCK_K):
         x = _vectors(X, rows, in_rows, x_r, first, D, BLOCK_K)
         y = _vectors(Y, cols, in_cols, y_r, first, D, BLOCK_K)
-        total = _dot(x, tl.trans(y), total, WIDE, PRECISION)
+        total = dot(x, tl.trans(y), total, WIDE, PRECISION)
     return total
 
 
@@ -138,7 +131,7 @@ def gradient_kernel(
             weight = tl.load(SHARES + start + cols, mask=in_cols, other=0.0)[None, :]
         weights = tl.where(in_cols[None, :], tl.exp(logits - top) * weight, 0.0)
         y = _vectors(Y, cols, in_cols, y_m, first, D, BLOCK_E)
-        total = _dot(weights.to(y.dtype), y, total, WIDE, PRECISION)
+        total = dot(weights.to(y.dtype), y, total, WIDE, PRECISION)
         Y += BLOCK_N * tl.cast(y_m, tl.int64)
     scale = tl.load(SCALES + slot * tl.cast(scale_n, tl.int64) + (row + rows) * scale_m, mask=in_rows, other=0.0)[:, None]
     within = first + tl.arange(0, BLOCK_E)
@@ -157,7 +150,7 @@ def statistics_of(states: Tensor, items: Tensor) -> Tensor:
     """``[2, n, S]`` float32: each state's largest logit, and the sum of all exponentials of what they are below it."""
     (count, slots, _), candidates = states.shape, len(items)
     states, items = _aligned(states), _aligned(items)
-    tile = FORWARD[_mode(states)]
+    tile = FORWARD[mode_of(states)]
     parts, span = _parts(candidates, min(MAX_PARTS, candidates // PART), tile.n)
     tops, totals = (torch.empty(parts, slots, count, dtype=torch.float32, device=states.device) for _ in range(2))
     if tops.numel():
@@ -183,7 +176,7 @@ def backward(grad: Tensor, states: Tensor, items: Tensor, weights: Tensor, stati
     lifted = _LIFT / totals
     parts = min(MAX_PARTS, len(items) // PART)
     dstates = _gradient(states, items, tops, lifted, coefficients / _LIFT, parts, True)
-    tiles = triton.cdiv(len(items), _gradient_tile(_mode(items), items.shape[2]).m) * items.shape[1]
+    tiles = triton.cdiv(len(items), _gradient_tile(mode_of(items), items.shape[2]).m) * items.shape[1]
     parts = min(PROGRAMS // max(tiles, 1), len(states) // 512)
     ditems = _gradient(items, states, tops, coefficients / largest * lifted, largest / _LIFT, parts, False)
     return dstates[..., :width].contiguous(), ditems[..., :width].contiguous()
@@ -194,7 +187,7 @@ def _gradient(own: Tensor, other: Tensor, tops: Tensor, shares: Tensor, scales: 
     count, slots, width = own.shape
     if not own.numel() or not len(other):
         return torch.zeros(own.shape, dtype=own.dtype, device=own.device)
-    tile = _gradient_tile(_mode(own), width)
+    tile = _gradient_tile(mode_of(own), width)
     parts, span = _parts(len(other), parts, tile.n)
     out = torch.empty(parts, count, slots, width, dtype=own.dtype if parts == 1 else torch.float32, device=own.device)
     options = _options(tile, own)
@@ -225,14 +218,8 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _mode(x: Tensor) -> str:
-    if x.itemsize == 2:
-        return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _options(tile: Tile, x: Tensor) -> dict[str, Any]:
-    return _constants(tile, _mode(x), x.shape[-1], interpreting()) | {"num_warps": tile.warps, "num_stages": tile.stages}
+    return _constants(tile, mode_of(x), x.shape[-1], interpreting()) | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _constants(tile: Tile, mode: str, width: int, wide: bool) -> dict[str, Any]:
@@ -240,7 +227,7 @@ def _constants(tile: Tile, mode: str, width: int, wide: bool) -> dict[str, Any]:
     blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": min(power, tile.k)}
     if tile.e:
         blocks["BLOCK_E"] = min(power, tile.e)
-    return {"D": width, **blocks, "WIDE": wide, "PRECISION": "ieee" if mode == "ieee" else "tf32"}
+    return {"D": width, **blocks, "WIDE": wide, "PRECISION": precision_of(mode)}
 
 
 def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
@@ -249,18 +236,14 @@ def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
     for width in sorted({triton.cdiv(shape[3], 16) * 16 for shape in shapes}):
         for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("ieee", "*fp32")):
             vectors = {"X": tensor, "Y": tensor, "TOPS": "*fp32"}
-            forward = vectors | {"TOTALS": "*fp32"} | _integers("S C span x_s x_n y_c y_n")
-            gradient = vectors | {"SHARES": "*fp32", "SCALES": "*fp32"} | _integers("M N S span x_m x_n y_m y_n scale_n scale_m")
+            forward = vectors | {"TOTALS": "*fp32"} | integers("S C span x_s x_n y_c y_n")
+            gradient = vectors | {"SHARES": "*fp32", "SCALES": "*fp32"} | integers("M N S span x_m x_n y_m y_n scale_n scale_m")
             result.append(_spec(f"catalogue_statistics_{mode}_{width}", statistics_kernel, forward, FORWARD[mode], mode, width, {}))
             for of, out in (("states", "*fp32"), ("items", tensor)):  # those of the states are mostly summed over parts
                 known = {"STATES": of == "states"} | ({"scale_m": 1} if of == "states" else {"scale_n": 1})
                 name = f"catalogue_{of}_grad_{mode}_{width}"
                 result.append(_spec(name, gradient_kernel, gradient | {"OUT": out}, _gradient_tile(mode, width), mode, width, known))
     return result
-
-
-def _integers(names: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), "i32")
 
 
 def _spec(name: str, kernel: Any, signature: dict[str, str], tile: Tile, mode: str, width: int, known: dict[str, int]) -> KernelSpec:

@@ -3,37 +3,16 @@
 //
 // Children lie in a row, so that what is closed for the user is met in one walk beside them. A child that may be among the best waits in
 // a room of twice the width; when that is full, its best stay and the bar moves up, which hardly any child passes then.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <functional>
-#include <limits>
-#include <thread>
-#include <vector>
+
+#include "native.h"
+
+using native::key_of;
+using native::score_of;
 
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-// A better score is a larger key, then a smaller node; NaN is above infinity, -0.0 is 0.0. Never 0.
-inline uint64_t key_of(float score, int64_t node) {
-  score += 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &score, 4);
-  if (score != score) bits = 0x7FC00000u;
-  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return (uint64_t(bits) << 32) | (0xFFFFFFFFu - uint32_t(node));
-}
-
-inline float score_of(uint64_t key) {
-  uint32_t bits = uint32_t(key >> 32);
-  bits = bits >> 31 ? bits & 0x7FFFFFFFu : ~bits;
-  float score;
-  std::memcpy(&score, &bits, 4);
-  return score;
-}
 
 struct Hit {
   uint64_t key;
@@ -150,7 +129,7 @@ bool run(const Step& step, int64_t user, Best& best, Best& of_beam, std::vector<
       const float sum = (found[size_t(child - first)] - shift) + score;
       if (is_closed || (step.alive && !step.alive[child]) || sum == kNone) continue;
       ++own;
-      if (into.may_pass(sum)) into.add({key_of(sum, child), beam});
+      if (into.may_pass(sum)) into.add({key_of(sum, uint32_t(child)), beam});
     }
     if (step.children) {
       for (const Hit& hit : of_beam.cut())

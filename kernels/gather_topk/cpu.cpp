@@ -5,39 +5,20 @@
 // users' k-th best so far, which hardly any item passes. What passes is looked at closer: is it excluded for this user? If not, it waits
 // in the user's room, and when that is full, its k best stay and the k-th best moves up. No score of an item that is not among them is
 // ever written.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <thread>
-#include <vector>
+#include <functional>
+
+#include "native.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+using native::key_of;  // in the order of the lists, see recsys.retrieval.catalogue.topk
+using native::score_of;
+
 namespace {
 
 constexpr int kLanes = 16;
-
-// In the order of the lists: a better score is a larger key, then a smaller row. Never 0. See recsys.retrieval.catalogue.topk.
-inline uint64_t key_of(float score, uint32_t row) {
-  score += 0.0f;  // -0.0 is 0.0
-  uint32_t bits;
-  std::memcpy(&bits, &score, 4);
-  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return (uint64_t(bits) << 32) | (0xFFFFFFFFu - row);
-}
-
-inline float score_of(uint64_t key) {
-  uint32_t bits = uint32_t(key >> 32);
-  bits = bits >> 31 ? bits & 0x7FFFFFFFu : ~bits;
-  float score;
-  std::memcpy(&score, &bits, 4);
-  return score;
-}
 
 struct Excluded {
   const int64_t* offsets;  // [B + 1]

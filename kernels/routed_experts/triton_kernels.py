@@ -11,13 +11,7 @@ for all but the columns; SCALE and BIAS are ``[T, E, columns]``, together. A SCA
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _dot(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + a @ b``, with int8 in ``b`` widened; the interpreter's bfloat16 is wrong in both, so that it takes float32."""
-    if WIDE:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b.to(a.dtype), total, input_precision=PRECISION)
+from kernels.tiles import dot
 
 
 @triton.jit
@@ -40,9 +34,9 @@ def _inner(
         in_depth = depth < D - start
         mask = in_depth[:, None] & in_cols[None, :]
         x = tl.load(X + x_at, mask=in_rows[:, None] & in_depth[None, :], other=0.0)
-        gate = _dot(x, tl.load(W + w_at, mask=mask, other=0), gate, WIDE, PRECISION)
+        gate = dot(x, tl.load(W + w_at, mask=mask, other=0), gate, WIDE, PRECISION)
         if SWIGLU:
-            up = _dot(x, tl.load(W + H + w_at, mask=mask, other=0), up, WIDE, PRECISION)
+            up = dot(x, tl.load(W + H + w_at, mask=mask, other=0), up, WIDE, PRECISION)
         X += BLOCK_K
         W += BLOCK_K * tl.cast(w_d, tl.int64)
     if SCALE is not None:
@@ -133,7 +127,7 @@ def routed_hidden_bwd_kernel(
         in_depth = depth < D - start
         dy = tl.load(DY + dy_at, mask=in_rows[:, None] & in_depth[None, :], other=0.0)
         v = tl.load(V + v_at, mask=in_depth[:, None] & in_cols[None, :], other=0.0)
-        dhidden = _dot(dy, v, dhidden, WIDE, PRECISION)
+        dhidden = dot(dy, v, dhidden, WIDE, PRECISION)
         DY += BLOCK_K
         V += BLOCK_K
     mask = in_rows[:, None] & in_cols[None, :]
@@ -179,7 +173,7 @@ def routed_product_kernel(
         in_depth = depth < K - start
         a = tl.load(a_rows[:, None] + depth[None, :], mask=in_rows[:, None] & in_depth[None, :], other=0.0)
         w = tl.load(w_rows[:, None] + w_at[None, :], mask=in_depth[:, None] & in_cols[None, :], other=0)
-        total = _dot(a, w, total, WIDE, PRECISION)
+        total = dot(a, w, total, WIDE, PRECISION)
         a_rows += BLOCK_K
         w_rows += BLOCK_K * tl.cast(w_k, tl.int64)
     if SCALE is not None:
@@ -235,7 +229,7 @@ def routed_weight_grad_kernel(
             a_at, b_at = pairs * M, source
         a = tl.load((A + a_at)[None, :] + rows[:, None], mask=in_depth[None, :] & (rows < M)[:, None], other=0.0)
         b = tl.load((B + b_at)[:, None] + cols[None, :], mask=in_depth[:, None] & (cols < N)[None, :], other=0.0)
-        total = _dot(a, b, total, WIDE, PRECISION)
+        total = dot(a, b, total, WIDE, PRECISION)
         if SUMS is not None:
             sums += tl.sum(b.to(tl.float32), axis=0)
     at = (group * M + rows[:, None]) * N + cols[None, :]

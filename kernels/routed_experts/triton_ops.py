@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import interpreting
 from kernels.op import KernelSpec, Shape
 from kernels.routed_experts.cpu import sort_pairs
 from kernels.routed_experts.triton_kernels import (
@@ -27,18 +26,9 @@ from kernels.routed_experts.triton_kernels import (
     routed_up_kernel,
     routed_weight_grad_kernel,
 )
+from kernels.tiles import Tile, integers, mode_of, options, spec, together
 
 BLOCK_M = 64  # pairs of a tile; groups are small and ragged, and one size needs one map
-
-
-class Tile(NamedTuple):
-    """Rows, columns and depth of a program's tile, its warps and the stages of its pipeline."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
 
 
 # By how products are formed: of two-byte elements, of float32 as TF32, of float32 as they are, and of these with int8 weights. The largest
@@ -93,7 +83,7 @@ def forward(
     """
     order, offsets = sort_pairs(chosen, weight_in.shape[1])
     plan = _plan(order, offsets, gates)
-    x, weight_in = _rows_together(x), _together(weight_in)
+    x, weight_in = _rows_together(x), together(weight_in)
     hidden = torch.empty(len(order), weight_out.shape[2], dtype=x.dtype, device=x.device)
     scale_in, scale_out = (None, None) if scales is None else (scale.contiguous() for scale in scales)
     mode = _mode(x, scale_in)
@@ -101,7 +91,7 @@ def forward(
         routed_up_kernel[_grid(plan, hidden, UP[mode])](
             x, plan.rows, plan.gates, weight_in, scale_in, _contiguous(bias), offsets, plan.tiles, hidden,
             weight_in.shape[1], x.shape[2], hidden.shape[1], *x.stride()[:2], *weight_in.stride()[:3],
-            SWIGLU=activation == "swiglu", **_options(UP[mode], mode),
+            SWIGLU=activation == "swiglu", **options(UP[mode], mode),
         )  # fmt: skip
     parts = _product(hidden, weight_out, plan, scale_out)
     return _combine(parts, plan, onto, x), x.new_empty(0, weight_in.shape[3]), order, offsets
@@ -121,7 +111,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``weight_in``, ``weight_out``, ``gates`` and ``bias``, the last one empty where there is none."""
     plan = _plan(order, offsets, gates)
-    dy, x, weight_in, weight_out = _rows_together(dy), _rows_together(x), _together(weight_in), _together(weight_out)
+    dy, x, weight_in, weight_out = _rows_together(dy), _rows_together(x), together(weight_in), together(weight_out)
     (experts, dim, width), hidden_width = weight_in.shape[1:], weight_out.shape[2]
     mode = _mode(x)
     hidden = torch.empty(len(order), hidden_width, dtype=x.dtype, device=x.device)
@@ -133,7 +123,7 @@ def backward(
             dy, x, plan.rows, plan.gates, weight_in, weight_out, _contiguous(bias), offsets, plan.tiles, hidden, dinner, shares,
             len(order), experts, dim, hidden_width,
             *dy.stride()[:2], *x.stride()[:2], *weight_in.stride()[:3], *weight_out.stride()[:3],
-            SWIGLU=activation == "swiglu", **_options(HIDDEN[mode], mode),
+            SWIGLU=activation == "swiglu", **options(HIDDEN[mode], mode),
         )  # fmt: skip
     dgates = torch.empty(len(order), dtype=x.dtype, device=x.device).scatter_(0, order, shares.sum(0).to(x.dtype)).view(gates.shape)
     dx = _combine(_product(dinner, weight_in.transpose(2, 3), plan), plan, None, x)
@@ -171,7 +161,7 @@ def _product(a: Tensor, weight: Tensor, plan: Plan, scale: Tensor | None = None)
     if len(a):
         routed_product_kernel[_grid(plan, out, PRODUCT[mode])](
             a, weight, scale, plan.offsets, plan.tiles, out, weight.shape[1], out.shape[1], a.shape[1], *weight.stride(),
-            **_options(PRODUCT[mode], mode),
+            **options(PRODUCT[mode], mode),
         )  # fmt: skip
     return out
 
@@ -195,18 +185,13 @@ def _weight_grad(a: Tensor, b: Tensor, plan: Plan, out: Tensor, sums: Tensor | N
     programs = (len(plan.offsets) - 1) * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
     if programs:
         routed_weight_grad_kernel[(programs,)](
-            a, b, plan.rows, plan.offsets, out, sums, experts, m, n, *source.stride()[:2], GATHER_A=a.ndim == 3, **_options(tile, mode)
+            a, b, plan.rows, plan.offsets, out, sums, experts, m, n, *source.stride()[:2], GATHER_A=a.ndim == 3, **options(tile, mode)
         )  # fmt: skip
 
 
-def _together(x: Tensor) -> Tensor:
-    """``x`` with its last axis together in memory; the others may lie anyhow."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _rows_together(x_tbd: Tensor) -> Tensor:
-    """Likewise, with the rows of a token so near to each other that the kernels' 32 bits reach from one to all."""
-    return x_tbd.contiguous() if x_tbd.stride(1) * x_tbd.shape[1] >= 2**31 else _together(x_tbd)
+    """`together`, with the rows of a token so near to each other that the kernels' 32 bits reach from one to all."""
+    return x_tbd.contiguous() if x_tbd.stride(1) * x_tbd.shape[1] >= 2**31 else together(x_tbd)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -218,20 +203,8 @@ def _grid(plan: Plan, out: Tensor, tile: Tile) -> tuple[int, int]:
 
 
 def _mode(x: Tensor, scale: Tensor | None = None) -> str:
-    if x.itemsize == 2:
-        return "half"
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee" if scale is None else "int8_ieee"
-
-
-def _options(tile: Tile, mode: str) -> dict[str, Any]:
-    return _constants(tile, mode, interpreting()) | {"num_warps": tile.warps, "num_stages": tile.stages}
-
-
-def _constants(tile: Tile, mode: str, wide: bool) -> dict[str, Any]:
-    precision = "ieee" if mode.endswith("ieee") else "tf32"
-    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "WIDE": wide, "PRECISION": precision}
+    mode = mode_of(x)
+    return "int8_ieee" if mode == "ieee" and scale is not None else mode
 
 
 def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
@@ -240,22 +213,24 @@ def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
         return []
     result = []
     for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("ieee", "*fp32")):
-        hidden = _up(tensor) | {"DY": tensor, "V": tensor, "DINNER": tensor, "DGATES": "*fp32"} | _integers("N dy_t dy_b v_t v_e v_h")
+        hidden = _up(tensor) | {"DY": tensor, "V": tensor, "DINNER": tensor, "DGATES": "*fp32"} | integers("N dy_t dy_b v_t v_e v_h")
         product = _product_signature(tensor)
-        weight = {"A": tensor, "B": tensor, "ROWS": "*i32", "OFFSETS": "*i64", "C": tensor, "SUMS": tensor} | _integers("E M N r_t r_b")
+        weight = {"A": tensor, "B": tensor, "ROWS": "*i32", "OFFSETS": "*i64", "C": tensor, "SUMS": tensor} | integers("E M N r_t r_b")
         for name, known in _activations(shapes).items():
             result += [
-                _spec(f"routed_up_{name}_{mode}", routed_up_kernel, _up(tensor), UP, mode, known | {"SCALE": None}),
-                _spec(f"routed_hidden_bwd_{name}_{mode}", routed_hidden_bwd_kernel, hidden, HIDDEN, mode, known),
+                spec(f"routed_up_{name}_{mode}", routed_up_kernel, _up(tensor), UP[mode], mode, known | {"SCALE": None}),
+                spec(f"routed_hidden_bwd_{name}_{mode}", routed_hidden_bwd_kernel, hidden, HIDDEN[mode], mode, known),
             ]
         result += [
-            _spec(f"routed_product_down_{mode}", routed_product_kernel, product, PRODUCT, mode, {"w_n": 1, "SCALE": None}),
-            _spec(f"routed_product_dx_{mode}", routed_product_kernel, product, PRODUCT, mode, {"w_k": 1, "SCALE": None}),
-            _spec(f"routed_weight_grad_in_{mode}", routed_weight_grad_kernel, weight, WEIGHT, mode, {"GATHER_A": True}),
-            _spec(f"routed_weight_grad_out_{mode}", routed_weight_grad_kernel, weight, WEIGHT, mode, {"GATHER_A": False, "SUMS": None}),
+            spec(f"routed_product_down_{mode}", routed_product_kernel, product, PRODUCT[mode], mode, {"w_n": 1, "SCALE": None}),
+            spec(f"routed_product_dx_{mode}", routed_product_kernel, product, PRODUCT[mode], mode, {"w_k": 1, "SCALE": None}),
+            spec(f"routed_weight_grad_in_{mode}", routed_weight_grad_kernel, weight, WEIGHT[mode], mode, {"GATHER_A": True}),
+            spec(
+                f"routed_weight_grad_out_{mode}", routed_weight_grad_kernel, weight, WEIGHT[mode], mode, {"GATHER_A": False, "SUMS": None}
+            ),
         ]
     for tensor in ("bf16", "fp32"):
-        signature = {"PARTS": f"*{tensor}", "PLACES": "*i32", "ONTO": f"*{tensor}", "Y": f"*{tensor}"} | _integers("M D choices")
+        signature = {"PARTS": f"*{tensor}", "PLACES": "*i32", "ONTO": f"*{tensor}", "Y": f"*{tensor}"} | integers("M D choices")
         constants = dict(zip(("BLOCK_M", "BLOCK_N"), COMBINE, strict=True))
         signature |= dict.fromkeys(constants, "constexpr")
         result.append(KernelSpec(f"routed_combine_{tensor}", routed_combine_kernel, signature, constants))
@@ -269,9 +244,9 @@ def int8_specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
     for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("int8_ieee", "*fp32")) if shapes else ():
         suffix = f"int8_{mode.removeprefix('int8_')}"
         for name, known in _activations(shapes).items():
-            result.append(_spec(f"routed_up_{name}_{suffix}", routed_up_kernel, _up(tensor) | int8, UP, mode, known))
+            result.append(spec(f"routed_up_{name}_{suffix}", routed_up_kernel, _up(tensor) | int8, UP[mode], mode, known))
         product = _product_signature(tensor) | int8
-        result.append(_spec(f"routed_product_down_{suffix}", routed_product_kernel, product, PRODUCT, mode, {"w_n": 1}))
+        result.append(spec(f"routed_product_down_{suffix}", routed_product_kernel, product, PRODUCT[mode], mode, {"w_n": 1}))
     return result
 
 
@@ -290,20 +265,8 @@ def _up(tensor: str) -> dict[str, str]:
         "OFFSETS": "*i64",
         "TILES": "*i32",
     }
-    return given | _integers("E D H x_t x_b w_t w_e w_d")
+    return given | integers("E D H x_t x_b w_t w_e w_d")
 
 
 def _product_signature(tensor: str) -> dict[str, str]:
-    return {"A": tensor, "W": tensor, "OFFSETS": "*i64", "TILES": "*i32", "C": tensor} | _integers("E N K w_t w_e w_k w_n")
-
-
-def _integers(names: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), "i32")
-
-
-def _spec(name: str, kernel: Any, signature: dict[str, str], tiles: dict[str, Tile], mode: str, known: dict[str, Any]) -> KernelSpec:
-    """``known`` are arguments that Triton compiles in as constants: flags, strides of 1 and absent tensors."""
-    tile = tiles[mode]
-    constants = _constants(tile, mode, wide=False) | known
-    signature = signature | dict.fromkeys(constants, "constexpr")
-    return KernelSpec(name, kernel, signature, constants, tile.warps, tile.stages, (tile.m, tile.n, tile.k))
+    return {"A": tensor, "W": tensor, "OFFSETS": "*i64", "TILES": "*i32", "C": tensor} | integers("E N K w_t w_e w_k w_n")

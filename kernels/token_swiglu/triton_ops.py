@@ -14,26 +14,15 @@ float32, or of TF32 where `torch.set_float32_matmul_precision` allows it.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import interpreting
 from kernels.op import KernelSpec, Shape
-
-
-class Tile(NamedTuple):
-    """Rows, columns and depth of a program's tile, its warps and the stages of its pipeline."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
+from kernels.tiles import Tile, dot, integers, mode_of, options, spec, together
 
 # By how products are formed: of two-byte elements, of float32 as TF32, of float32 as they are. The largest tried that do not spill in
 # `kernels.aot`.
@@ -55,14 +44,6 @@ def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constex
 
 
 @triton.jit
-def _dot(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + a @ b``; the interpreter's product of bfloat16 is wrong, so that it takes float32."""
-    if WIDE:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
 def _gate_up(
     X, W, rows, cols, in_rows, in_cols, D, H, x_b,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -77,8 +58,8 @@ def _gate_up(
         in_depth = depth < D - start
         mask = in_depth[:, None] & in_cols[None, :]
         x = tl.load(X + x_at, mask=in_rows[:, None] & in_depth[None, :], other=0.0)
-        gate = _dot(x, tl.load(W + w_at, mask=mask, other=0.0), gate, WIDE, PRECISION)
-        up = _dot(x, tl.load(W + H + w_at, mask=mask, other=0.0), up, WIDE, PRECISION)
+        gate = dot(x, tl.load(W + w_at, mask=mask, other=0.0), gate, WIDE, PRECISION)
+        up = dot(x, tl.load(W + H + w_at, mask=mask, other=0.0), up, WIDE, PRECISION)
         X += BLOCK_K
         W += BLOCK_K * 2 * H
     return gate, up
@@ -133,7 +114,7 @@ def token_swiglu_hidden_bwd_kernel(
         in_depth = depth < D - start
         dy = tl.load(DY + dy_at, mask=in_rows[:, None] & in_depth[None, :], other=0.0)
         v = tl.load(V + v_at, mask=in_depth[:, None] & in_cols[None, :], other=0.0)
-        dhidden = _dot(dy, v, dhidden, WIDE, PRECISION)
+        dhidden = dot(dy, v, dhidden, WIDE, PRECISION)
         DY += BLOCK_K
         V += BLOCK_K
     scale = tl.full((BLOCK_M, 1), 1.0, tl.float32)
@@ -182,7 +163,7 @@ def token_product_kernel(
         in_depth = depth < K - start
         a = tl.load(A + a_at, mask=in_rows[:, None] & in_depth[None, :], other=0.0)
         w = tl.load(W + w_at, mask=in_depth[:, None] & in_cols[None, :], other=0.0)
-        total = _dot(a, w, total, WIDE, PRECISION)
+        total = dot(a, w, total, WIDE, PRECISION)
         A += BLOCK_K * tl.cast(a_k, tl.int64)
         W += BLOCK_K * tl.cast(w_k, tl.int64)
     C += token * c_t + row * c_m + col
@@ -197,16 +178,17 @@ def supports(x: Tensor) -> bool:
 def forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, None]:
     """``x [B, T, D]`` → ``y [B, T, D]``, tokens-outermost in memory; nothing is kept for the backward pass."""
     (batch, tokens, dim), hidden_width = x.shape, down.shape[1]
-    x, gate_up, down = _together(x), gate_up.contiguous(), down.contiguous()
+    x, gate_up, down = together(x), gate_up.contiguous(), down.contiguous()
     hidden = torch.empty(tokens, batch, hidden_width, dtype=x.dtype, device=x.device)
-    mode = _mode(x)
+    mode = mode_of(x)
     tile = UP[mode]
     if hidden.numel():
         token_swiglu_up_kernel[_grid(tile, batch, hidden_width, tokens)](
-            x, gate_up, scale, hidden, batch, dim, hidden_width, x.stride(1), x.stride(0), *_scale_strides(scale), **_options(tile, mode)
+            x, gate_up, scale, hidden, batch, dim, hidden_width, x.stride(1), x.stride(0), *_scale_strides(scale),
+            GROUP=GROUP, **options(tile, mode),
         )  # fmt: skip
     y = torch.empty(tokens, batch, dim, dtype=x.dtype, device=x.device)
-    _product(hidden, down, y, None if residual is None else _together(residual).transpose(0, 1))
+    _product(hidden, down, y, None if residual is None else together(residual).transpose(0, 1))
     return y.transpose(0, 1), None
 
 
@@ -215,16 +197,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``gate_up``, ``down`` and ``scale``, the last one empty where there is no scale."""
     (batch, tokens, dim), width = x.shape, down.shape[1]
-    dy, x, gate_up, down = _together(dy), _together(x), gate_up.contiguous(), down.contiguous()
+    dy, x, gate_up, down = together(dy), together(x), gate_up.contiguous(), down.contiguous()
     hidden = torch.empty(tokens, batch, width, dtype=x.dtype, device=x.device)
     dproduct = torch.empty(tokens, batch, 2 * width, dtype=x.dtype, device=x.device)
-    mode = _mode(x)
+    mode = mode_of(x)
     tile = HIDDEN[mode]
     shares = None if scale is None else torch.empty(triton.cdiv(width, tile.n), tokens, batch, dtype=torch.float32, device=x.device)
     if hidden.numel():
         token_swiglu_hidden_bwd_kernel[_grid(tile, batch, width, tokens)](
             dy, x, gate_up, down, scale, hidden, dproduct, shares, batch, tokens, dim, width,
-            dy.stride(1), dy.stride(0), x.stride(1), x.stride(0), *_scale_strides(scale), **_options(tile, mode)
+            dy.stride(1), dy.stride(0), x.stride(1), x.stride(0), *_scale_strides(scale),
+            GROUP=GROUP, **options(tile, mode),
         )  # fmt: skip
     dx = torch.empty(tokens, batch, dim, dtype=x.dtype, device=x.device)
     dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
@@ -239,17 +222,12 @@ def _product(a: Tensor, w: Tensor, out: Tensor, residual: Tensor | None = None) 
     tokens, m, n = out.shape
     if not out.numel():
         return
-    mode = _mode(out)
+    mode = mode_of(out)
     tile = PRODUCT[mode]
     r_strides = (0, 0) if residual is None else residual.stride()[:2]
     token_product_kernel[_grid(tile, m, n, tokens)](
-        a, w, residual, out, m, n, a.shape[2], *a.stride(), *w.stride(), *r_strides, *out.stride()[:2], **_options(tile, mode)
+        a, w, residual, out, m, n, a.shape[2], *a.stride(), *w.stride(), *r_strides, *out.stride()[:2], GROUP=GROUP, **options(tile, mode)
     )
-
-
-def _together(x: Tensor) -> Tensor:
-    """``x`` with its last axis together in memory; the others may lie anyhow."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _scale_strides(scale: Tensor | None) -> tuple[int, int]:
@@ -260,49 +238,37 @@ def _grid(tile: Tile, m: int, n: int, tokens: int) -> tuple[int, int]:
     return triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), tokens
 
 
-def _mode(x: Tensor) -> str:
-    if x.itemsize == 2:
-        return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _options(tile: Tile, mode: str) -> dict[str, Any]:
-    return _constants(tile, mode, interpreting()) | {"num_warps": tile.warps, "num_stages": tile.stages}
-
-
-def _constants(tile: Tile, mode: str, wide: bool) -> dict[str, Any]:
-    precision = "ieee" if mode == "ieee" else "tf32"
-    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": GROUP, "WIDE": wide, "PRECISION": precision}
-
-
 def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
     """All kernels with scale and residual, in bfloat16 and in both ways of float32; one size of tiles serves all shapes."""
     if not shapes:
         return []
-    result = []
+    result: list[KernelSpec] = []
+    group: dict[str, Any] = {"GROUP": GROUP}
     for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("ieee", "*fp32")):
-        up = {"X": tensor, "W": tensor, "SCALE": "*fp32", "HIDDEN": tensor} | _integers("B D H x_t x_b scale_t scale_b")
+        up = {"X": tensor, "W": tensor, "SCALE": "*fp32", "HIDDEN": tensor} | integers("B D H x_t x_b scale_t scale_b")
         hidden = {"DY": tensor, "X": tensor, "W": tensor, "V": tensor, "SCALE": "*fp32", "HIDDEN": tensor, "DPRODUCT": tensor}
-        hidden |= {"DSCALE": "*fp32"} | _integers("B T D H dy_t dy_b x_t x_b scale_t scale_b")
+        hidden |= {"DSCALE": "*fp32"} | integers("B T D H dy_t dy_b x_t x_b scale_t scale_b")
         product = {"A": tensor, "W": tensor, "R": tensor, "C": tensor}
-        product |= _integers("M N K a_t a_m a_k w_t w_k w_n r_t r_m c_t c_m")
+        product |= integers("M N K a_t a_m a_k w_t w_k w_n r_t r_m c_t c_m")
         result += [
-            _spec(f"token_swiglu_up_{mode}", token_swiglu_up_kernel, up, UP, mode, {}),
-            _spec(f"token_swiglu_hidden_bwd_{mode}", token_swiglu_hidden_bwd_kernel, hidden, HIDDEN, mode, {}),
-            _spec(f"token_product_down_{mode}", token_product_kernel, product, PRODUCT, mode, {"a_k": 1, "w_n": 1}),
-            _spec(f"token_product_dx_{mode}", token_product_kernel, product, PRODUCT, mode, {"a_k": 1, "w_k": 1, "R": None}),
-            _spec(f"token_product_dweight_{mode}", token_product_kernel, product, PRODUCT, mode, {"a_m": 1, "w_n": 1, "R": None}),
+            spec(f"token_swiglu_up_{mode}", token_swiglu_up_kernel, up, UP[mode], mode, group),
+            spec(f"token_swiglu_hidden_bwd_{mode}", token_swiglu_hidden_bwd_kernel, hidden, HIDDEN[mode], mode, group),
+            spec(f"token_product_down_{mode}", token_product_kernel, product, PRODUCT[mode], mode, group | {"a_k": 1, "w_n": 1}),
+            spec(
+                f"token_product_dx_{mode}",
+                token_product_kernel,
+                product,
+                PRODUCT[mode],
+                mode,
+                group | {"a_k": 1, "w_k": 1, "R": None},
+            ),
+            spec(
+                f"token_product_dweight_{mode}",
+                token_product_kernel,
+                product,
+                PRODUCT[mode],
+                mode,
+                group | {"a_m": 1, "w_n": 1, "R": None},
+            ),
         ]
     return result
-
-
-def _integers(names: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), "i32")
-
-
-def _spec(name: str, kernel: Any, signature: dict[str, str], tiles: dict[str, Tile], mode: str, known: dict[str, int | None]) -> KernelSpec:
-    """``known`` are arguments that Triton compiles in as constants: strides of 1 and absent tensors."""
-    tile = tiles[mode]
-    constants = _constants(tile, mode, wide=False) | known
-    signature = signature | dict.fromkeys(constants, "constexpr")
-    return KernelSpec(name, kernel, signature, constants, tile.warps, tile.stages, (tile.m, tile.n, tile.k))

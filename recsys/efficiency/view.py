@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens of a batch as scorers and selectors see them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -149,6 +150,12 @@ def to_padded(values: Tensor, offsets: Tensor, fill: float = 0.0, width: int | N
         raise DataError(f"width: expected at least {longest}, the longest row, got {width}")
     padded = values.new_full((len(lengths), width, *values.shape[1:]), fill)
     return padded.masked_scatter(held(lengths, width).view(*padded.shape[:2], *[1] * (values.dim() - 1)).expand_as(padded), values)
+
+
+def through_tokens(x_bld: Tensor, lengths_b: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What ``run`` makes of the tokens ``[S, …]`` of right-padded rows and their offsets, padded as they were; zero where there is none."""
+    offsets = offsets_of(lengths_b)
+    return to_padded(run(x_bld[held(lengths_b, x_bld.shape[1])], offsets), offsets, width=x_bld.shape[1])
 
 
 def _check(view: TokenView) -> None:

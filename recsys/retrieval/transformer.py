@@ -17,7 +17,7 @@ from recsys.core.errors import ConfigError
 from recsys.efficiency.attention.base import SparseAttention
 from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
-from recsys.efficiency.view import TokenView, held, offsets_of, to_padded
+from recsys.efficiency.view import TokenView, held, through_tokens, to_padded
 from recsys.retrieval.efficiency import RetrieverEfficiency, placed, placed_schedule
 from recsys.retrieval.padding import after_all
 from recsys.retrieval.routed import RoutedNetworks
@@ -177,11 +177,14 @@ class Transformer(nn.Module):
 
     def _over_rows(self, x_btd: Tensor, lengths_b: Tensor, mask: Mask = "causal", group: int = 1) -> Tensor:
         """``[B, T, d]`` to ``[B, T, d]`` through all blocks and the final norm; padding takes no part, and what stands there is zero."""
-        offsets = offsets_of(lengths_b)
-        x_sd = x_btd[held(lengths_b, x_btd.shape[1])]
-        for number, block in enumerate(self._layers()):
-            x_sd = block.jagged(x_sd, offsets, mask, group, self._feed(number, block))
-        return to_padded(self.norm(x_sd), offsets, width=x_btd.shape[1])
+
+        def run(x_sd: Tensor, offsets: Tensor) -> Tensor:
+            for number, block in enumerate(self._layers()):
+                x_sd = block.jagged(x_sd, offsets, mask, group, self._feed(number, block))
+            normed: Tensor = self.norm(x_sd)
+            return normed
+
+        return through_tokens(x_btd, lengths_b, run)
 
 
 class CausalTransformer(Transformer):
@@ -228,11 +231,10 @@ class CausalTransformer(Transformer):
         x_btd = self.dropout(x_btd + self.position.weight[: x_btd.shape[1]])
         if self.attention is None:
             return self._over_rows(x_btd, lengths_b)
-        inside = held(lengths_b, x_btd.shape[1])[..., None].expand_as(x_btd)
         for number, block in enumerate(self._layers()):
             query, key, value = block.project(x_btd)
             attended = self._attend(query, key, value, lengths_b)
-            x_btd = block.update(x_btd, attended, _of_tokens(self._feed(number, block), inside))
+            x_btd = block.update(x_btd, attended, _of_tokens(self._feed(number, block), lengths_b))
         normed: Tensor = self.norm(x_btd)
         return normed
 
@@ -268,11 +270,11 @@ class CausalTransformer(Transformer):
         return attended
 
 
-def _of_tokens(feed: Feed | None, inside: Tensor) -> Feed | None:
-    """A network of tokens over padded rows: what is not ``inside``, bool ``[B, T, d]``, gets zero."""
+def _of_tokens(feed: Feed | None, lengths_b: Tensor) -> Feed | None:
+    """A network of tokens over right-padded rows; padding gets zero."""
     if feed is None:
         return None
-    return lambda normed: torch.zeros_like(normed).masked_scatter(inside, feed(normed[inside].view(-1, normed.shape[-1])))
+    return lambda normed: through_tokens(normed, lengths_b, lambda tokens, _: feed(tokens))
 
 
 def last_queries(tokens: int) -> Attend:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import backend, native, paths
-from kernels.op import Op
+from kernels.op import Op, forward_backward
 from kernels.registry import OPS
 from kernels.rms_norm import cpu, rms_norm
 from kernels.rms_norm import native as loop
@@ -117,11 +117,7 @@ def test_loops_give_the_same_bits_on_any_number_of_threads(op: Op) -> None:
             torch.set_num_threads(threads)
             inputs = op.inputs(op.shapes[3], torch.float32, torch.Generator().manual_seed(0))
             with backend.use("native"):
-                values = op.call(*inputs)
-                values = values if isinstance(values, tuple) else (values,)
-                leaves = [i for i in inputs if isinstance(i, torch.Tensor) and i.requires_grad]
-                asked = [value for value in values if value.requires_grad]
-                gradients = torch.autograd.grad(asked, leaves, [torch.ones_like(one) for one in asked]) if asked else ()
+                values, gradients = forward_backward(op.call, inputs)
             found.append((*values, *gradients))
     finally:
         torch.set_num_threads(before)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from recsys.core.components import register
 from recsys.efficiency.probe import LayerProbe
 from recsys.efficiency.schedule import ProbedLayer, PruneSchedule
-from recsys.efficiency.view import TokenView, held, to_padded
+from recsys.efficiency.view import TokenView, held, through_tokens, to_padded
 from recsys.layers.hstu import HSTULayer
 from recsys.retrieval.efficiency import RetrieverEfficiency, placed_schedule
 from recsys.retrieval.id_based import IdConfig, IdRetriever
@@ -53,11 +53,13 @@ class HSTU(IdRetriever):
 
     def sequence(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """See `IdRetriever.sequence`."""
-        tokens = TokenView.padded(self._placed(x_btd), lengths_b)
-        x_sd = tokens.values
-        for layer in self._layers():
-            x_sd = layer.jagged(x_sd, tokens.offsets)
-        return to_padded(x_sd, tokens.offsets, width=x_btd.shape[1])
+
+        def run(x_sd: Tensor, offsets: Tensor) -> Tensor:
+            for layer in self._layers():
+                x_sd = layer.jagged(x_sd, offsets)
+            return x_sd
+
+        return through_tokens(self._placed(x_btd), lengths_b, run)
 
     def last(self, x_btd: Tensor, lengths_b: Tensor) -> Tensor:
         """See `IdRetriever.last`; events that a schedule drops leave the distances between the others as they were."""
