@@ -29,6 +29,7 @@ from kernels import paths
 Backend = Literal["reference", "cpu", "native", "triton"]
 Asked = Literal["auto"] | Backend
 ENV, LOG_ENV = "RECSYS_KERNELS", "RECSYS_KERNELS_LOG"
+_BACKENDS = get_args(Backend)
 _MODULES = {"cpu": "cpu", "native": "native", "triton": "triton_ops"}
 _LOG = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def implementation(op: str, x: Tensor, *more: Any) -> ModuleType | None:
     module = None if chosen == "reference" else _module(op, chosen)
     if chosen != "reference" and (module is None or (chosen != "cpu" and not module.supports(x, *more))):
         chosen, module = "cpu", _module(op, "cpu")
-    if _recorders or os.environ.get(LOG_ENV) == "1":
+    if _recorders or LOG_ENV in os.environ:
         _note(Choice(op, x.device.type, str(x.dtype).removeprefix("torch."), paths.bucket(x.numel()), chosen))
     return module
 
@@ -111,11 +112,13 @@ def choose(op: str, x: Tensor) -> Backend:
         RuntimeError: the override asks for a backend that cannot run on this device.
     """
     kind = x.device.type
-    wanted = _override.get() or (_checked(os.environ[ENV]) if os.environ.get(ENV) else None)
+    wanted = _override.get()
+    if wanted is None and (named := os.environ.get(ENV)):
+        wanted = _checked(named)
     if wanted is None:
         if kind == "cuda" and _has_triton():
             return "triton"
-        return _checked(paths.look_up(kind, op, x.dtype, x.numel()) or "native") if kind == "cpu" else "cpu"
+        return _checked(paths.look_up(kind, op, x.dtype, paths.bucket(x.numel())) or "native") if kind == "cpu" else "cpu"
     if wanted == "triton" and kind != "cuda" and not interpreting():
         raise RuntimeError(f"backend 'triton' was asked for on {x.device}: expected a CUDA tensor, or TRITON_INTERPRET=1")
     if wanted in ("cpu", "native") and kind != "cpu":
@@ -143,6 +146,6 @@ def _note(choice: Choice) -> None:
 
 
 def _checked(name: str) -> Backend:
-    if name not in get_args(Backend):
-        raise RuntimeError(f"{ENV}: unknown backend {name!r}, expected one of {', '.join(get_args(Backend))}")
+    if name not in _BACKENDS:
+        raise RuntimeError(f"{ENV}: unknown backend {name!r}, expected one of {', '.join(_BACKENDS)}")
     return name  # type: ignore[return-value]

@@ -13,8 +13,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,20 +49,25 @@ def call(source: Path, name: str, *arguments: Tensor | int | float | None) -> in
     Returns:
         The function's int64, where it returns one.
     """
-    library = load(source)
-    assert library is not None
-    function = getattr(library, name)
-    function.restype = ctypes.c_int64
-    found: int = function(*map(_argument, arguments))
+    found: int = _function(source, name, tuple(map(_kind, arguments)))(
+        *[given.data_ptr() if isinstance(given, Tensor) else given for given in arguments]
+    )
     return found
 
 
-def _argument(given: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double | None:
-    if isinstance(given, Tensor):
-        return ctypes.c_void_p(given.data_ptr())
+def _kind(given: Tensor | int | float | None) -> type[ctypes.c_int64] | type[ctypes.c_double] | type[ctypes.c_void_p]:
     if isinstance(given, float):
-        return ctypes.c_double(given)
-    return None if given is None else ctypes.c_int64(given)
+        return ctypes.c_double
+    return ctypes.c_int64 if isinstance(given, int) else ctypes.c_void_p
+
+
+@cache
+def _function(source: Path, name: str, kinds: tuple[Any, ...]) -> Callable[..., int]:
+    library = load(source)
+    assert library is not None
+    function = library[name]  # an object of its own at each look-up, so that another caller's types do not change
+    function.argtypes, function.restype = kinds, ctypes.c_int64
+    return function
 
 
 def _compiled(source: Path) -> Path:

@@ -33,13 +33,12 @@ def bucket(elements: int) -> int:
     return max(elements.bit_length() - 1, 0) // 2
 
 
-def look_up(device: str, op: str, dtype: torch.dtype, elements: int) -> str | None:
-    """What the table says; None where it says nothing of the op in this dtype."""
+def look_up(device: str, op: str, dtype: torch.dtype, wanted: int) -> str | None:
+    """What the table says for a `bucket` of sizes; None where it says nothing of the op in this dtype."""
     measured = table().get(device, {}).get(op, {}).get(str(dtype).removeprefix("torch."))
     if not measured:
         return None
-    wanted = bucket(elements)
-    return measured[min(measured, key=lambda known: (abs(int(known) - wanted), int(known)))]
+    return measured.get(str(wanted)) or measured[min(measured, key=lambda known: (abs(int(known) - wanted), int(known)))]
 
 
 def fingerprint() -> str:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
 from kernels.catalogue_loss import cpu, reference
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 
 # States, slots, candidates, width of a slot.
@@ -54,7 +55,7 @@ def weighted_log_partition(states_snd: Tensor, items_cnd: Tensor, weights_s: Ten
     if weights_s.requires_grad:
         raise ValueError("weights_s: expected constants, got a tensor that asks for a gradient")
     differentiate = torch.is_grad_enabled() and (states_snd.requires_grad or items_cnd.requires_grad)
-    return cast(Tensor, torch.ops.recsys.catalogue_log_partition(states_snd, items_cnd, weights_s, differentiate)[0])
+    return cast(Tensor, _forward(states_snd, items_cnd, weights_s, differentiate)[0])
 
 
 def _keeps(states: Tensor, items: Tensor, differentiate: bool) -> bool:
@@ -62,7 +63,7 @@ def _keeps(states: Tensor, items: Tensor, differentiate: bool) -> bool:
     return differentiate and states.device.type == "cpu" and not backend.interpreting() and items.shape[0] <= cpu.LIMIT
 
 
-@torch.library.custom_op("recsys::catalogue_log_partition", mutates_args=())
+@define("recsys::catalogue_log_partition")
 def _forward(states: Tensor, items: Tensor, weights: Tensor, differentiate: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The value, the states' largest logits and sums ``[2, n, S]``, and the gradients or two tensors without elements."""
     module = backend.implementation("catalogue_loss", states)
@@ -77,7 +78,7 @@ def _forward(states: Tensor, items: Tensor, weights: Tensor, differentiate: bool
     return out, statistics, dstates, ditems
 
 
-@torch.library.custom_op("recsys::catalogue_log_partition_backward", mutates_args=())
+@define("recsys::catalogue_log_partition_backward")
 def _backward(
     grad: Tensor, states: Tensor, items: Tensor, weights: Tensor, statistics: Tensor, dstates: Tensor, ditems: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: tuple[T
 def _gradient(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 4
-    dstates, ditems = torch.ops.recsys.catalogue_log_partition_backward(grad, *ctx.saved_tensors)
+    dstates, ditems = _backward(grad, *ctx.saved_tensors)
     return dstates, ditems, None, None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.constrained_step import reference
 from kernels.constrained_step.reference import Given, Step, empty_step
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 
 MOST_CHILDREN = 1 << 32  # what half a key can number
@@ -70,7 +71,7 @@ def constrained_step(
     _check(given)
     if width < 1 or (children is not None and children < 1):
         raise ValueError(f"width, children: expected at least 1, got {width} and {children}")
-    return Step(*torch.ops.recsys.constrained_step(*given, width, children, renormalise))
+    return Step(*_forward(*given, width, children, renormalise))
 
 
 def _check(given: Given) -> None:
@@ -106,7 +107,7 @@ def _told(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
-@torch.library.custom_op("recsys::constrained_step", mutates_args=())
+@define("recsys::constrained_step")
 def _forward(
     log_probs: Tensor,
     nodes: Tensor,

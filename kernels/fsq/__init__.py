@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.fsq import cpu, reference
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 
 Form = Literal["tanh", "sigmoid"]
@@ -47,7 +48,7 @@ def fsq(z: Tensor, levels: Sequence[int], form: Form = "tanh") -> tuple[Tensor, 
     check_levels(levels, form)
     if z.ndim < 1 or z.shape[-1] != len(levels) or not z.is_floating_point():
         raise ValueError(f"z: expected floating-point [..., {len(levels)}], as there are levels, got {z.dtype} of shape {tuple(z.shape)}")
-    values, index = torch.ops.recsys.fsq(z.reshape(-1, 1, z.shape[-1]).contiguous(), list(levels), form)
+    values, index = _forward(z.reshape(-1, 1, z.shape[-1]).contiguous(), list(levels), form)
     return values.view(z.shape), index.view(z.shape[:-1])
 
 
@@ -67,14 +68,14 @@ def check_levels(levels: Sequence[int], form: Form) -> None:
         raise ValueError(f"levels: {list(levels)} make {math.prod(levels)} codes, more than an int64 can number")
 
 
-@torch.library.custom_op("recsys::fsq", mutates_args=())
+@define("recsys::fsq")
 def _forward(z: Tensor, levels: Sequence[int], form: str) -> tuple[Tensor, Tensor]:
     module = backend.implementation("fsq", z)
     found = reference.fsq(z, levels, form) if module is None else module.forward(z, levels, form)
     return cast(tuple[Tensor, Tensor], found)
 
 
-@torch.library.custom_op("recsys::fsq_backward", mutates_args=())
+@define("recsys::fsq_backward")
 def _backward(dy: Tensor, z: Tensor, levels: Sequence[int], form: str) -> Tensor:
     module = backend.implementation("fsq", z) or cpu
     return cast(Tensor, module.backward(dy.contiguous(), z, levels, form))
@@ -97,7 +98,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Sequence[int], str], output: tuple[Ten
 
 
 def _gradient(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.recsys.fsq_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None
+    return _backward(dy, *ctx.saved_tensors, *ctx.settings), None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_save)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.gather_topk import native, reference
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 
 MOST_ITEMS = 1 << 32  # what half a key can number
@@ -138,7 +139,7 @@ def best_items(
         _hold("excluded", excluded, excluded.dtype == torch.int64 and excluded.ndim == 1, "torch.int64 of one axis")
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
-    found, scores = torch.ops.recsys.gather_topk(values, codes, rows, excluded_offsets, excluded, k)
+    found, scores = _forward(values, codes, rows, excluded_offsets, excluded, k)
     return found, scores
 
 
@@ -147,7 +148,7 @@ def _hold(name: str, tensor: Tensor, holds: bool, expected: str) -> None:
         raise ValueError(f"{name}: expected {expected}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
 
 
-@torch.library.custom_op("recsys::gather_topk", mutates_args=())
+@define("recsys::gather_topk")
 def _forward(
     values: Tensor, codes: Tensor, rows: Tensor | None, excluded_offsets: Tensor | None, excluded: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:

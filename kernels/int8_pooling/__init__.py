@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.int8_pooling import cpu, reference
 from kernels.int8_pooling.reference import HEADER
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,10 +53,10 @@ def int8_pooling(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dty
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
     values, offsets = values.to(torch.int64).contiguous(), offsets.to(torch.int64).contiguous()
-    return cast(Tensor, torch.ops.recsys.int8_pooling(rows.contiguous(), values, offsets, dtype))
+    return cast(Tensor, _forward(rows.contiguous(), values, offsets, dtype))
 
 
-@torch.library.custom_op("recsys::int8_pooling", mutates_args=())
+@define("recsys::int8_pooling")
 def _forward(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     module, here = backend.implementation("int8_pooling", rows), rows.device.type == "cpu"
     if module is not None and (module is not cpu or here):  # FBGEMM's look-up is the processor's

@@ -14,6 +14,7 @@ from kernels.jagged_attention import cpu, reference
 from kernels.jagged_attention.cpu import Rule
 from kernels.jagged_attention.reference import Form, Mask
 from kernels.jagged_attention.shape import Case, seen_pairs
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 
 SHAPES: tuple[Shape, ...] = (
@@ -65,7 +66,7 @@ def jagged_attention(
         raise ValueError(f"divisor: expected {'1 for softmax' if form == 'softmax' else 'more than 0'}, got {divisor}")
     bias = None if bias is None else bias.contiguous()
     given = (q.contiguous(), k.contiguous(), v.contiguous(), offsets.contiguous(), bias)
-    y, _ = torch.ops.recsys.jagged_attention(*given, form, mask, group, float(divisor))
+    y, _ = _forward(*given, form, mask, group, float(divisor))
     return cast(Tensor, y)
 
 
@@ -87,7 +88,7 @@ def _check_values(offsets: Tensor, tokens: int) -> None:
         raise ValueError(f"offsets: expected to ascend from 0 to {tokens}, the tokens of q, got {offsets.tolist()}")
 
 
-@torch.library.custom_op("recsys::jagged_attention", mutates_args=())
+@define("recsys::jagged_attention")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, form: str, mask: str, group: int, divisor: float
 ) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ def _forward(
     return (reference.jagged_attention(q, k, v, offsets, bias, form, mask, group, divisor) if module is None else y), lse
 
 
-@torch.library.custom_op("recsys::jagged_attention_backward", mutates_args=())
+@define("recsys::jagged_attention_backward")
 def _backward(
     dy: Tensor,
     q: Tensor,
@@ -158,7 +159,7 @@ def _save(
 
 def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     tensors, rule = ctx.saved_tensors, ctx.rule  # type: ignore[attr-defined]
-    dq, dk, dv, dbias = torch.ops.recsys.jagged_attention_backward(dy, *tensors, *rule)
+    dq, dk, dv, dbias = _backward(dy, *tensors, *rule)
     return dq, dk, dv, None, dbias if tensors[4] is not None else None, None, None, None, None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 from kernels.paged_scores import cpu, reference
 
@@ -61,10 +62,10 @@ def paged_scores(q: Tensor, pages: Tensor, slots: Tensor, offsets: Tensor, dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
     offsets = offsets.to(torch.int64).contiguous()
-    return cast(Tensor, torch.ops.recsys.paged_scores(q.detach().contiguous(), pages.detach(), slots.contiguous(), offsets, dtype))
+    return cast(Tensor, _forward(q.detach().contiguous(), pages.detach(), slots.contiguous(), offsets, dtype))
 
 
-@torch.library.custom_op("recsys::paged_scores", mutates_args=())
+@define("recsys::paged_scores")
 def _forward(q: Tensor, pages: Tensor, slots: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     module = backend.implementation("paged_scores", q, dtype)
     with torch.autocast(q.device.type, enabled=False):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 from kernels.rms_norm import cpu, reference
 
@@ -28,11 +29,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise ValueError(f"weight: expected {x.dtype} of shape {tuple(x.shape[-1:])}, got {weight.dtype} of shape {tuple(weight.shape)}")
-    y, _ = torch.ops.recsys.rms_norm(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps)
+    if x.dim() == 2:  # small ones feel a view that is none
+        return cast(Tensor, _forward(x.contiguous(), weight.contiguous(), eps)[0])
+    y, _ = _forward(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps)
     return cast(Tensor, y.view(x.shape))
 
 
-@torch.library.custom_op("recsys::rms_norm", mutates_args=())
+@define("recsys::rms_norm")
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     module = backend.implementation("rms_norm", x)
     if module is not None:
@@ -41,7 +44,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return reference.rms_norm(x, weight, eps), torch.rsqrt(wide.square().mean(-1) + eps)
 
 
-@torch.library.custom_op("recsys::rms_norm_backward", mutates_args=())
+@define("recsys::rms_norm_backward")
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     module = backend.implementation("rms_norm", x) or cpu
     return cast(tuple[Tensor, Tensor], module.backward(dy.contiguous(), x, weight, scale))
@@ -61,11 +64,14 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if dy is None:
+        return None, None, None
     x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-    dx, dweight = torch.ops.recsys.rms_norm_backward(dy, x, weight, scale)
+    dx, dweight = _backward(dy, x, weight, scale)
     return dx, dweight, None
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 from kernels.routed_experts import cpu, reference
 from kernels.routed_experts.reference import Activation
@@ -65,7 +66,7 @@ def routed_experts(
         floats = {"weight_in": weight_in, "weight_out": weight_out, "gates": gates, "bias": bias, "onto": onto}
         check_dtypes(x.dtype, floats)
     save = torch.is_grad_enabled()
-    found = torch.ops.recsys.routed_experts(x, weight_in, weight_out, chosen, gates, bias, onto, activation, save)
+    found = _forward(x, weight_in, weight_out, chosen, gates, bias, onto, activation, save)
     return cast(Tensor, found[0])
 
 
@@ -122,7 +123,7 @@ def _kept(x: Tensor, chosen: Tensor, save: bool) -> int:
     return chosen.numel() if save and x.device.type == "cpu" and not backend.interpreting() else 0
 
 
-@torch.library.custom_op("recsys::routed_experts", mutates_args=())
+@define("recsys::routed_experts")
 def _forward(
     x: Tensor,
     weight_in: Tensor,
@@ -143,7 +144,7 @@ def _forward(
     return y, inner, order, offsets
 
 
-@torch.library.custom_op("recsys::routed_experts_backward", mutates_args=())
+@define("recsys::routed_experts_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -209,9 +210,7 @@ def _gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * 9
     x, weight_in, weight_out, gates, bias, *kept = ctx.saved_tensors
-    dx, dweight_in, dweight_out, dgates, dbias = torch.ops.recsys.routed_experts_backward(
-        dy, x, weight_in, weight_out, gates, bias, *kept, ctx.activation
-    )
+    dx, dweight_in, dweight_out, dgates, dbias = _backward(dy, x, weight_in, weight_out, gates, bias, *kept, ctx.activation)
     return dx, dweight_in, dweight_out, None, dgates, None if bias is None else dbias, dy if ctx.is_onto else None, None, None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 from kernels.routed_experts import check_dtypes, check_shapes, count_pairs, draw, pair_flops, pairs_of, reference
 from kernels.routed_experts.reference import Activation
@@ -84,11 +85,11 @@ def routed_experts_int8(
         wanted = (*weight.shape[:2], weight.shape[3])
         if scale.shape != wanted:
             raise ValueError(f"{name}: expected shape {wanted}, got {tuple(scale.shape)}")
-    found = torch.ops.recsys.routed_experts_int8(x, weight_in, weight_out, chosen, gates, scale_in, scale_out, bias, onto, activation)
+    found = _forward(x, weight_in, weight_out, chosen, gates, scale_in, scale_out, bias, onto, activation)
     return cast(Tensor, found)
 
 
-@torch.library.custom_op("recsys::routed_experts_int8", mutates_args=())
+@define("recsys::routed_experts_int8")
 def _forward(
     x: Tensor,
     weight_in: Tensor,

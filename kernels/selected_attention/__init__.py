@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 from kernels.selected_attention import cpu, reference
 from kernels.selected_attention.shape import Case
@@ -65,7 +66,7 @@ def selected_attention(
     _check_choice(q, k, index, valid, last)
     last = None if last is None else last.contiguous()
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    y, _ = torch.ops.recsys.selected_attention(q, k, v, index.contiguous(), valid.contiguous(), last, scale)
+    y, _ = _forward(q, k, v, index.contiguous(), valid.contiguous(), last, scale)
     return cast(Tensor, y)
 
 
@@ -95,7 +96,7 @@ def _check_choice(q: Tensor, k: Tensor, index: Tensor, valid: Tensor, last: Tens
         raise ValueError(f"last: expected int32 or int64 of shape ({length},), got {last.dtype} of shape {tuple(last.shape)}")
 
 
-@torch.library.custom_op("recsys::selected_attention", mutates_args=())
+@define("recsys::selected_attention")
 def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Tensor, last: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     module = backend.implementation("selected_attention", q, v)
     with torch.autocast(q.device.type, enabled=False):
@@ -105,7 +106,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Tensor, last
     return y, lse
 
 
-@torch.library.custom_op("recsys::selected_attention_backward", mutates_args=())
+@define("recsys::selected_attention_backward")
 def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Tensor, last: Tensor | None, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +137,7 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], out
 
 def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     tensors, scale = ctx.saved_tensors, ctx.scale  # type: ignore[attr-defined]
-    dq, dk, dv = torch.ops.recsys.selected_attention_backward(dy, *tensors, scale)
+    dq, dk, dv = _backward(dy, *tensors, scale)
     return dq, dk, dv, None, None, None, None
 
 

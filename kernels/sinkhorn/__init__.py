@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 from kernels.sinkhorn import cpu, reference
 
@@ -45,7 +46,7 @@ def sinkhorn(
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
     wide = torch.promote_types(logits.dtype, torch.float32)
     scale = _temperature(temperature, wide, logits.device)
-    y, _ = torch.ops.recsys.log_sinkhorn(logits.reshape(-1, *logits.shape[-2:]).contiguous(), scale, iterations, symmetric, implicit)
+    y, _ = _forward(logits.reshape(-1, *logits.shape[-2:]).contiguous(), scale, iterations, symmetric, implicit)
     found: Tensor = y.view(logits.shape)
     return found
 
@@ -63,14 +64,14 @@ def _temperature(temperature: Tensor | float, dtype: torch.dtype, device: torch.
     return temperature.to(device, dtype)
 
 
-@torch.library.custom_op("recsys::log_sinkhorn", mutates_args=())
+@define("recsys::log_sinkhorn")
 def _forward(logits: Tensor, temperature: Tensor, iterations: int, symmetric: bool, implicit: bool = False) -> tuple[Tensor, Tensor]:
     module = backend.implementation("sinkhorn", logits)
     y, duals = (module or cpu).forward(logits, temperature, iterations, symmetric, implicit)
     return (y if module is not None else reference.sinkhorn(logits, temperature, iterations, symmetric)), duals
 
 
-@torch.library.custom_op("recsys::log_sinkhorn_backward", mutates_args=())
+@define("recsys::log_sinkhorn_backward")
 def _backward(dy: Tensor, logits: Tensor, temperature: Tensor, duals: Tensor, iterations: int, symmetric: bool, implicit: bool) -> Tensor:
     module = backend.implementation("sinkhorn", logits) or cpu
     return cast(Tensor, module.backward(dy.contiguous(), logits, temperature, duals, iterations, symmetric, implicit))
@@ -94,7 +95,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool, bool], output: tupl
 
 
 def _gradient(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return torch.ops.recsys.log_sinkhorn_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    return _backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 _forward.register_autograd(_gradient, setup_context=_save)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
+from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 from kernels.token_swiglu import cpu, reference
 
@@ -49,7 +50,7 @@ def token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None 
         _check("scale", scale, (batch, tokens), torch.promote_types(x.dtype, torch.float32))
     if residual is not None:
         _check("residual", residual, (batch, tokens, dim), x.dtype)
-    return cast(Tensor, torch.ops.recsys.token_swiglu(x, gate_up, down, scale, residual)[0])
+    return cast(Tensor, _forward(x, gate_up, down, scale, residual)[0])
 
 
 def _check(name: str, given: Tensor, shape: Shape, dtype: torch.dtype) -> None:
@@ -62,7 +63,7 @@ def _kept_width(x: Tensor, gate_up: Tensor) -> int:
     return gate_up.shape[2] if x.device.type == "cpu" and not backend.interpreting() else 0
 
 
-@torch.library.custom_op("recsys::token_swiglu", mutates_args=())
+@define("recsys::token_swiglu")
 def _forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     module, kept = backend.implementation("token_swiglu", x), bool(_kept_width(x, gate_up))
     if module is not None:
@@ -73,7 +74,7 @@ def _forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, res
     return y, product if kept else x.new_empty(x.shape[1], x.shape[0], 0)
 
 
-@torch.library.custom_op("recsys::token_swiglu_backward", mutates_args=())
+@define("recsys::token_swiglu_backward")
 def _backward(
     dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, product: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,7 +104,7 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], out
 
 def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, gate_up, down, scale, product = ctx.saved_tensors  # type: ignore[attr-defined]
-    dx, dgate_up, ddown, dscale = torch.ops.recsys.token_swiglu_backward(dy, x, gate_up, down, scale, product)
+    dx, dgate_up, ddown, dscale = _backward(dy, x, gate_up, down, scale, product)
     return dx, dgate_up, ddown, None if scale is None else dscale, dy if ctx.has_residual else None  # type: ignore[attr-defined]
 
 
