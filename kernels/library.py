@@ -46,22 +46,36 @@ class Defined:
         self._casts = True
 
     def register_autograd(self, gradient: Callable[..., Any], *, setup_context: Save) -> None:
-        """The gradient, and what it keeps: ``gradient(ctx, *upstream)`` and ``setup_context(ctx, inputs, output)``."""
-        self._op.register_autograd(gradient, setup_context=setup_context)
-        function = self._function
+        """The gradient by the op's first result, and what it keeps; other results have none.
+
+        Args:
+            gradient: ``gradient(ctx, upstream) ->`` one for each input.
+            setup_context: ``setup_context(ctx, inputs, output)``.
+        """
+        function, arguments = self._function, len(self._overload._schema.arguments)
+
+        def keep(ctx: Any, inputs: Any, output: Any) -> None:
+            setup_context(ctx, inputs, output)
+            ctx.set_materialize_grads(False)  # zeros for what only the gradient needs would be as large as that
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
+
+        def pull(ctx: Any, upstream: Tensor | None, *_: None) -> Any:
+            return (None,) * arguments if upstream is None else gradient(ctx, upstream)
 
         class Direct(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *given: Any) -> Any:
                 output = function(*given)
-                setup_context(ctx, given, output)
+                keep(ctx, given, output)
                 return output
 
             @staticmethod
             def backward(ctx: Any, *upstream: Any) -> Any:
-                return gradient(ctx, *upstream)
+                return pull(ctx, *upstream)
 
         self._direct = Direct
+        self._op.register_autograd(pull, setup_context=keep)
 
 
 def define(name: str) -> Callable[[Callable[..., Any]], Defined]:

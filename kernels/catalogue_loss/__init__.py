@@ -68,8 +68,8 @@ def _forward(states: Tensor, items: Tensor, weights: Tensor, differentiate: bool
     """The value, the states' largest logits and sums ``[2, n, S]``, and the gradients or two tensors without elements."""
     module = backend.implementation("catalogue_loss", states)
     with torch.autocast(states.device.type, enabled=False):
-        if module in (None, cpu) and _keeps(states, items, differentiate):
-            out, statistics, dstates, ditems = cpu.at_once(states, items, weights)
+        if _keeps(states, items, differentiate):
+            out, statistics, dstates, ditems = (module or cpu).at_once(states, items, weights)
         else:
             statistics, dstates, ditems = (module or cpu).statistics_of(states, items), _nothing(states), _nothing(states)
             out = cpu.log_partition(statistics, weights)
@@ -115,14 +115,10 @@ def _(
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     states, items, weights, _ = inputs
     _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # zeros for what was kept would be as large as the gradients
     ctx.save_for_backward(states, items, weights, *kept)
 
 
-def _gradient(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 4
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dstates, ditems = _backward(grad, *ctx.saved_tensors)
     return dstates, ditems, None, None
 

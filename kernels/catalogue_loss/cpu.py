@@ -9,7 +9,7 @@ gradients: four products, but no more memory than the gradients themselves. A fe
 and adding so few states' share to the gradient of so many items would take longer than the product that it spares.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,7 +21,20 @@ _TILES = {"cpu": (512, 512)}  # states and items of a tile; on another device fe
 _LARGE_TILE = (4096, 16384)
 
 
-def at_once(states: Tensor, items: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _below_top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest, and the sum of the exponentials below it that take the logits' place."""
+    top = logits.amax(1)
+    return top, logits.sub_(top[:, None]).exp_().sum(1)
+
+
+def _below(logits: Tensor, top: Tensor) -> Tensor:
+    """Exponentials below ``top`` in the place of the logits."""
+    return logits.sub_(top[:, None]).exp_()
+
+
+def at_once(
+    states: Tensor, items: Tensor, weights: Tensor, below_top: Callable[[Tensor], tuple[Tensor, Tensor]] = _below_top
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``[n]``, what `statistics_of` gives, and the gradients of ``states`` and ``items`` for an upstream one of 1, in float32 at least."""
     wide = torch.promote_types(states.dtype, torch.float32)
     statistics = torch.empty(2, states.shape[1], len(states), dtype=wide)
@@ -34,17 +47,15 @@ def at_once(states: Tensor, items: Tensor, weights: Tensor) -> tuple[Tensor, Ten
         for row in _slices(len(states), rows):
             states_rd = states[row, k].to(wide)
             logits = torch.mm(states_rd, items_cd.T, out=held[: len(states_rd)])
-            top = logits.amax(1, keepdim=True)
-            exps = logits.sub_(top).exp_()
-            total = exps.sum(1, keepdim=True)
-            share = weights_s1[row] / total
-            dstates[row, k] = (exps @ items_cd).mul_(share)
-            ditems[:, k].addmm_(exps.T, states_rd * share)
-            statistics[:, k, row] = torch.cat((top, total), 1).T
+            statistics[0, k, row], total = below_top(logits)
+            statistics[1, k, row] = total
+            share = weights_s1[row] / total[:, None]
+            dstates[row, k] = (logits @ items_cd).mul_(share)
+            ditems[:, k].addmm_(logits.T, states_rd * share)
     return log_partition(statistics, weights), statistics, dstates, ditems
 
 
-def statistics_of(states: Tensor, items: Tensor) -> Tensor:
+def statistics_of(states: Tensor, items: Tensor, below_top: Callable[[Tensor], tuple[Tensor, Tensor]] = _below_top) -> Tensor:
     """``[2, n, S]`` in float32 at least: each state's largest logit, and the sum of all exponentials of what they are below it.
 
     Apart, since the logarithm of the sum would be rounded away beside a large logit.
@@ -60,9 +71,9 @@ def statistics_of(states: Tensor, items: Tensor) -> Tensor:
             items_cd = items[col, k].to(wide)
             for row in _slices(len(states), rows):
                 top, total = tops[k, row], totals[k, row]
-                logits = states_sd[row] @ items_cd.T
-                higher = torch.maximum(top, logits.amax(1))
-                total.mul_(top.sub_(higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
+                own_top, own_total = below_top(states_sd[row] @ items_cd.T)
+                higher = torch.maximum(top, own_top)
+                total.mul_(top.sub_(higher).exp_()).add_(own_total.mul_(own_top.sub_(higher).exp_()))
                 top.copy_(higher)
     return torch.stack((tops, totals))
 
@@ -74,7 +85,14 @@ def log_partition(statistics: Tensor, weights: Tensor) -> Tensor:
     return (lse_ns * weights.to(lse_ns.dtype)).sum(1).to(weights.dtype)
 
 
-def backward(grad: Tensor, states: Tensor, items: Tensor, weights: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+def backward(
+    grad: Tensor,
+    states: Tensor,
+    items: Tensor,
+    weights: Tensor,
+    statistics: Tensor,
+    below: Callable[[Tensor, Tensor], Tensor] = _below,
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``states [S, n, d]`` and ``items [C, n, d]`` for ``grad [n]``.
 
     With the softmax p and g_s = grad · w_s: d states_s = g_s Σ_c p_sc · items_c, d items_c = Σ_s g_s · p_sc · states_s.
@@ -91,7 +109,7 @@ def backward(grad: Tensor, states: Tensor, items: Tensor, weights: Tensor, stati
             items_cd = items[col, k].to(statistics.dtype)
             ditems_cd = torch.zeros_like(items_cd)
             for row in _slices(len(states), rows):
-                exps = (states_sd[row] @ items_cd.T).sub_(tops[k, row, None]).exp_()
+                exps = below(states_sd[row] @ items_cd.T, tops[k, row])
                 dstates_sd[row].addmm_(exps, items_cd)
                 ditems_cd.addmm_(exps.T, scaled_sd[row])
             ditems[col, k] = ditems_cd

@@ -163,19 +163,14 @@ extern "C" int64_t constrained_step(const float* log_probs, int64_t user_stride,
                   alive,     closed_offsets, closed,   width, children, renormalise != 0, out_nodes, out_scores, out_parents, out_cut};
   const int64_t total = count(step);
   if (total < 0) return 1;
-  constexpr int64_t kShare = 1 << 16;  // children that are worth a thread
+  constexpr int64_t kShare = 1 << 14;  // children that are worth a thread
   threads = std::max<int64_t>(1, std::min({threads, users, total / kShare}));
-  std::atomic<int64_t> next{0};
   std::atomic<bool> known{true};
-  auto work = [&]() {
+  native::parallel_for(threads, threads, [&](int64_t thread) {
     Best best(static_cast<size_t>(width)), of_beam(size_t(std::max<int64_t>(children, 1)));
     std::vector<float> found;
-    for (int64_t user = next++; user < users; user = next++)
+    for (int64_t user = users * thread / threads; user < users * (thread + 1) / threads; ++user)
       if (!run(step, user, best, of_beam, found)) known = false;
-  };
-  std::vector<std::thread> others;
-  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
+  });
   return known ? 0 : 2;
 }

@@ -94,10 +94,9 @@ def _(dy: Tensor, z: Tensor, levels: Sequence[int], form: str) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Tensor, Sequence[int], str], output: tuple[Tensor, Tensor]) -> None:
     z, *ctx.settings = inputs
     ctx.save_for_backward(z)
-    ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return _backward(dy, *ctx.saved_tensors, *ctx.settings), None, None
 
 

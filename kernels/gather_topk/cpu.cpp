@@ -136,15 +136,11 @@ extern "C" void gather_topk(const float* weights, int64_t width, int64_t groups,
   best.resize(size_t(threads), std::vector<Best>(size_t(users)));
   std::vector<std::atomic<float>> shared(static_cast<size_t>(users));
   for (std::atomic<float>& limit : shared) limit.store(-std::numeric_limits<float>::infinity(), std::memory_order_relaxed);
-  auto work = [&](int64_t thread) {
+  native::parallel_for(threads, threads, [&](int64_t thread) {
     const auto run = levels == 4 ? scan<4> : levels == 3 ? scan<3> : levels == 8 ? scan<8> : scan<0>;
     run(weights, width, groups, users, bags, levels, rows, count * thread / threads, count * (thread + 1) / threads, excluded, size_t(k),
-         best[size_t(thread)], shared);
-  };
-  std::vector<std::thread> others;
-  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
-  work(0);
-  for (std::thread& other : others) other.join();
+        best[size_t(thread)], shared);
+  });
   for (int64_t user = 0; user < users; ++user) {
     std::vector<uint64_t>& all = best[0][size_t(user)].keys;
     for (size_t thread = 1; thread < best.size(); ++thread) {

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Int8 pooling on the CPU by FBGEMM's inference look-up, straight from the stored rows."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,33 +16,33 @@ def forward(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dtype) -
     Raises:
         RuntimeError: a value is beyond the table, or the offsets do not divide the values into bags.
     """
+    check(rows, values, offsets)
+    pooled: Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
+        dev_weights=rows.view(-1), indices=values, offsets=offsets, indice_weights=None, **_settings(rows.shape[1] - HEADER, dtype)
+    )
+    return pooled
+
+
+@cache
+def _settings(width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What FBGEMM wants to know of one table of int8 on the host."""
     import fbgemm_gpu  # noqa: F401  registers the look-up
     from fbgemm_gpu.split_embedding_configs import SparseType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 
-    check(rows, values, offsets)
-    width = rows.shape[1] - HEADER
-    pooled: Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
-        dev_weights=rows.view(-1),
-        uvm_weights=rows.new_empty(0),
-        weights_placements=torch.tensor([EmbeddingLocation.HOST], dtype=torch.int32),
-        weights_offsets=torch.zeros(1, dtype=torch.int64),
-        weights_tys=torch.tensor([SparseType.INT8.as_int()], dtype=torch.uint8),
-        D_offsets=torch.tensor([0, width], dtype=torch.int32),
-        total_D=width,
-        max_int2_D=0,
-        max_int4_D=0,
-        max_int8_D=width,
-        max_float16_D=0,
-        max_float32_D=0,
-        indices=values,
-        offsets=offsets,
-        pooling_mode=int(PoolingMode.SUM),
-        indice_weights=None,
-        output_dtype=SparseType.from_dtype(dtype).as_int(),
-        row_alignment=1,
-    )
-    return pooled
+    return {
+        "uvm_weights": torch.empty(0, dtype=torch.uint8),
+        "weights_placements": torch.tensor([EmbeddingLocation.HOST], dtype=torch.int32),
+        "weights_offsets": torch.zeros(1, dtype=torch.int64),
+        "weights_tys": torch.tensor([SparseType.INT8.as_int()], dtype=torch.uint8),
+        "D_offsets": torch.tensor([0, width], dtype=torch.int32),
+        "total_D": width,
+        **{f"max_{kind}_D": 0 for kind in ("int2", "int4", "float16", "float32")},
+        "max_int8_D": width,
+        "pooling_mode": int(PoolingMode.SUM),
+        "output_dtype": SparseType.from_dtype(dtype).as_int(),
+        "row_alignment": 1,
+    }
 
 
 def check(rows: Tensor, values: Tensor, offsets: Tensor) -> None:
@@ -48,7 +51,9 @@ def check(rows: Tensor, values: Tensor, offsets: Tensor) -> None:
     Raises:
         RuntimeError: a value is beyond the table, or the offsets do not divide the values into bags.
     """
-    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < len(rows):
-        raise RuntimeError(f"values: expected rows from 0 to {len(rows) - 1}, got {int(values.min())} to {int(values.max())}")
+    if len(values):
+        least, most = (int(end) for end in torch.aminmax(values))
+        if not 0 <= least <= most < len(rows):
+            raise RuntimeError(f"values: expected rows from 0 to {len(rows) - 1}, got {least} to {most}")
     if int(offsets[0]) != 0 or int(offsets[-1]) != len(values) or bool((offsets.diff() < 0).any()):
         raise RuntimeError(f"offsets: expected not descending ones from 0 to {len(values)}, got {int(offsets[0])} to {int(offsets[-1])}")

@@ -154,10 +154,9 @@ def _save(
     y, lse = output
     ctx.save_for_backward(*tensors, y if form == "softmax" else None, lse)  # type: ignore[arg-type]
     ctx.rule = (form, mask, group, divisor)  # type: ignore[attr-defined]
-    ctx.mark_non_differentiable(lse)
 
 
-def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors, rule = ctx.saved_tensors, ctx.rule  # type: ignore[attr-defined]
     dq, dk, dv, dbias = _backward(dy, *tensors, *rule)
     return dq, dk, dv, None, dbias if tensors[4] is not None else None, None, None, None, None

@@ -63,13 +63,9 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Ten
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
-    if dy is None:
-        return None, None, None
+def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
     x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
     dx, dweight = _backward(dy, x, weight, scale)
     return dx, dweight, None

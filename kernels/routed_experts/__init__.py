@@ -200,15 +200,11 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, weight_in, weight_out, _, gates, bias, onto, activation, _ = inputs
     _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # zeros for what was kept would be as large as the inner layer
     ctx.save_for_backward(x, weight_in, weight_out, gates, bias, *kept)
     ctx.is_onto, ctx.activation = onto is not None, activation
 
 
-def _gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 9
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight_in, weight_out, gates, bias, *kept = ctx.saved_tensors
     dx, dweight_in, dweight_out, dgates, dbias = _backward(dy, x, weight_in, weight_out, gates, bias, *kept, ctx.activation)
     return dx, dweight_in, dweight_out, None, dgates, None if bias is None else dbias, dy if ctx.is_onto else None, None, None

@@ -132,10 +132,9 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], out
     *tensors, scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.scale = scale  # type: ignore[attr-defined]
-    ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors, scale = ctx.saved_tensors, ctx.scale  # type: ignore[attr-defined]
     dq, dk, dv = _backward(dy, *tensors, scale)
     return dq, dk, dv, None, None, None, None

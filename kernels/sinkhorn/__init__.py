@@ -91,10 +91,9 @@ def _(dy: Tensor, logits: Tensor, temperature: Tensor, duals: Tensor, iterations
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool, bool], output: tuple[Tensor, Tensor]) -> None:
     logits, temperature, *ctx.settings = inputs
     ctx.save_for_backward(logits, temperature, output[1])
-    ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
     return _backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sinkhorn in the log domain: a matrix and its transpose stay in the cache through all iterations, forward and backward. A row step is a
 // column step of the transpose, so that every sum runs down whole vectors. See cpu.py for the duals.
+//
+// Between steps the duals move little, so that most steps need no exponential of the whole matrix: they scale the rows and columns of one
+// that was formed before, and where the scales leave the range that keeps float32 exact, the step is taken in the log domain and the
+// matrix is formed again. Entries that have become zero there would have been below e^-50 of their sums.
+#include <optional>
+
 #include "native.h"
 
 using namespace native;
@@ -8,6 +14,7 @@ using namespace native;
 namespace {
 
 constexpr float kNowhere = -1e30f;  // the dual of a column that only fills up a vector
+constexpr float kFar = 10.0f;       // how far a dual may be from the one that the scaled matrix was formed with
 
 // A matrix [n, n], its rows filled up to whole vectors.
 struct Matrix {
@@ -68,12 +75,59 @@ Matrix visible(const Matrix& a, const Dual& u, const Dual& v, float negligible) 
   return y;
 }
 
+// of - base, as long as it is small; what only fills up is 0.
+bool near(const Dual& of, const Dual& base, int64_t n, float limit, Dual& difference) {
+  vf most{};
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const vf own = load(of.begin() + j, n - j) - load(base.begin() + j, n - j);
+    store(difference.begin() + j, own);
+    most = max(most, own < vf{} ? -own : own);
+  }
+  return largest(most) <= limit;
+}
+
+// A matrix exp(a_ij + u_i + v_j) and its transpose, whose rows and columns are scaled from step to step.
+struct Scaled {
+  Dual u, v, row, column;  // the duals it was formed with, and the scales by row and by column
+  Matrix k, turned;
+  Scaled(const Matrix& a, const Matrix& a_turned, const Dual& u, const Dual& v)
+      : u(u), v(v), row(a.n, 1.0f), column(a.n, 1.0f), k(visible(a, u, v, -kInfinity)), turned(visible(a_turned, v, u, -kInfinity)) {}
+
+  // A column step and a row step, which give new duals; false, and no duals, where the scales would leave their range.
+  bool step(Dual& new_u, Dual& new_v) {
+    return scale(k, row, v, column, new_v) && scale(turned, column, u, row, new_u);
+  }
+
+ private:
+  static bool scale(const Matrix& k, const Dual& given, const Dual& base, Dual& found, Dual& dual) {
+    vf least = broadcast(kInfinity), most{};
+    for (int64_t j = 0; j < k.width; j += kWidth) {
+      vf total{};
+      for (int64_t i = 0; i < k.n; ++i) total += load(k.row(i) + j) * given.begin()[i];
+      for (int64_t lane = k.n - j; lane < kWidth; ++lane) total[lane] = 1.0f;
+      least = total < least ? total : least;
+      most = max(most, total);
+      store(found.begin() + j, 1.0f / total);
+      store(dual.begin() + j, load(base.begin() + j) - log(total));
+    }
+    std::fill(dual.begin() + k.n, dual.begin() + k.width, kNowhere);
+    return -largest(-least) >= std::exp(-kFar) && largest(most) <= std::exp(kFar);
+  }
+};
+
 void forward(const float* from, float* y, float* duals, int64_t n, int64_t iterations, bool implicit, float negligible) {
   const Matrix a(from, n, false), turned(from, n, true);
   Dual u(n, 0.0f), v(n);
+  std::optional<Scaled> scaled;
   for (int64_t t = 0; t < iterations; ++t) {
-    normalise(a, u, v);
-    normalise(turned, v, u);
+    Dual next_u(n), next_v(n);
+    if (scaled && scaled->step(next_u, next_v)) {
+      u = next_u, v = next_v;
+    } else {
+      normalise(a, u, v);
+      normalise(turned, v, u);
+      scaled.emplace(a, turned, u, v);
+    }
     float* own = duals + (implicit ? 0 : t) * 2 * n;
     std::copy_n(v.begin(), n, own);
     std::copy_n(u.begin(), n, own + n);
@@ -95,19 +149,45 @@ void sums(const Matrix& g, Dual& du, Dual& dv) {
   }
 }
 
+// `take` from a matrix k = exp(a_ij + base_row_i + base_column_j), where both duals are near its own.
+void take_scaled(const Matrix& k, const Dual& from_row, const Dual& from_column, const Dual& pull, Matrix& g, Dual& taken) {
+  Dual pulls(k.n);
+  for (int64_t i = 0; i < k.width; i += kWidth) store(pulls.begin() + i, exp(load(from_row.begin() + i)) * load(pull.begin() + i));
+  for (int64_t j = 0; j < k.width; j += kWidth) {
+    vf total{};
+    const vf here = exp(load(from_column.begin() + j));
+    for (int64_t i = 0; i < k.n; ++i) {
+      const vf through = load(k.row(i) + j) * here * pulls.begin()[i];
+      store(g.row(i) + j, load(g.row(i) + j) - through);
+      total += through;
+    }
+    store(taken.begin() + j, total);
+  }
+}
+
 // What row steps take is collected in g, what column steps take in its transpose.
 void unrolled(const Matrix& a, const Matrix& turned, const float* duals, int64_t iterations, Matrix& g) {
   const int64_t n = a.n;
+  const Dual last_v(duals + (iterations - 1) * 2 * n, n), last_u(duals + (iterations - 1) * 2 * n + n, n);
+  const Matrix k = visible(a, last_u, last_v, -kInfinity), k_turned = visible(turned, last_v, last_u, -kInfinity);
+  Dual from_u(n), from_v(n);
   Matrix other(n);
   Dual du(n), dv(n), taken(n), none(n, 0.0f);
   sums(g, du, dv);
   for (int64_t t = iterations - 1; t >= 0; --t) {
     const Dual v(duals + t * 2 * n, n), u(duals + t * 2 * n + n, n);
-    take(a, u, v, du, g, taken);
+    const bool close = near(v, last_v, n, kFar, from_v);
+    if (close && near(u, last_u, n, kFar, from_u))
+      take_scaled(k, from_u, from_v, du, g, taken);
+    else
+      take(a, u, v, du, g, taken);
     for (int64_t j = 0; j < a.width; j += kWidth) store(dv.begin() + j, load(dv.begin() + j) - load(taken.begin() + j));
     Dual before(n, 0.0f);
     if (t) std::copy_n(duals + (t - 1) * 2 * n + n, n, before.begin());
-    take(turned, v, before, dv, other, taken);
+    if (close && near(before, last_u, n, kFar, from_u))
+      take_scaled(k_turned, from_v, from_u, dv, other, taken);
+    else
+      take(turned, v, before, dv, other, taken);
     for (int64_t i = 0; i < a.width; i += kWidth) store(du.begin() + i, -load(taken.begin() + i));
     dv = none;
   }

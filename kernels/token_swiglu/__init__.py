@@ -99,10 +99,9 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], out
     x, gate_up, down, scale, residual = inputs
     ctx.save_for_backward(x, gate_up, down, scale, output[1])
     ctx.has_residual = residual is not None  # type: ignore[attr-defined]
-    ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, gate_up, down, scale, product = ctx.saved_tensors  # type: ignore[attr-defined]
     dx, dgate_up, ddown, dscale = _backward(dy, x, gate_up, down, scale, product)
     return dx, dgate_up, ddown, None if scale is None else dscale, dy if ctx.has_residual else None  # type: ignore[attr-defined]

@@ -68,7 +68,7 @@ def test_the_table_decides_on_the_cpu_and_an_override_over_it(a_table, monkeypat
 def test_what_an_implementation_does_not_support_falls_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with backend.use("native"):
         assert backend.implementation("rms_norm", torch.ones(2, 3, dtype=torch.float64)) is cpu
-        assert backend.implementation("fsq", torch.ones(2, 1, 3)).__name__ == "kernels.fsq.cpu"
+        assert backend.implementation("int8_pooling", torch.ones(2, 3)).__name__ == "kernels.int8_pooling.cpu"
         monkeypatch.setattr(native, "load", lambda _: None)
         assert backend.implementation("rms_norm", torch.ones(2, 3)) is cpu
 

@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import backend
 from kernels.sinkhorn import cpu, sinkhorn
 from recsys.ranking.sinkhorn import sinkhorn as of_the_model
+
+WAYS: tuple[backend.Backend, ...] = ("native", "cpu")
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -25,6 +28,23 @@ def test_is_what_the_model_computes(symmetric: bool, temperature: float) -> None
     (gradient,) = torch.autograd.grad(found, logits, upstream)
     (wanted,) = torch.autograd.grad(expected, logits, upstream)
     torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("spread", "implicit"), [(0.3, False), (3.0, False), (20.0, False), (80.0, False), (0.3, True), (20.0, True)])
+def test_scaled_matrices_of_the_loop_are_as_exact_as_logarithms(spread: float, implicit: bool) -> None:
+    """Small logits stay within reach of one matrix; large ones leave it, and it is formed again or not used."""
+    logits, upstream = spread * drawn(4, 33, 33), drawn(4, 33, 33, seed=1)
+
+    def found(way: backend.Backend, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        own = logits.to(dtype).requires_grad_()
+        with backend.use(way):
+            y = sinkhorn(own, 1.0, 20, implicit=implicit)
+            return y.detach().double(), torch.autograd.grad(y, own, upstream.to(dtype))[0].double()
+
+    expected = found("reference", torch.float64)
+    errors = [[float((a - b).norm() / b.norm()) for a, b in zip(found(way, torch.float32), expected, strict=True)] for way in WAYS]
+    for of_loop, of_torch in zip(*errors, strict=True):
+        assert of_loop <= 8 * of_torch + 1e-6
 
 
 def test_both_ops_stand_beside_each_other() -> None:
