@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from kernels.op import Op, Result, Shape, forward_backward
 
@@ -24,6 +25,18 @@ def unwritten_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def most_held(call: Callable[[], object]) -> int:
+    """Bytes of tensors that ``call`` held at most at a time, by torch's own record of allocations on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    held = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def error_ratio(value: Tensor, expected: Tensor) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.frame import Check, Ratio, Result, ratio, threads
+from benchmarks.kernels import catalogue
 from benchmarks.kernels.rivals import RIVALS, Rival
 from kernels.op import Op, Shape, forward_backward
 from kernels.registry import OPS
@@ -71,7 +72,9 @@ def run(*, quick: bool) -> Result:
             contest(op, shape, pairs=5 if quick else 15)
             for op, shape in track([(op, shape) for op in OPS for shape in shapes_of(op, quick=quick)], "ops by shape")
         ]
-    return Result("kernels", [_row(own) for own in contests], checks(contests), {"threads": THREADS, "seconds": _details(contests)})
+        row, of_catalogue = catalogue.compared(quick=quick, timed=in_turns)
+    rows = [*(_row(own) for own in contests), row]
+    return Result("kernels", rows, [*checks(contests), *of_catalogue], {"threads": THREADS, "seconds": _details(contests)})
 
 
 def shapes_of(op: Op, *, quick: bool) -> list[Shape]:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels' benchmark: rivals compute what the ops compute, and the checks look at each op's worst shape."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.kernels import FUSED, OVER_BEST, OVER_EAGER, TIES, Contest, check_alike, checks, contest, once, shapes_of
+from benchmarks.kernels import FUSED, OVER_BEST, OVER_EAGER, TIES, Contest, catalogue, check_alike, checks, contest, once, shapes_of
 from benchmarks.kernels.rivals import RIVALS
 from kernels.op import Op
 from kernels.registry import OPS
@@ -55,6 +57,19 @@ def test_a_contest_times_everyone_in_turns(monkeypatch: pytest.MonkeyPatch) -> N
     found = contest(BY_NAME["rms_norm"], (8, 16), pairs=5)
     assert set(found.seconds) == {"op", "eager", "compiled"} and not found.failed
     assert all(len(seconds) == 5 and min(seconds) > 0 for seconds in found.seconds.values())
+
+
+def test_the_catalogue_loss_is_compared_in_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "QUICK", (600, 40_000, 8))
+
+    def timed(calls: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
+        assert set(calls) == {"op", "plain"}
+        return {"op": [1.1] * pairs, "plain": [1.0] * pairs}
+
+    row, (time, memory) = catalogue.compared(quick=True, timed=timed)
+    assert (time.name, time.at_most, time.value) == ("catalogue_loss_time", 1.2, 1.1)
+    assert (memory.name, memory.at_most, memory.holds) == ("catalogue_loss_memory", 0.1, True)
+    assert row["shape"] == "600 1 40000 8" and row["ms"] == 1100
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import backend
 from kernels.catalogue_loss import OP, cpu, weighted_log_partition
-from kernels.testing import assert_matches_reference, error_ratio
+from kernels.testing import assert_matches_reference, error_ratio, most_held
 
 S, N, C, D = 40, 3, 50, 6
 
@@ -187,18 +186,6 @@ def test_memory_is_a_tenth_of_that_of_the_plain_loss(candidates: int) -> None:
     plain = most_held(lambda: torch.autograd.grad(functional.cross_entropy(states[:, 0] @ items[:, 0].T, targets), (states, items)))
     assert plain > 2 * 512 * candidates * 4
     assert mine < 0.1 * 2 * 512 * candidates * 4
-
-
-def most_held(call: Callable[[], object]) -> int:
-    """Bytes at most that ``call`` held at a time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    held = most = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 def test_the_reference_backend_has_the_same_gradients() -> None:
