@@ -136,7 +136,7 @@ def _forward(
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, and what the gradient needs: the inner layer (`_kept`), the order of the pairs, where their groups begin."""
-    module = backend.implementation("routed_experts", x)
+    module = backend.implementation("routed_experts", x, weight_in)
     given = (x, weight_in, weight_out, chosen, gates, bias, onto)
     y, inner, order, offsets = (module or cpu).forward(*given, activation, _kept(x, chosen, save) > 0)
     if module is None:
@@ -158,7 +158,7 @@ def _backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, W_in, W_out, the gates and the bias, the last one empty where there is none."""
-    module = backend.implementation("routed_experts", x) or cpu
+    module = backend.implementation("routed_experts", x, weight_in) or cpu
     gradients = module.backward(dy, x, weight_in, weight_out, gates, bias, inner, order, offsets, activation)
     return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], gradients)
 

@@ -102,7 +102,7 @@ def _forward(
     onto: Tensor | None,
     activation: str,
 ) -> Tensor:
-    module = backend.implementation("routed_experts", x)
+    module = backend.implementation("routed_experts", x, weight_in)
     given, scales = (x, weight_in, weight_out, chosen, gates), (scale_in, scale_out)
     if module is None:
         return reference.routed_experts_int8(*given, *scales, bias, onto, cast(Activation, activation)).contiguous()

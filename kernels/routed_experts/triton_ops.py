@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     places: Tensor
 
 
-def supports(x: Tensor) -> bool:
+def supports(x: Tensor, _: Tensor) -> bool:
     """Whether the kernels take the dtype of ``x [T, B, D]``, and a token's rows can be counted in 32 bits."""
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] * x.shape[2] < 2**31
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts beside a loop over rows, with and without what can be left out; what torch sees of the op; int8 weights; errors."""
+"""Routed experts beside a loop over rows, with and without what can be left out; what torch sees of the op; int8 weights; C++; errors."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import backend
-from kernels.routed_experts import OP, cpu, draw, pairs_of, routed_experts
+from kernels.op import forward_backward
+from kernels.routed_experts import OP, cpu, draw, native, pairs_of, routed_experts
 from kernels.routed_experts.int8 import OP as INT8
 from kernels.routed_experts.int8 import quantize_experts, routed_experts_int8
 
@@ -219,6 +220,124 @@ def test_int8_operations_are_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         routed_experts_int8(*given)
     assert counter.get_total_flops() == INT8.work(shape, torch.float32).flops == pairs_of(shape) * 2 * D * 2 * H
+
+
+# The loops in C++
+
+
+def on_threads(threads: int, given: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with backend.use("native"):
+            values, found = forward_backward(OP.call, given)
+    finally:
+        torch.set_num_threads(before)
+    return *values, *found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 700, 20, 12, 3, 2), (5, 40, 32, 16, 4, 3)])
+@pytest.mark.parametrize("gelu", [0, 1])
+def test_threads_change_no_bit(shape: tuple[int, ...], gelu: int, dtype: torch.dtype) -> None:
+    one, *others = (on_threads(threads, drawn(dtype, gelu, shape)) for threads in (1, 2, 3))
+    for other in others:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, one, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gelu", [0, 1])
+def test_a_row_alone_gets_the_same_bits(gelu: int, dtype: torch.dtype) -> None:
+    x, w_in, w_out, chosen, gates, bias, onto, activation = drawn(dtype, gelu, (2, 90, 20, 12, 3, 2))
+    with backend.use("native"):
+        together = routed_experts(x, w_in, w_out, chosen, gates, bias, onto, activation)
+        (dx,) = torch.autograd.grad(together.sum(), x)
+        for row in (0, 7, 8, 89):
+            own = slice(row, row + 1)
+            alone = routed_experts(x[:, own], w_in, w_out, chosen[:, own], gates[:, own], bias, onto[:, own], activation)
+            assert torch.equal(alone, together[:, own])
+            assert torch.equal(torch.autograd.grad(alone.sum(), x)[0][:, own], dx[:, own])
+
+
+@pytest.mark.parametrize("left_out", [(), (5,), (6,), (5, 6)])
+@pytest.mark.parametrize("gelu", [0, 1])
+def test_loops_keep_what_torch_operations_keep(gelu: int, left_out: tuple[int, ...]) -> None:
+    """So that either may run backward after either."""
+    *given, activation = (one.detach() if isinstance(one, Tensor) else one for one in drawn(torch.float32, gelu))
+    given = [None if place in left_out else one for place, one in enumerate(given)]
+    x, w_in, w_out, _, gates, bias, _ = given
+    found, expected = (module.forward(*given, activation, True) for module in (native, cpu))
+    for mine, theirs in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.equal(found[2], expected[2])
+    assert torch.equal(found[3], expected[3])
+    dy = torch.randn(T, B, D, generator=torch.Generator().manual_seed(1))
+    kept = native.backward(dy, x, w_in, w_out, gates, bias, *found[1:], activation)
+    again = native.backward(dy, x, w_in, w_out, gates, bias, found[1][:0], *found[2:], activation)
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+    for mine, theirs in zip(kept, cpu.backward(dy, x, w_in, w_out, gates, bias, *found[1:], activation), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch", "experts", "choices"), [(0, B, E, K), (T, 0, E, K), (T, B, E, 0), (T, B, 1, 1), (1, 1, 1, 1), (1, 1, E, K)]
+)
+@pytest.mark.parametrize("idle", [False, True])
+def test_loops_run_where_there_is_little_or_nothing(tokens: int, batch: int, experts: int, choices: int, idle: bool) -> None:
+    x, w_in, w_out, chosen, gates, bias, onto, activation = drawn(torch.float32, shape=(T, B, D, H, experts, min(K, experts)))
+    if idle:
+        chosen[:] = -1
+    x, onto, chosen, gates = (one[:tokens, :batch] for one in (x, onto, chosen[..., :choices], gates[..., :choices]))
+    given = (x, w_in[:tokens], w_out[:tokens], chosen, gates, bias[:tokens], onto, activation)
+    with backend.use("native"), backend.record() as ran:
+        value = routed_experts(*given)
+        found = gradients(value, given)
+    assert {choice.backend for choice in ran} == {"native"}
+    expected = OP.reference(*given)
+    for mine, theirs in zip((value, *found), (expected, *gradients(expected, given)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_loops_take_tokens_and_rows_in_either_order_and_weights_in_any() -> None:
+    x, w_in, w_out, chosen, gates, bias, onto, activation = drawn(torch.float32)
+    with backend.use("native"):
+        expected = routed_experts(x, w_in, w_out, chosen, gates, bias, onto, activation)
+        expected_gradients = gradients(expected, (x, w_in, w_out))
+        turned = [one.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for one in (x, onto)]
+        weights = [one.detach().mT.contiguous().mT.requires_grad_() for one in (w_in, w_out)]
+        value = routed_experts(turned[0], *weights, chosen, gates, bias, turned[1], activation)
+        assert torch.equal(value, expected)
+        for mine, theirs in zip(gradients(value, (turned[0], *weights)), expected_gradients, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("gelu", [0, 1])
+def test_loops_with_int8_weights_equal_their_reference(gelu: int) -> None:
+    given = INT8.inputs((2, 100, 20, 33, 5, 3, gelu), torch.float32, torch.Generator().manual_seed(0))
+    wide = [one.double() if isinstance(one, Tensor) and one.dtype == torch.float32 else one for one in given]
+    with backend.use("native"), backend.record() as ran:
+        torch.testing.assert_close(routed_experts_int8(*given).double(), INT8.reference(*wide), rtol=1e-5, atol=1e-5)
+    assert {choice.backend for choice in ran} == {"native"}
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(256, "native"), (257, "cpu")])
+def test_experts_too_large_for_the_cache_are_left_to_torch(dim: int, expected: str) -> None:
+    given = drawn(torch.float32, shape=(1, 2, dim, 128, 1, 1))
+    with backend.use("native"), backend.record() as ran:
+        value = routed_experts(*given)
+        value.sum().backward()
+    assert {choice.backend for choice in ran} == {expected}
+    torch.testing.assert_close(value, OP.reference(*given), rtol=1e-5, atol=1e-5)
+
+
+def test_loops_name_a_choice_that_is_no_expert() -> None:
+    given = list(drawn(torch.float32))
+    int8 = list(INT8.inputs((T, B, D, H, E, K, 0), torch.float32, torch.Generator().manual_seed(0)))
+    given[3] = int8[3] = given[3].clone()
+    given[3][1, 2, 1] = E + 1
+    for call, arguments in ((routed_experts, given), (routed_experts_int8, int8)):
+        with backend.use("native"), pytest.raises(ValueError, match="chosen: expected experts below 4, got 5"):
+            call(*arguments)
 
 
 # Errors
