@@ -33,13 +33,18 @@ inline vf broadcast(float x) { return vf{} + x; }
 
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
-// Folds a vector in halves.
+// Folds the lanes in halves; without a loop over the halves, which g++ would not unroll.
+template <int kHalf, class Fold>
+inline void halve(float* lanes, Fold fold) {
+  for (int lane = 0; lane < kHalf; ++lane) lanes[lane] = fold(lanes[lane], lanes[lane + kHalf]);
+  if constexpr (kHalf > 1) halve<kHalf / 2>(lanes, fold);
+}
+
 template <class Fold>
 inline float folded(vf x, Fold fold) {
   float lanes[kWidth];
   std::memcpy(lanes, &x, sizeof x);
-  for (int half = kWidth / 2; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] = fold(lanes[lane], lanes[lane + half]);
+  halve<kWidth / 2>(lanes, fold);
   return lanes[0];
 }
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import backend
-from kernels.paged_scores import OP, cpu, paged_scores
+from kernels.paged_scores import DTYPES, OP, cpu, native, paged_scores
+from kernels.testing import error_ratio
 
 SHAPE = (6, 3, 5, 63, 40, 0, 7)
 
@@ -28,9 +29,9 @@ def test_is_gather_then_product(slot_type: torch.dtype, elements: int, monkeypat
             torch.testing.assert_close(found[head, begin:end], pages[slots[begin:end], head // 2] @ q[row, head])
 
 
-@pytest.mark.parametrize("version", ["reference", "cpu"])
+@pytest.mark.parametrize("version", ["reference", "cpu", "native"])
 def test_a_slot_of_minus_one_scores_minus_infinity(version: str) -> None:
-    q, pages, slots, offsets = drawn()
+    q, pages, slots, offsets = drawn(torch.float32)
     whole, slots = paged_scores(q, pages, slots, offsets), slots.clone()
     slots[[0, 41]] = -1
     with backend.use(version):
@@ -62,6 +63,51 @@ def test_a_row_does_not_depend_on_its_batch_mates() -> None:
     assert torch.equal(alone, paged_scores(q, pages, slots, offsets)[:, 40:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slot_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize("width", [1, 15, 16, 33, 128])
+def test_the_loop_equals_the_reference_in_double_precision(dtype: torch.dtype, slot_type: torch.dtype, width: int) -> None:
+    """Also over a pool that is a view, rows that are shorter and longer than a task, and slots of -1."""
+    q, pages, slots, offsets, _ = OP.inputs((6, 2, width, 900, 700, 0, 1, 17, 300), dtype, torch.Generator().manual_seed(1))
+    slots[::7] = -1
+    expected = OP.reference(q.double(), pages.double(), slots, offsets, torch.float64)
+    turned = pages.transpose(0, 1).contiguous().transpose(0, 1)
+    apart = torch.stack((pages, pages), -1)[..., 0]
+    with backend.use("native"), backend.record() as ran:
+        found = paged_scores(q, pages, slots.to(slot_type), offsets)
+        assert all(torch.equal(found, paged_scores(q, other, slots.to(slot_type), offsets)) for other in (turned, apart))
+    assert {choice.backend for choice in ran} == {"native"}
+    missing = slots < 0
+    assert bool((found[:, missing] == -torch.inf).all())
+    assert error_ratio(found[:, ~missing], expected[:, ~missing]) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_the_loop_gives_the_same_bits_on_any_number_of_threads_and_for_any_batch_mates() -> None:
+    q, pages, slots, offsets, _ = OP.inputs((4, 4, 64, 5000, 1000, 3, 4096), torch.float32, torch.Generator().manual_seed(1))
+    before, found = torch.get_num_threads(), []
+    try:
+        with backend.use("native"):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(paged_scores(q, pages, slots, offsets))
+            alone = paged_scores(q[2:], pages, slots[1003:], torch.tensor([0, 4096]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0][:, 1003:], alone)
+
+
+def test_the_loop_takes_single_precision_and_bfloat16() -> None:
+    supported = {dtype for dtype in DTYPES if native.supports(drawn(dtype)[0], torch.float32)}
+    assert supported == {torch.float32, torch.bfloat16}
+    q, pages, slots, offsets = drawn(torch.float16)
+    with backend.use("native"), backend.record() as ran:
+        found = paged_scores(q, pages, slots, offsets)
+    assert {choice.backend for choice in ran} == {"cpu"}
+    with backend.use("cpu"):
+        assert torch.equal(found, paged_scores(q, pages, slots, offsets))
+
+
 def test_no_gradient_passes_and_products_are_counted() -> None:
     q, pages, slots, offsets = drawn()
     with FlopCounterMode(display=False) as counter:
@@ -75,7 +121,7 @@ def test_no_rows_are_no_error() -> None:
     assert paged_scores(q[:0], pages, slots[:0], torch.tensor([0])).shape == (6, 0)
 
 
-@pytest.mark.parametrize("version", ["reference", "cpu"])
+@pytest.mark.parametrize("version", ["reference", "cpu", "native"])
 @pytest.mark.parametrize(
     ("place", "wrong", "message"),
     [
@@ -86,7 +132,7 @@ def test_no_rows_are_no_error() -> None:
     ],
 )
 def test_values_that_do_not_fit_are_errors_on_the_cpu(version: str, place: int, wrong: Tensor, message: str) -> None:
-    given = list(drawn())
+    given = list(drawn(torch.float32))
     given[place] = wrong
     with backend.use(version), pytest.raises(RuntimeError, match=message):
         paged_scores(*given)

@@ -8,8 +8,10 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import backend
-from kernels.selected_attention import OP, cpu, gathered_elements, selected_attention
+from kernels.op import forward_backward
+from kernels.selected_attention import OP, cpu, gathered_elements, native, reference, selected_attention
 from kernels.selected_attention.shape import Case, Layout
+from kernels.testing import error_ratio
 
 CASE = Case(2, 4, 2, 7, 20, 2, 3, 9, 5, 3, 1)
 
@@ -108,6 +110,102 @@ def test_a_row_does_not_depend_on_its_batch_mates() -> None:
         row = slice(b, b + 1)
         alone = selected_attention(q[row], k[row], v[row], index[row], valid[row], last, scale)
         torch.testing.assert_close(alone, whole[row], rtol=0, atol=1e-6)
+
+
+ODD = [
+    Case(2, 6, 2, 131, 77, 2, 4, 50, 33, 20, 1),  # chunks of queries that are not full, and columns that fill no vector
+    Case(2, 6, 2, 131, 77, 6, 1, 50, 16, 48, 0),
+    Case(1, 4, 2, 2, 700, 2, 1, 600, 17, 5, 1),  # a list in parts
+    Case(1, 4, 1, 1, 12_000, 4, 1, 10_000, 8, 8, 0),
+    Case(1, 2, 1, 70, 12_000, 1, 1, 10_000, 4, 4, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ODD, ids=lambda case: "x".join(map(str, case)))
+def test_the_loop_equals_the_reference_in_double_precision(case: Case, dtype: torch.dtype) -> None:
+    given = drawn(case, dtype)
+    wide = [x.detach().double().requires_grad_() for x in given[:3]]
+    expected = reference.selected_attention(*wide, *given[3:])
+    upstream = torch.randn(expected.transpose(1, 2).shape, generator=torch.Generator().manual_seed(1)).to(dtype).transpose(1, 2)
+    with backend.use("native"), backend.record() as ran:
+        found = selected_attention(*given)
+        gradients = torch.autograd.grad(found, given[:3], upstream)
+    assert {choice.backend for choice in ran} == {"native"}
+    pairs = zip((found.detach(), *gradients), (expected, *torch.autograd.grad(expected, wide, upstream.double())), strict=True)
+    assert all(error_ratio(mine, theirs.detach()) < (4e-6 if dtype == torch.float32 else 1e-2) for mine, theirs in pairs)
+
+
+@pytest.mark.parametrize("case", [Case(3, 6, 2, 131, 77, 2, 4, 50, 33, 20, 1), Case(3, 4, 2, 1, 700, 2, 1, 600, 16, 16, 0)])
+def test_the_loop_gives_the_same_bits_on_any_number_of_threads_and_for_any_batch_mates(case: Case) -> None:
+    given = drawn(case, torch.float32)
+    row = [x[1:2].detach().requires_grad_(x.requires_grad) for x in given[:5]]
+    before, found = torch.get_num_threads(), []
+    try:
+        with backend.use("native"):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                values, gradients = forward_backward(selected_attention, given)
+                found.append((*values, *gradients))
+            values, gradients = forward_backward(selected_attention, (*row, *given[5:]))
+    finally:
+        torch.set_num_threads(before)
+    for one, two, three, alone in zip(*found, (*values, *gradients), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three) and torch.equal(one[1:2], alone)
+
+
+@pytest.mark.parametrize("case", [CASE, Case(2, 4, 2, 1, 700, 2, 1, 600, 5, 3, 0)])
+def test_what_the_loop_keeps_means_what_torch_operations_keep(case: Case) -> None:
+    given = [x.detach() if isinstance(x, Tensor) else x for x in drawn(case, torch.float32)]
+    (y, lse), (y_cpu, lse_cpu) = native.forward(*given), cpu.forward(*given)
+    torch.testing.assert_close(y, y_cpu)
+    torch.testing.assert_close(lse, lse_cpu)
+    assert bool((lse == torch.inf).any()) == (case is CASE)
+    for mine, theirs in zip(
+        native.backward(y, *given[:6], y_cpu, lse_cpu, given[6]), cpu.backward(y, *given[:6], y, lse, given[6]), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loop_reads_tensors_as_they_lie_and_nothing_where_nothing_counts() -> None:
+    q, k, v, index, valid, last, scale = (x.detach() if isinstance(x, Tensor) else x for x in drawn(dtype=torch.float32))
+    with backend.use("native"):
+        expected = selected_attention(q, k, v, index, valid, last, scale)
+        turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        apart = [torch.stack((x, x), -1)[..., 0] for x in (q, k, v)]
+        for others in (turned, apart):
+            assert torch.equal(selected_attention(*others, index.long().masked_fill(~valid, -7), valid, last.int(), scale), expected)
+        whole = selected_attention(q, k, v, index, valid, torch.full_like(last, 1 << 40), scale)
+        assert torch.equal(whole, selected_attention(q, k, v, index, valid, None, scale))
+        nothing = torch.zeros_like(valid)
+        for keys in (20, 0):
+            leaves = [x.clone().requires_grad_() for x in (q, k[:, :, :keys], v[:, :, :keys])]
+            (y,), gradients = forward_backward(selected_attention, (*leaves, index, nothing, last, scale))
+            assert not y.any() and not any(bool(gradient.any()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("place", [-1, 20, 1 << 32])
+def test_a_place_that_no_key_has_is_an_error_of_the_loop_too(place: int) -> None:
+    q, k, v, index, valid, last, scale = (x.detach() if isinstance(x, Tensor) else x for x in drawn(dtype=torch.float32))
+    y, lse = native.forward(q, k, v, index, valid, last, scale)
+    index, valid = index.long(), torch.ones_like(valid)
+    index[1, 0, 2, 3] = place
+    with pytest.raises(RuntimeError, match="index: expected places from 0 to 19 where valid"):
+        native.forward(q, k, v, index, valid, last, scale)
+    with pytest.raises(RuntimeError, match="index: expected places from 0 to 19 where valid"):
+        native.backward(y, q, k, v, index, valid, last, y, lse, scale)
+
+
+def test_the_loop_takes_single_precision_and_bfloat16() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    assert [native.supports(*(drawn(dtype=dtype)[i] for i in (0, 2))) for dtype in dtypes] == [True, True, False, False]
+    given = drawn(dtype=torch.float16)
+    with backend.use("native"), backend.record() as ran:
+        y = selected_attention(*given)
+        torch.autograd.grad(y.sum(), given[:3])
+    assert {choice.backend for choice in ran} == {"cpu"}
+    with backend.use("cpu"):
+        assert torch.equal(y, selected_attention(*given))
 
 
 def test_autocast_takes_its_dtype_and_statistics_stay_in_single_precision() -> None:
