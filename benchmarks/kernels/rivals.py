@@ -19,6 +19,7 @@ from kernels.int8_pooling.cpu import forward as fbgemm_pooling
 from kernels.int8_pooling.reference import HEADER
 from kernels.jagged_attention.reference import distance, visible
 from kernels.sinkhorn import reference as sinkhorn
+from kernels.square_sums import reference as square_sums
 
 Rival = Callable[..., Any]
 
@@ -177,6 +178,7 @@ def paged_scores(q: Tensor, pages: Tensor, slots: Tensor, offsets: Tensor, dtype
 
 RIVALS: Mapping[str, Mapping[str, Rival]] = {
     "rms_norm": {"eager": rms_norm},
+    "square_sums": {"eager": square_sums.square_sums},
     "token_swiglu": {"eager": token_swiglu},
     "log_sinkhorn": {"eager": sinkhorn.sinkhorn},
     "jagged_attention": {"eager": jagged_attention},

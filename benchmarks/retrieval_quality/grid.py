@@ -61,10 +61,11 @@ class Grid:
         if model in BASELINES:
             return [self._cell(data, model, {}, 0, final=True)]
         plan = PLANS[model]
-        configs = [self._config(data, model, plan, point, 0) for point in plan.points]
+        points = plan.points_on(data.name)
+        configs = [self._config(data, model, plan, point, 0) for point in points]
         tuned = [self._cell(data, model, config, 0, final=False) for config in configs]
         best = max(range(len(tuned)), key=lambda i: tuned[i]["valid"]["ndcg@10"])
-        found = [self._cell(data, model, self._config(data, model, plan, plan.points[best], seed), seed, final=True) for seed in seeds]
+        found = [self._cell(data, model, self._config(data, model, plan, points[best], seed), seed, final=True) for seed in seeds]
         for config in configs:
             forget(self._folder(data, config, 0))
         return found
