@@ -14,10 +14,12 @@ from kernels.routed_experts import OP as ROUTED_EXPERTS
 from kernels.routed_experts.int8 import OP as ROUTED_EXPERTS_INT8
 from kernels.selected_attention import OP as SELECTED_ATTENTION
 from kernels.sinkhorn import OP as SINKHORN
+from kernels.square_sums import OP as SQUARE_SUMS
 from kernels.token_swiglu import OP as TOKEN_SWIGLU
 
 OPS: tuple[Op, ...] = (
     RMS_NORM,
+    SQUARE_SUMS,
     TOKEN_SWIGLU,
     ROUTED_EXPERTS,
     ROUTED_EXPERTS_INT8,

@@ -4,7 +4,9 @@
 from kernels.op import Shape
 
 # rms_norm: (rows, width). Rows are batch x tokens: serving and training batches; the last is the widest row the kernel takes.
-# token_swiglu: (batch, tokens, width, hidden): serving and training batches of TokenMixer-Large.
+# square_sums: (batch, tokens, parts of a token, width of a part): TokenMixer-Large, whose parts are those that mixed tokens are made of.
+# token_swiglu: (batch, tokens, width, hidden): serving and training batches of TokenMixer-Large; a fifth number has mixed tokens of so many
+# parts.
 # log_sinkhorn: (matrices, n, iterations, whether symmetric): the global matrix and the local ones of UniMixer's mixers.
 # jagged_attention: a `kernels.jagged_attention.shape.Case`: SASRec, HSTU as retriever and over a ranker's history, RecGPT, SETRec; the
 # last is the widest head that the kernels take.
@@ -21,7 +23,11 @@ from kernels.op import Shape
 # shared expert is not among them; RankMixer in serving, where every expert is a choice. routed_experts_int8: likewise, in serving.
 RECIPES: dict[str, tuple[Shape, ...]] = {
     "rms_norm": ((100 * 8, 64), (512 * 8, 64), (2048 * 16, 256), (2048 * 16, 512), (2048 * 32, 1024), (1024, 4096)),
-    "token_swiglu": ((100, 8, 64, 128), (512, 8, 64, 128), (2048, 16, 256, 512), (2048, 16, 512, 1024), (2048, 32, 1024, 2048)),
+    "square_sums": ((512, 8, 8, 8), (2048, 16, 16, 32), (2048, 32, 32, 32)),
+    "token_swiglu": (
+        *((100, 8, 64, 128), (512, 8, 64, 128), (2048, 16, 256, 512), (2048, 16, 512, 1024), (2048, 32, 1024, 2048)),
+        *((512, 8, 64, 128, 8), (2048, 16, 512, 1024, 16)),
+    ),
     "log_sinkhorn": ((1, 16, 20, 1), (1, 64, 20, 1), (64, 8, 20, 1), (128, 32, 20, 1)),
     "jagged_attention": (
         (32, 200, 2, 32, 0, 0, 1, 0, 0),

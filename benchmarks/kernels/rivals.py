@@ -30,9 +30,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
-    """Batched products over the tokens, as the rankers' layer has them."""
-    gate, up = (torch.bmm(x.transpose(0, 1), gate_up) * scale.t()[..., None].to(x.dtype)).chunk(2, dim=-1)
-    return residual + torch.bmm(functional.silu(gate) * up, down).transpose(0, 1)
+    """Batched products over the tokens, as the rankers' layer has them; tokens in parts are gathered."""
+    rows = x.transpose(0, 1).flatten(2)
+    gate, up = (torch.bmm(rows, gate_up) * scale.t()[..., None].to(x.dtype)).chunk(2, dim=-1)
+    return residual + torch.bmm(functional.silu(gate) * up, down).transpose(0, 1).unflatten(2, x.shape[2:])
 
 
 def jagged_attention(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-token SwiGLU as the torch.library op ``recsys::token_swiglu``, with a fake implementation and a gradient of its own."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,44 +13,51 @@ from kernels import backend
 from kernels.library import define
 from kernels.op import KernelSpec, Op, Shape, Work
 from kernels.token_swiglu import cpu, reference
+from kernels.token_swiglu.layout import rows, unwritten
 
-# B, T, D, H
-SHAPES: tuple[Shape, ...] = ((1, 1, 3, 5), (3, 2, 5, 7), (7, 3, 63, 33), (65, 2, 100, 129), (2, 1, 1000, 20), (130, 1, 33, 65))
+# B, T, D, H of whole tokens, and with P of parted ones
+SHAPES: tuple[Shape, ...] = (
+    *((1, 1, 3, 5), (3, 2, 5, 7), (7, 3, 63, 33), (65, 2, 100, 129), (2, 1, 1000, 20), (130, 1, 33, 65)),
+    *((3, 2, 6, 7, 2), (4, 3, 7, 5, 7), (6, 2, 9, 4, 1), (1, 4, 20, 10, 4), (70, 2, 66, 65, 2), (5, 2, 144, 66, 9)),
+)
 
 
 def token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """``r + (silu(g) ⊙ u) @ down`` with ``[g, u] = s · (x @ gate_up)``, with weights of its own for each token.
 
-    See `kernels.token_swiglu.reference`. ``x`` and ``residual`` may lie in memory with any of batch and tokens outermost. Under autocast
-    everything but the scale takes autocast's dtype.
+    See `kernels.token_swiglu.reference`. A token may lie in P parts of w numbers, D = P·w, so that TokenMixer's mixed tokens need no copy:
+    see `kernels.token_swiglu.layout`. All axes of ``x`` and ``residual`` but the last may have any strides. Under autocast everything but
+    the scale takes autocast's dtype.
 
     Args:
-        x: ``[B, T, D]``.
-        gate_up: ``[T, D, 2H]``, the dtype of ``x``.
-        down: ``[T, H, D]``, the dtype of ``x``.
+        x: ``[B, T, D]`` or ``[B, T, P, w]``.
+        gate_up: ``[T, D, 2H]``, its rows in the order (part, within), the dtype of ``x``.
+        down: ``[T, H, D]``, its columns in the same order, the dtype of ``x``.
         scale: s, ``[B, T]``, float32 (float64 where ``x`` is), or None.
-        residual: r, ``[B, T, D]``, the dtype of ``x``, or None.
+        residual: r, the shape and the dtype of ``x``, or None.
 
     Returns:
-        ``[B, T, D]``, tokens-outermost in memory.
+        The shape of ``x``; three axes tokens-outermost in memory, four axes parts-outermost: ``[P, B, T, w]`` is contiguous.
 
     Raises:
         ValueError: a shape or a dtype does not fit.
     """
-    if x.ndim != 3 or down.ndim != 3:
-        raise ValueError(f"x, down: expected three axes each, got {tuple(x.shape)} and {tuple(down.shape)}")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x: expected three axes, or four of parted tokens, got {tuple(x.shape)}")
+    if down.ndim != 3:
+        raise ValueError(f"down: expected three axes, got {tuple(down.shape)}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    batch, tokens, dim = x.shape
-    hidden = down.shape[1]
+    batch, tokens, *parts = x.shape
+    dim, hidden = math.prod(parts), down.shape[1]
     _check("gate_up", gate_up, (tokens, dim, 2 * hidden), x.dtype)
     _check("down", down, (tokens, hidden, dim), x.dtype)
     if scale is not None:
         _check("scale", scale, (batch, tokens), torch.promote_types(x.dtype, torch.float32))
     if residual is not None:
-        _check("residual", residual, (batch, tokens, dim), x.dtype)
+        _check("residual", residual, tuple(x.shape), x.dtype)
     return cast(Tensor, _forward(x, gate_up, down, scale, residual)[0])
 
 
@@ -69,8 +77,8 @@ def _forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, res
     if module is not None:
         y, product = module.forward(x, gate_up, down, scale, residual)
     else:
-        y = reference.token_swiglu(x, gate_up, down, scale, residual).transpose(0, 1).contiguous().transpose(0, 1)
-        product = torch.bmm(x.transpose(0, 1), gate_up) if kept else None
+        y = unwritten(x).copy_(reference.token_swiglu(x, gate_up, down, scale, residual))
+        product = torch.bmm(rows(x), gate_up) if kept else None
     return y, product if kept else x.new_empty(x.shape[1], x.shape[0], 0)
 
 
@@ -84,15 +92,13 @@ def _backward(
 
 @_forward.register_fake
 def _(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, tokens, dim = x.shape
-    return x.new_empty(tokens, batch, dim).transpose(0, 1), x.new_empty(tokens, batch, _kept_width(x, gate_up))
+    return unwritten(x), x.new_empty(x.shape[1], x.shape[0], _kept_width(x, gate_up))
 
 
 @_backward.register_fake
 def _(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, product: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, dim = x.shape
-    dscale = x.new_empty(0) if scale is None else scale.new_empty(batch, tokens)
-    return x.new_empty(tokens, batch, dim).transpose(0, 1), x.new_empty(gate_up.shape), x.new_empty(down.shape), dscale
+    dscale = x.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+    return unwritten(x), x.new_empty(gate_up.shape), x.new_empty(down.shape), dscale
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -113,7 +119,7 @@ _forward.register_autograd(_gradient, setup_context=_save)
 @register_flop_formula(torch.ops.recsys.token_swiglu)
 def _forward_flops(x: Shape, gate_up: Shape, down: Shape, *_: Any, **__: Any) -> int:
     """Of the three matrices' products."""
-    return 6 * x[0] * x[1] * x[2] * down[1]
+    return 6 * math.prod(x) * down[1]
 
 
 @register_flop_formula(torch.ops.recsys.token_swiglu_backward)
@@ -123,13 +129,22 @@ def _backward_flops(dy: Shape, x: Shape, gate_up: Shape, down: Shape, *_: Any, *
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """All five, tokens-outermost. The scale asks for a gradient where it has the dtype of the others."""
-    batch, tokens, dim, hidden = shape
+    """All five. The scale asks for a gradient where it has the dtype of the others.
+
+    Whole tokens lie tokens-outermost; parted ones are the mixed tokens of a tensor ``[B, P, T·w]`` that does.
+    """
+    batch, tokens, dim, hidden = shape[:4]
 
     def drawn(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator)
 
-    x, residual = (drawn(tokens, batch, dim).to(dtype).transpose(0, 1).requires_grad_() for _ in range(2))
+    def drawn_tokens() -> Tensor:
+        if len(shape) == 4:
+            return drawn(tokens, batch, dim).to(dtype).transpose(0, 1)
+        parts = shape[4]
+        return drawn(parts, batch, tokens, dim // parts).to(dtype).permute(1, 2, 0, 3)
+
+    x, residual = (drawn_tokens().requires_grad_() for _ in range(2))
     gate_up = drawn(tokens, dim, 2 * hidden).div_(dim**0.5).to(dtype).requires_grad_()
     down = drawn(tokens, hidden, dim).div_(hidden**0.5).to(dtype).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
@@ -145,11 +160,11 @@ def _specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
 
 def _work(shape: Shape, dtype: torch.dtype) -> Work:
     """Three matrices, three products each. Forward: x, r, s and the weights in, y out. Backward: dy and again x, s, the weights in."""
-    batch, tokens, dim, hidden = shape
-    rows, weights = batch * tokens * dim * dtype.itemsize, 3 * tokens * dim * hidden * dtype.itemsize
+    batch, tokens, dim, hidden = shape[:4]
+    numbers, weights = batch * tokens * dim * dtype.itemsize, 3 * tokens * dim * hidden * dtype.itemsize
     scales = 4 * batch * tokens
     return Work(
-        flops=18 * batch * tokens * dim * hidden, read=4 * rows + 2 * weights + 2 * scales, written=2 * rows + weights + scales
+        flops=18 * batch * tokens * dim * hidden, read=4 * numbers + 2 * weights + 2 * scales, written=2 * numbers + weights + scales
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-token SwiGLU on the CPU: batched products over tokens, and between them one loop in C++ each way.
 
-The product with ``gate_up`` is kept for the backward pass, see `kernels.token_swiglu.cpu`.
+The product with ``gate_up`` is kept for the backward pass, and parted tokens are gathered: see `kernels.token_swiglu.cpu`.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.token_swiglu.layout import in_form_of, rows
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -21,20 +22,21 @@ def supports(x: Tensor) -> bool:
 
 
 def forward(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``x [B, T, D]`` → ``y [B, T, D]``, tokens-outermost in memory, and ``x @ gate_up`` as ``[T, B, 2H]``."""
-    product = torch.bmm(x.transpose(0, 1), gate_up)
+    """``x``, of either form, → ``y`` in the same, see `kernels.token_swiglu.layout`, and ``x @ gate_up`` as ``[T, B, 2H]``."""
+    x_tbd = rows(x)
+    product = torch.bmm(x_tbd, gate_up)
     hidden = product.new_empty(*product.shape[:2], down.shape[1])
     name = f"swiglu_{_NAMES[x.dtype]}"
     native.call(_SOURCE, name, product, _by_row(scale), hidden, *_sizes(hidden), torch.get_num_threads())
-    y = torch.bmm(hidden, down) if residual is None else torch.baddbmm(residual.transpose(0, 1), hidden, down)
-    return y.transpose(0, 1), product
+    y = torch.bmm(hidden, down) if residual is None else torch.baddbmm(x_tbd if residual is x else rows(residual), hidden, down)
+    return in_form_of(x, y), product
 
 
 def backward(
     dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor | None, product: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.token_swiglu.cpu.backward`."""
-    x_tbd, dy_tbd = x.transpose(0, 1), dy.transpose(0, 1)
+    x_tbd, dy_tbd = rows(x), rows(dy)
     if not product.shape[-1]:
         product = torch.bmm(x_tbd, gate_up)
     dhidden = torch.bmm(dy_tbd, down.transpose(1, 2))
@@ -44,7 +46,7 @@ def backward(
     native.call(
         _SOURCE, name, dhidden, product, _by_row(scale), hidden, dproduct, dscale_tb, *_sizes(hidden), torch.get_num_threads()
     )  # fmt: skip
-    dx = torch.bmm(dproduct, gate_up.transpose(1, 2)).transpose(0, 1)
+    dx = in_form_of(x, torch.bmm(dproduct, gate_up.transpose(1, 2)))
     ddown, dgate_up = torch.bmm(hidden.transpose(1, 2), dy_tbd), torch.bmm(x_tbd.transpose(1, 2), dproduct)
     return dx, dgate_up, ddown, product.new_empty(0, dtype=torch.float32) if dscale_tb is None else dscale_tb.t().contiguous()
 

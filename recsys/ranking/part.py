@@ -4,9 +4,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from kernels.rms_norm import rms_norm
+from kernels.square_sums import square_sums
 
 NORM_EPS = 1e-6  # undisclosed by the papers; public re-implementations use 1e-6 to 1e-8
 
@@ -57,6 +59,15 @@ class TokenNorm(nn.RMSNorm):
     def forward(self, x_btd: Tensor) -> Tensor:
         """``[B, T, D] → [B, T, D]``."""
         return rms_norm(x_btd.transpose(0, 1), self.weight.to(x_btd.dtype), NORM_EPS).transpose(0, 1)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """``1 / sqrt(mean(x²) + ε)`` of each token, ``[B, T]`` in float32 at least: what `forward` multiplies by beside the gain.
+
+        Args:
+            x: whole tokens ``[B, T, D]``, or in parts ``[B, T, P, w]``, which may lie anyhow.
+        """
+        parts = x if x.ndim == 4 else x.unsqueeze(2)
+        return torch.rsqrt(square_sums(parts).sum(2) / parts.shape[2:].numel() + NORM_EPS)
 
 
 class TokenLayerNorm(nn.LayerNorm):

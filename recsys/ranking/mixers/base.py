@@ -38,5 +38,13 @@ class ReversibleMixer(Mixer):
         return 0
 
     @abstractmethod
+    def parts(self, x_btd: Tensor) -> Tensor:
+        """The mixed tokens as a view: whole, or ``[B, mixed_tokens, P, w]`` with ``P * w`` = ``mixed_dim``. See `PerToken.residual`."""
+
+    @abstractmethod
+    def join(self, x_bhpw: Tensor) -> Tensor:
+        """The inverse of `parts`, ``[B, T, D]``; a view where the parts lie outermost in memory."""
+
+    @abstractmethod
     def revert(self, x_bhd: Tensor) -> Tensor:
         """``[B, mixed_tokens, mixed_dim] → [B, T, D]``, the inverse of `forward`."""

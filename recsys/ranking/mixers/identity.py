@@ -26,6 +26,14 @@ class Identity(ReversibleMixer):
         """The input."""
         return x_btd
 
+    def parts(self, x_btd: Tensor) -> Tensor:
+        """The input."""
+        return x_btd
+
+    def join(self, x_bhpw: Tensor) -> Tensor:
+        """The input."""
+        return x_bhpw
+
     def revert(self, x_bhd: Tensor) -> Tensor:
         """The input."""
         return x_bhd

@@ -66,6 +66,16 @@ class TokenMix(ReversibleMixer):
         """``[B, T, D] → [B, H, T * D / H]``."""
         return mix(x_btd, self.mixed_tokens)
 
+    def parts(self, x_btd: Tensor) -> Tensor:
+        """``[B, T, D] → [B, H, T, D / H]``: row h has its slice of every token."""
+        parts_bthw: Tensor = x_btd.unflatten(2, (self.mixed_tokens, -1))
+        return parts_bthw.transpose(1, 2)
+
+    def join(self, x_bhpw: Tensor) -> Tensor:
+        """``[B, H, T, D / H] → [B, T, D]``, tokens-outermost in memory."""
+        joined_tbd: Tensor = x_bhpw.permute(2, 0, 1, 3).flatten(2)
+        return joined_tbd.transpose(0, 1)
+
     def revert(self, x_bhd: Tensor) -> Tensor:
         """``[B, H, T * D / H] → [B, T, D]``."""
         return revert(x_bhd, self.tokens)

@@ -33,6 +33,30 @@ class PerToken(TokenPart):
         update_btd: Tensor = self(x_btd, penalties)
         return onto_btd + update_btd
 
+    def residual(self, x: Tensor, onto: Tensor, norm: nn.Module | None = None, penalties: Penalties = None) -> Tensor:
+        """``onto + F(norm(x))``, F being this part, of whole tokens or of tokens in parts.
+
+        Overridden where parts are read as they lie, or the norm costs less inside.
+
+        Args:
+            x: ``[B, T, D]``, or a view ``[B, T, P, w]`` of tokens that lie elsewhere in P parts.
+            onto: the shape of ``x``.
+            norm: over the width of each token; None for none.
+            penalties: see `forward`.
+
+        Returns:
+            The shape of ``x``.
+        """
+        rows_btd = whole(x)
+        sums_btd = rows_btd if onto is x else whole(onto)
+        y_btd = self.added(rows_btd if norm is None else norm(rows_btd), sums_btd, penalties)
+        return y_btd if x.ndim == 3 else y_btd.unflatten(2, x.shape[2:])
+
+
+def whole(x: Tensor) -> Tensor:
+    """``[B, T, D]``, tokens-outermost in memory, of tokens in parts; whole ones as they are."""
+    return x if x.ndim == 3 else x.transpose(0, 1).flatten(2).transpose(0, 1)
+
 
 def hidden_width(expansion: float, dim: int) -> int:
     """The hidden width for a token of width ``dim``: ``expansion * dim``, rounded, and at least 1."""

@@ -56,12 +56,13 @@ class MixRevertBlock(Block):
 
     def forward(self, x_btd: Tensor, penalties: Penalties = None) -> Tensor:
         """``[B, T, D] → [B, T, D]``."""
+        parts = self.mixer.parts(x_btd)
         if self.residual == "input":
-            mixed_bhd = self.mixer(x_btd)
-            read_btd, kept_btd = self.mixer.revert(self.mixed.added(self.norm1(mixed_bhd), mixed_bhd, penalties)), x_btd
-        else:
-            read_btd = kept_btd = x_btd + self.mixer.revert(self.mixed(self.mixer(self.norm1(x_btd)), penalties))
-        return self.token.added(self.norm2(read_btd), kept_btd, penalties)
+            read_btd = self.mixer.join(self.mixed.residual(parts, parts, self.norm1, penalties))
+            return self.token.residual(read_btd, x_btd, self.norm2, penalties)
+        normed = self.mixer.parts(self.norm1(x_btd))
+        read_btd = self.mixer.join(self.mixed.residual(normed, parts, penalties=penalties))
+        return self.token.residual(read_btd, read_btd, self.norm2, penalties)
 
 
 @register("stack", "mix_revert")

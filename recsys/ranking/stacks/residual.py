@@ -69,7 +69,7 @@ class PreNormBlock(_ResidualBlock):
         """``[B, T, D] → [B, T, D]``."""
         out_btd: Tensor = x_btd + self.mixer(self.norm1(x_btd))
         if self.per_token is not None and self.norm2 is not None:
-            out_btd = self.per_token.added(self.norm2(out_btd), out_btd, penalties)
+            out_btd = self.per_token.residual(out_btd, out_btd, self.norm2, penalties)
         return out_btd
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from kernels import backend
+from kernels.testing import error_ratio
 from recsys.core.errors import ConfigError
 from recsys.ranking.flops import mix_revert_flops, mix_revert_parameters, mix_revert_weights
 from recsys.ranking.mixers import Identity, ReversibleMixer, TokenMix
 from recsys.ranking.part import NORM_EPS
-from recsys.ranking.per_token import SwiGLU
+from recsys.ranking.per_token import PerToken, SwiGLU
 from recsys.ranking.stacks import Block, MixRevertBlock, Residual, Sequence
 
 RESIDUALS: tuple[Residual, ...] = ("input", "stream")
@@ -116,8 +118,10 @@ def test_without_mixing_tokens_stay_apart(residual: Residual) -> None:
     np.testing.assert_array_equal(depends(block(4, 8, residual=residual, mixing=False).double(), 4, 8), np.eye(4, dtype=bool))
 
 
-class Scaling(SwiGLU):
+class Scaling(PerToken):
     """F as a diagonal scaling of the coordinates."""
+
+    flops = 0
 
     def forward(self, x_btd: torch.Tensor, penalties: object = None) -> torch.Tensor:
         return 0.1 * torch.arange(1, 1 + x_btd[0].numel(), dtype=x_btd.dtype).reshape(x_btd.shape[1:]) * x_btd
@@ -126,7 +130,7 @@ class Scaling(SwiGLU):
 def test_token_semantics_stay_aligned_in_the_stream() -> None:
     tokens, dim, heads = 3, 4, 2
     mixer = TokenMix(TokenMix.Config(heads=heads), tokens, dim)
-    scaling, zero = Scaling(SwiGLU.Config(), heads, tokens * dim // heads), SwiGLU(SwiGLU.Config(down_init=0.0), tokens, dim)
+    scaling, zero = Scaling(heads, tokens * dim // heads), SwiGLU(SwiGLU.Config(down_init=0.0), tokens, dim)
     module = MixRevertBlock(mixer, scaling, zero, "stream").double()
     module.norm1 = nn.Identity()
     x = torch.randn(1, tokens, dim, dtype=torch.float64)
@@ -228,3 +232,32 @@ def test_a_compiled_stack_equals_the_eager_one(residual: Residual) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("mixing", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_norms_and_mixing_inside_the_products_change_nothing(
+    residual: Residual, mixing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU has them; results lie tokens-outermost either way."""
+    torch.manual_seed(0)
+    module = block(4, 8, 2 if mixing else None, residual, mixing=mixing).to(dtype)
+    for norm in (module.norm1, module.norm2):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randn(4, 5, 8, dtype=dtype).transpose(0, 1).requires_grad_()
+    upstream = torch.randn_like(x)
+
+    def course() -> tuple[torch.Tensor, ...]:
+        y = module(x)
+        assert y.transpose(0, 1).is_contiguous()
+        return y.detach(), *torch.autograd.grad(y, (x, *module.parameters()), upstream)
+
+    with backend.record() as ran:
+        expected = course()
+        assert "square_sums" not in {choice.op for choice in ran}
+        monkeypatch.setattr("recsys.ranking.per_token.swiglu.reads_where_it_lies", lambda _: True)
+        found = course()
+    assert {"square_sums", "token_swiglu"} <= {choice.op for choice in ran}
+    for mine, theirs in zip(found, expected, strict=True):
+        assert error_ratio(mine, theirs) < (1e-12 if dtype == torch.float64 else 2e-2)
