@@ -18,15 +18,6 @@ from kernels.shapes import RECIPES
 TENSOR_FLOPS, VECTOR_FLOPS, BYTES = 989e12, 67e12, 3.35e12  # a second
 # Without matrix products.
 VECTOR = {"rms_norm", "square_sums", "log_sinkhorn", "fsq", "int8_pooling", "constrained_step", "gather_topk", "paged_scores"}
-    "rms_norm",
-    "square_sums",
-    "log_sinkhorn",
-    "fsq",
-    "int8_pooling",
-    "constrained_step",
-    "gather_topk",
-    "paged_scores",
-}  # no matrix products
 _HEAD = """# Roofline
 
 Written by `python -m kernels.roofline`. For each op at the shapes of the recipes, forward and backward where it has a gradient, in

@@ -50,9 +50,31 @@ void backward(const T* dhidden, const T* product, const float* scale, T* hidden,
   });
 }
 
+// Copies parts of kBytes, or of `bytes` where that is 0, from one layout to another: batch, tokens and parts, whose strides are in bytes.
+template <int kBytes>
+void move(const char* from, char* to, int64_t batch, int64_t tokens, int64_t parts, int64_t bytes, const int64_t* from_by,
+          const int64_t* to_by, int64_t threads) {
+  const int64_t each = tokens * parts * bytes, together = std::max<int64_t>(1, kTogether / std::max<int64_t>(each, 1));
+  parallel_for((batch + together - 1) / together, threads, [&](int64_t task) {
+    for (int64_t b = task * together; b < std::min(batch, (task + 1) * together); ++b)
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t p = 0; p < parts; ++p)
+          std::memcpy(to + b * to_by[0] + t * to_by[1] + p * to_by[2], from + b * from_by[0] + t * from_by[1] + p * from_by[2],
+                      size_t(kBytes ? kBytes : bytes));
+  });
+}
+
 }  // namespace
 
 extern "C" {
+
+// From and to [batch, tokens, parts] of `bytes` each, with strides in bytes.
+void move_parts(const char* from, char* to, int64_t batch, int64_t tokens, int64_t parts, int64_t bytes, int64_t from_b, int64_t from_t,
+                int64_t from_p, int64_t to_b, int64_t to_t, int64_t to_p, int64_t threads) {
+  const int64_t from_by[] = {from_b, from_t, from_p}, to_by[] = {to_b, to_t, to_p};
+  const auto run = bytes == 16 ? move<16> : bytes == 32 ? move<32> : bytes == 64 ? move<64> : bytes == 128 ? move<128> : move<0>;
+  run(from, to, batch, tokens, parts, bytes, from_by, to_by, threads);
+}
 
 void swiglu_f32(const float* product, const float* scale, float* hidden, int64_t rows, int64_t width, int64_t threads) {
   forward(product, scale, hidden, rows, width, threads);

@@ -18,7 +18,7 @@ from recsys.ranking.per_token.base import PerToken, hidden_width, per_token_line
 def reads_where_it_lies(x: Tensor) -> bool:
     """Whether norms and mixed tokens are folded into the products: not on a CPU, whose products want a token's numbers together.
 
-    There a block of TokenMixer-Large took as long or longer with it, .87 to 1.1 of its speed without (docs/results/kernels.md).
+    There a block of TokenMixer-Large has .75 to 1.2 of the speed that it has without (docs/results/kernels.md).
     """
     return x.device.type != "cpu"
 
