@@ -4,8 +4,8 @@
     make tune
 
 Implementations are timed in turns at the recipes' shapes and at smaller ones of the tests, forward and backward; of those in the same
-bucket of sizes the last one counts, which is the largest. Entries of other devices stay. The table is committed: what runs never depends
-on a measurement at run time.
+bucket of sizes the last one counts, which is the largest. Entries of other devices stay, and the table is written after each op. It is
+committed: what runs never depends on a measurement at run time.
 """
 
 import json
@@ -76,6 +76,7 @@ def main() -> None:
     """Measure all ops, and write the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table: dict[str, Any] = json.loads(paths.FILE.read_text(encoding="utf-8"))
+    known: dict[str, Any] = table.get(device, {})
     found: dict[str, dict[str, dict[str, str]]] = {}
     for op in OPS:
         folder = op.call.__module__.split(".")[1]
@@ -85,9 +86,9 @@ def main() -> None:
             buckets = {str(bucket): way for bucket, way in measured(op, dtype, device)}
             found.setdefault(folder, {})[str(dtype).removeprefix("torch.")] = dict(sorted(buckets.items(), key=lambda one: int(one[0])))
             print(f"{op.name} {dtype}: {buckets}", flush=True)
-    beside = paths.FILE.with_suffix(".tmp")
-    beside.write_text(json.dumps(table | {device: found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    beside.replace(paths.FILE)
+        beside = paths.FILE.with_suffix(".tmp")
+        beside.write_text(json.dumps(table | {device: known | found}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        beside.replace(paths.FILE)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ def forward(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dtype) -
         RuntimeError: a value is beyond the table, or the offsets do not divide the values into bags.
     """
     check(rows, values, offsets)
+    settings = _settings(rows.shape[1] - HEADER, dtype)  # which registers the look-up
     pooled: Tensor = torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
-        dev_weights=rows.view(-1), indices=values, offsets=offsets, indice_weights=None, **_settings(rows.shape[1] - HEADER, dtype)
+        dev_weights=rows.view(-1), indices=values, offsets=offsets, indice_weights=None, **settings
     )
     return pooled
 
@@ -26,7 +27,7 @@ def forward(rows: Tensor, values: Tensor, offsets: Tensor, dtype: torch.dtype) -
 @cache
 def _settings(width: int, dtype: torch.dtype) -> dict[str, Any]:
     """What FBGEMM wants to know of one table of int8 on the host."""
-    import fbgemm_gpu  # noqa: F401  registers the look-up
+    import fbgemm_gpu  # noqa: F401
     from fbgemm_gpu.split_embedding_configs import SparseType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 
