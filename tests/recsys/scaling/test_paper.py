@@ -42,8 +42,9 @@ def test_parameters_are_those_of_the_model_in_memory() -> None:
 def test_what_is_kept_is_what_autograd_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same count on real tensors: distinct storages that are saved and are no parameters.
 
-    The models on paper are for GPUs, where SwiGLU keeps nothing of its hidden width.
+    The models on paper are for GPUs, where SwiGLU keeps nothing of its hidden width and reads tokens where they lie.
     """
+    monkeypatch.setattr("recsys.ranking.per_token.swiglu.reads_where_it_lies", lambda _: True)
     monkeypatch.setattr("kernels.token_swiglu._kept_width", lambda x, gate_up: 0)
     recipe = small()
     from recsys.core import components

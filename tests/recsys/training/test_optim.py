@@ -55,8 +55,8 @@ def test_dense_steps_are_those_of_torch(name: str) -> None:
             model(x).square().mean().backward()
         optimizers.step()
         reference.step()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(p, q)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):  # some processors add and multiply at once in one of the two
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_fused_parameters_are_never_dense() -> None:
