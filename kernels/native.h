@@ -245,6 +245,12 @@ inline void product(Operand a, const float* b, int64_t b_stride, float* c, int64
     strip<1>({a.data + row * a.m_stride, a.m_stride, a.k_stride}, b, b_stride, c + row * c_stride, c_stride, columns, depth, add);
 }
 
+// A buffer that a thread keeps from task to task, with room for so many numbers.
+inline float* room(std::vector<float>& held, int64_t count) {
+  if (int64_t(held.size()) < count) held.resize(size_t(count));
+  return held.data();
+}
+
 inline int64_t padded(int64_t count) { return (count + kWidth - 1) / kWidth * kWidth; }
 
 }  // namespace native

@@ -17,12 +17,7 @@ struct Room {
   std::vector<float> x, dy, inner, hidden, dhidden, out, weight_in, weight_out, dweight_in, dweight_out, dbias, sums;
 };
 
-thread_local Room room;
-
-float* at_least(std::vector<float>& buffer, int64_t count) {
-  if (int64_t(buffer.size()) < count) buffer.resize(size_t(count));
-  return buffer.data();
-}
+thread_local Room own;
 
 float* zeros(std::vector<float>& buffer, int64_t count) {
   buffer.assign(size_t(count), 0.0f);
@@ -59,7 +54,7 @@ template <class W>
 const float* packed(const W* from, int64_t rows, int64_t columns, std::vector<float>& buffer) {
   if constexpr (sizeof(W) == sizeof(float))
     if (columns % kWidth == 0) return from;
-  float* to = at_least(buffer, rows * padded(columns));
+  float* to = room(buffer, rows * padded(columns));
   for (int64_t row = 0; row < rows; ++row) widen(from + row * columns, columns, to + row * padded(columns));
   return to;
 }
@@ -67,7 +62,7 @@ const float* packed(const W* from, int64_t rows, int64_t columns, std::vector<fl
 // Its transpose, [columns, padded rows].
 template <class W>
 const float* packed_transpose(const W* from, int64_t rows, int64_t columns, std::vector<float>& buffer) {
-  float* to = at_least(buffer, columns * padded(rows));
+  float* to = room(buffer, columns * padded(rows));
   for (int64_t first = 0; first < rows; first += kWidth)
     for (int64_t column = 0; column < columns; ++column)
       for (int64_t row = first; row < first + kWidth; ++row)
@@ -139,14 +134,14 @@ struct Experts {
 
   // The rows of a block of pairs, [count, dims].
   float* gathered(const Rows& rows, int64_t group, int64_t begin, int64_t count, std::vector<float>& buffer) const {
-    float* to = at_least(buffer, kBlock * dims);
+    float* to = room(buffer, kBlock * dims);
     for (int64_t i = 0; i < count; ++i) widen(rows.at(group / experts, row(begin + i)), dim, to + i * dims);
     return to;
   }
 
   // Their inner layer, [count, widths].
   float* form_inner(const float* own_x, const float* weight, int64_t group, int64_t count) const {
-    float* inner = at_least(room.inner, kBlock * widths);
+    float* inner = room(own.inner, kBlock * widths);
     product({own_x, dims, 1}, weight, widths, inner, widths, count, widths, dim, false);
     adjust(inner, count, width, group, scale_in, bias);
     return inner;
@@ -160,7 +155,7 @@ struct Experts {
     const int64_t parts = std::max(std::min(wanted, (batch + 7) / 8), (batch + kRows - 1) / kRows);
     parallel_for(tokens * parts, threads, [&](int64_t task) {
       const int64_t token = task / parts, first = batch * (task % parts) / parts, last = batch * (task % parts + 1) / parts;
-      float* total = zeros(room.sums, (last - first) * dims);
+      float* total = zeros(own.sums, (last - first) * dims);
       for (int64_t b = first; onto.data && b < last; ++b) widen(onto.at(token, b), dim, total + (b - first) * dims);
       for (int64_t group = token * experts; group < (token + 1) * experts; ++group) {
         const auto pair_from = [&](int64_t b) {
@@ -182,11 +177,11 @@ struct Experts {
   void forward() const {
     if (kept) std::fill(kept + offsets[groups] * width, kept + pairs * width, T(0));
     sum_experts(start, [&](int64_t group) {
-      const float* w_in = packed(weight_in + group * dim * width, dim, width, room.weight_in);
-      const float* w_out = packed(weight_out + group * hidden * dim, hidden, dim, room.weight_out);
+      const float* w_in = packed(weight_in + group * dim * width, dim, width, own.weight_in);
+      const float* w_out = packed(weight_out + group * hidden * dim, hidden, dim, own.weight_out);
       return [=](int64_t begin, int64_t count) {
-        const float* inner = form_inner(gathered(x, group, begin, count, room.x), w_in, group, count);
-        float *act = at_least(room.hidden, kBlock * hiddens), *out = at_least(room.out, kBlock * dims);
+        const float* inner = form_inner(gathered(x, group, begin, count, own.x), w_in, group, count);
+        float *act = room(own.hidden, kBlock * hiddens), *out = room(own.out, kBlock * dims);
         for (int64_t i = 0; i < count; ++i, inner += widths) {
           if (kept) narrow(inner, width, kept + (begin + i) * width);
           const float gate = widened(gates[order[begin + i]]);
@@ -216,14 +211,14 @@ struct Experts {
 
   // The gradients of a group's weights, bias and gates, and in `dinner` [pairs, widths] that of the inner layer.
   void backward_group(int64_t group, float* dinner) const {
-    const float* w_in = kept ? nullptr : packed(weight_in + group * dim * width, dim, width, room.weight_in);
-    const float* w_out = packed_transpose(weight_out + group * hidden * dim, hidden, dim, room.weight_out);
-    float *dw_in = zeros(room.dweight_in, dim * widths), *dw_out = zeros(room.dweight_out, hidden * dims), *db = zeros(room.dbias, widths);
-    float *act = at_least(room.hidden, kBlock * hiddens), *dhidden = at_least(room.dhidden, kBlock * hiddens);
+    const float* w_in = kept ? nullptr : packed(weight_in + group * dim * width, dim, width, own.weight_in);
+    const float* w_out = packed_transpose(weight_out + group * hidden * dim, hidden, dim, own.weight_out);
+    float *dw_in = zeros(own.dweight_in, dim * widths), *dw_out = zeros(own.dweight_out, hidden * dims), *db = zeros(own.dbias, widths);
+    float *act = room(own.hidden, kBlock * hiddens), *dhidden = room(own.dhidden, kBlock * hiddens);
     for (int64_t begin = offsets[group], end = offsets[group + 1]; begin < end; begin += kBlock) {
       const int64_t count = std::min(kBlock, end - begin);
-      const float *own_x = gathered(x, group, begin, count, room.x), *own_dy = gathered(start, group, begin, count, room.dy);
-      float* inner = kept ? at_least(room.inner, kBlock * widths) : form_inner(own_x, w_in, group, count);
+      const float *own_x = gathered(x, group, begin, count, own.x), *own_dy = gathered(start, group, begin, count, own.dy);
+      float* inner = kept ? room(own.inner, kBlock * widths) : form_inner(own_x, w_in, group, count);
       product({own_dy, dims, 1}, w_out, hiddens, dhidden, hiddens, count, hiddens, dim, false);
       for (int64_t i = 0; i < count; ++i) {
         if (kept) widen(kept + (begin + i) * width, width, inner + i * widths);
@@ -246,9 +241,9 @@ struct Experts {
     for (int64_t pair = offsets[groups]; pair < pairs; ++pair) dgates[order[pair]] = T(0);
     parallel_for(groups, threads, [&](int64_t group) { backward_group(group, dinner.get()); });
     sum_experts({}, [&](int64_t group) {
-      const float* w_in = packed_transpose(weight_in + group * dim * width, dim, width, room.weight_in);
+      const float* w_in = packed_transpose(weight_in + group * dim * width, dim, width, own.weight_in);
       return [=, pulls = dinner.get()](int64_t begin, int64_t count) {
-        float* out = at_least(room.out, kBlock * dims);
+        float* out = room(own.out, kBlock * dims);
         product({pulls + begin * widths, widths, 1}, w_in, dims, out, dims, count, dims, width, false);
         return out;
       };

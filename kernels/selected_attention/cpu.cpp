@@ -63,11 +63,6 @@ struct View {
   }
 };
 
-float* room(std::vector<float>& held, int64_t count) {
-  if (held.size() < size_t(count)) held.resize(size_t(count));
-  return held.data();
-}
-
 // Rows of a kWidth x kWidth square become its columns: rows whose numbers differ in one bit exchange the lanes that differ in it.
 template <int kBit, int... kLane>
 inline void turn(vf* x, std::integer_sequence<int, kLane...> lanes) {

@@ -11,6 +11,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from kernels.token_swiglu.layout import rows
 from recsys.ranking.part import Penalties, TokenPart
 
 
@@ -47,15 +48,10 @@ class PerToken(TokenPart):
         Returns:
             The shape of ``x``.
         """
-        rows_btd = whole(x)
-        sums_btd = rows_btd if onto is x else whole(onto)
+        rows_btd = rows(x).transpose(0, 1)
+        sums_btd = rows_btd if onto is x else rows(onto).transpose(0, 1)
         y_btd = self.added(rows_btd if norm is None else norm(rows_btd), sums_btd, penalties)
         return y_btd if x.ndim == 3 else y_btd.unflatten(2, x.shape[2:])
-
-
-def whole(x: Tensor) -> Tensor:
-    """``[B, T, D]``, tokens-outermost in memory, of tokens in parts; whole ones as they are."""
-    return x if x.ndim == 3 else x.transpose(0, 1).flatten(2).transpose(0, 1)
 
 
 def hidden_width(expansion: float, dim: int) -> int:
