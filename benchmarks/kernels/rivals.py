@@ -37,7 +37,16 @@ def token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, residu
 
 
 def jagged_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, form: str, mask: str, group: int, divisor: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    form: str,
+    mask: str,
+    group: int,
+    divisor: float,
+    told: Tensor | None,
 ) -> Tensor:
     """All rows padded to the longest one, then PyTorch's fused attention, or HSTU's products with all weights."""
     lengths = offsets.diff()
@@ -46,7 +55,7 @@ def jagged_attention(
     held = place < lengths[:, None]
     padded = (offsets[:-1, None] + place).clamp(max=max(len(q) - 1, 0))
     q_bhle, k_bhle, v_bhle = (x[padded].transpose(1, 2) for x in (q, k, v))
-    seen = visible(place, place, mask, group)
+    seen = visible(place, place, mask, group, None if told is None else told[padded][:, None])
     if mask != "causal":  # where the last item is not whole, its tokens would see the padding behind
         seen = seen & held[:, None, None, :] | torch.eye(longest, dtype=torch.bool)
     added = None if bias is None else bias[:, distance(place, place, bias.shape[1])]

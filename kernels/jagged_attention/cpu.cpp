@@ -9,21 +9,46 @@ namespace {
 
 constexpr int64_t kQueries = 32;  // of a block
 
-enum Mask { kCausal, kGrouped, kGroupedApart };
+enum Mask { kCausal, kGrouped, kPrefix };
 
 struct Rule {
   bool softmax;
   Mask mask;
   int64_t group;
   float divisor;
+  const int64_t* prefix;  // [L] of the row that is at hand
+
+  Rule of_row(int64_t first) const { return {softmax, mask, group, divisor, prefix ? prefix + first : nullptr}; }
 
   // Query i sees the keys before this one, and itself.
   int64_t seen(int64_t i, int64_t length) const {
     if (mask == kCausal) return i + 1;
-    const int64_t first = i / group * group;
-    return mask == kGrouped ? std::min(first + group, length) : first;
+    return mask == kGrouped ? std::min(i / group * group + group, length) : prefix[i];
   }
 };
+
+// The keys that the queries [begin, end) multiply with: those before `before`, and from `begin` to `limit`. What lies between, they do
+// not see. They stand in columns one after another, without the gap.
+struct Keys {
+  int64_t before, begin, limit;
+
+  int64_t columns() const { return before + limit - begin; }
+  int64_t at(int64_t column) const { return column < before ? column : column - before + begin; }
+
+  // Calls each(column, key, count) for what lies together.
+  template <class Each>
+  void spans(Each each) const {
+    if (before == begin) return each(0, 0, limit);
+    if (before) each(0, 0, before);
+    each(before, begin, limit - begin);
+  }
+};
+
+Keys keys_of(const Rule& rule, int64_t begin, int64_t end, int64_t length) {
+  if (rule.mask != kPrefix) return {begin, begin, std::max(rule.seen(end - 1, length), end)};
+  const int64_t most = *std::max_element(rule.prefix + begin, rule.prefix + end);
+  return {std::min(padded(most), begin), begin, end};
+}
 
 // Where the tokens lie: [S, H, e].
 struct Layout {
@@ -62,19 +87,44 @@ struct Room {
   std::vector<float> bias, scores, pulls, out, dbias, dk, dv;
 };
 
-// The scores of the queries [begin, end) with the first `limit` keys, in room.scores [end - begin, wide].
-void score(Room& room, bool biased, int64_t begin, int64_t end, int64_t wide) {
+// Products of `count` rows from `begin` on with all keys, in `out` [count, wide].
+void with_keys(const Packed& rows, const Packed& packed, const Keys& keys, int64_t begin, int64_t count, int64_t wide, std::vector<float>& out) {
+  out.resize(size_t(kQueries * packed.keys));
+  keys.spans([&](int64_t column, int64_t key, int64_t here) {
+    product({rows.along.data() + begin * rows.columns, rows.columns, 1}, packed.across.data() + key, packed.keys, out.data() + column, wide, count,
+            padded(here), packed.width, false);
+  });
+}
+
+// Weights [count, wide] times what stands at the keys, in `out` [count, columns].
+void of_keys(const std::vector<float>& weights, const Packed& packed, const Keys& keys, int64_t count, int64_t wide, std::vector<float>& out) {
+  out.resize(size_t(kQueries * packed.columns));
+  keys.spans([&](int64_t column, int64_t key, int64_t here) {
+    product({weights.data() + column, wide, 1}, packed.along.data() + key * packed.columns, packed.columns, out.data(), packed.columns, count,
+            packed.columns, here, column > 0);
+  });
+}
+
+// Adds the weights [count, wide] times `count` rows from `begin` on to `out` [L, columns], at the keys.
+void to_keys(const std::vector<float>& weights, const Packed& rows, const Keys& keys, int64_t begin, int64_t count, int64_t wide,
+             std::vector<float>& out) {
+  keys.spans([&](int64_t column, int64_t key, int64_t here) {
+    product({weights.data() + column, 1, wide}, rows.along.data() + begin * rows.columns, rows.columns, out.data() + key * rows.columns,
+            rows.columns, here, rows.columns, count, true);
+  });
+}
+
+// The scores of the queries [begin, end) with all keys, in room.scores [end - begin, wide].
+void score(Room& room, bool biased, const Keys& keys, int64_t begin, int64_t end, int64_t wide) {
   const int64_t length = room.k.length;
-  room.scores.resize(size_t(kQueries * room.k.keys));
-  product({room.q.along.data() + begin * room.q.columns, room.q.columns, 1}, room.k.across.data(), room.k.keys, room.scores.data(), wide,
-          end - begin, wide, room.k.width, false);
+  with_keys(room.q, room.k, keys, begin, end - begin, wide, room.scores);
   const vf scale = broadcast(1.0f / std::sqrt(float(room.k.width)));
   for (int64_t i = begin; i < end; ++i) {
     float* own = room.scores.data() + (i - begin) * wide;
     const float* rab = biased ? room.bias.data() + length - 1 - i : nullptr;
     for (int64_t j = 0; j < wide; j += kWidth) {
       vf value = load(own + j) * scale;
-      if (rab) value += load(rab + j);
+      if (rab) value += load(rab + keys.at(j));
       store(own + j, value);
     }
   }
@@ -82,23 +132,23 @@ void score(Room& room, bool biased, int64_t begin, int64_t end, int64_t wide) {
 
 // Calls each(j, vector, mask) over the keys that query i sees; what lies between and behind them is set to `outside`.
 template <class Each>
-void over_seen(float* own, int64_t seen, int64_t itself, int64_t wide, Each each) {
+void over_seen(float* own, const Keys& keys, int64_t seen, int64_t itself, int64_t wide, Each each) {
   const vi first = counting();
   for (int64_t j = 0; j < wide; j += kWidth) {
-    const vi place = first + int32_t(j);
+    const vi place = first + int32_t(keys.at(j));
     store(own + j, each(j, load(own + j), vi((place < int32_t(seen)) | (place == int32_t(itself)))));
   }
 }
 
 // Scores to weights, in place; returns the log-sum-exp (softmax).
-float weigh(float* own, const Rule& rule, int64_t seen, int64_t itself, int64_t wide) {
+float weigh(float* own, const Rule& rule, const Keys& keys, int64_t seen, int64_t itself, int64_t wide) {
   if (!rule.softmax) {
     const float share = 1.0f / rule.divisor;
-    over_seen(own, seen, itself, wide, [&](int64_t, vf s, vi here) { return here ? s * sigmoid(s) * share : vf{}; });
+    over_seen(own, keys, seen, itself, wide, [&](int64_t, vf s, vi here) { return here ? s * sigmoid(s) * share : vf{}; });
     return 0;
   }
   vf most = broadcast(-kInfinity), total{};
-  over_seen(own, seen, itself, wide, [&](int64_t, vf s, vi here) {
+  over_seen(own, keys, seen, itself, wide, [&](int64_t, vf s, vi here) {
     s = here ? s : broadcast(-kInfinity);
     most = max(most, s);
     return s;
@@ -114,34 +164,32 @@ float weigh(float* own, const Rule& rule, int64_t seen, int64_t itself, int64_t 
   return limit + std::log(all);
 }
 
-int64_t last_seen(const Rule& rule, int64_t end, int64_t length) { return std::max(rule.seen(end - 1, length), end); }
-
 void forward(Room& room, const float* q, const float* k, const float* v, const float* bias, int64_t distances, const Layout& layout,
              const Rule& rule, int64_t first, int64_t length, int64_t head, float* y, float* lse) {
   room.q.take(q, layout, first, length, head, false, true);
   room.k.take(k, layout, first, length, head, true, false);
   room.v.take(v, layout, first, length, head, false, true);
   if (bias) unroll_bias(bias, distances, length, room.bias);
-  room.out.resize(size_t(kQueries * room.v.columns));
   for (int64_t begin = 0; begin < length; begin += kQueries) {
-    const int64_t end = std::min(begin + kQueries, length), limit = last_seen(rule, end, length), wide = padded(limit);
-    score(room, bias, begin, end, wide);
+    const int64_t end = std::min(begin + kQueries, length);
+    const Keys keys = keys_of(rule, begin, end, length);
+    const int64_t wide = padded(keys.columns());
+    score(room, bias, keys, begin, end, wide);
     for (int64_t i = begin; i < end; ++i) {
-      const float found = weigh(room.scores.data() + (i - begin) * wide, rule, rule.seen(i, length), i, wide);
+      const float found = weigh(room.scores.data() + (i - begin) * wide, rule, keys, rule.seen(i, length), i, wide);
       if (rule.softmax) lse[i] = found;
     }
-    product({room.scores.data(), wide, 1}, room.v.along.data(), room.v.columns, room.out.data(), room.v.columns, end - begin, room.v.columns,
-            limit, false);
+    of_keys(room.scores, room.v, keys, end - begin, wide, room.out);
     for (int64_t i = begin; i < end; ++i)
       std::copy_n(room.out.data() + (i - begin) * room.v.columns, layout.width, y + layout.at(first + i, head));
   }
 }
 
 // Scores to weights, and the gradients of the weights (room.pulls) to those of the scores, both in place.
-void weigh_backward(float* own, float* pull, const Rule& rule, float lse, int64_t seen, int64_t itself, int64_t wide) {
+void weigh_backward(float* own, float* pull, const Rule& rule, const Keys& keys, float lse, int64_t seen, int64_t itself, int64_t wide) {
   if (rule.softmax) {
     vf inner{};
-    over_seen(own, seen, itself, wide, [&](int64_t j, vf s, vi here) {
+    over_seen(own, keys, seen, itself, wide, [&](int64_t j, vf s, vi here) {
       const vf weight = here ? exp(s - lse) : vf{};
       inner += here ? weight * load(pull + j) : vf{};
       return weight;
@@ -151,7 +199,7 @@ void weigh_backward(float* own, float* pull, const Rule& rule, float lse, int64_
     return;
   }
   const float share = 1.0f / rule.divisor;
-  over_seen(own, seen, itself, wide, [&](int64_t j, vf s, vi here) {
+  over_seen(own, keys, seen, itself, wide, [&](int64_t j, vf s, vi here) {
     const vf open = sigmoid(s);
     store(pull + j, here ? load(pull + j) * open * (1.0f + s * (1.0f - open)) * share : vf{});
     return here ? s * open * share : vf{};
@@ -180,27 +228,26 @@ void backward(Room& room, const float* dy, const float* q, const float* k, const
     unroll_bias(bias, distances, length, room.bias);
     room.dbias.assign(size_t(2 * length - 1 + kWidth), 0.0f);
   }
-  room.pulls.resize(size_t(kQueries * room.k.keys));
-  room.out.resize(size_t(kQueries * columns));
   room.dk.assign(size_t(length * columns), 0.0f);
   room.dv.assign(size_t(length * columns), 0.0f);
   for (int64_t begin = 0; begin < length; begin += kQueries) {
-    const int64_t end = std::min(begin + kQueries, length), count = end - begin, limit = last_seen(rule, end, length), wide = padded(limit);
-    score(room, bias, begin, end, wide);
-    product({room.dy.along.data() + begin * columns, columns, 1}, room.v.across.data(), room.v.keys, room.pulls.data(), wide, count, wide,
-            layout.width, false);
+    const int64_t end = std::min(begin + kQueries, length), count = end - begin;
+    const Keys keys = keys_of(rule, begin, end, length);
+    const int64_t wide = padded(keys.columns());
+    score(room, bias, keys, begin, end, wide);
+    with_keys(room.dy, room.v, keys, begin, count, wide, room.pulls);
     for (int64_t i = begin; i < end; ++i) {
       float *own = room.scores.data() + (i - begin) * wide, *pull = room.pulls.data() + (i - begin) * wide;
-      weigh_backward(own, pull, rule, rule.softmax ? lse[i] : 0.0f, rule.seen(i, length), i, wide);
+      weigh_backward(own, pull, rule, keys, rule.softmax ? lse[i] : 0.0f, rule.seen(i, length), i, wide);
       if (bias)
-        for (int64_t j = 0; j < limit; j += kWidth) {
-          float* place = room.dbias.data() + length - 1 - i + j;
+        for (int64_t j = 0; j < keys.columns(); j += kWidth) {
+          float* place = room.dbias.data() + length - 1 - i + keys.at(j);
           store(place, load(place) + load(pull + j));  // behind the last key that is seen, pulls are zero
         }
     }
-    product({room.scores.data(), 1, wide}, room.dy.along.data() + begin * columns, columns, room.dv.data(), columns, limit, columns, count, true);
-    product({room.pulls.data(), 1, wide}, room.q.along.data() + begin * columns, columns, room.dk.data(), columns, limit, columns, count, true);
-    product({room.pulls.data(), wide, 1}, room.k.along.data(), columns, room.out.data(), columns, count, columns, limit, false);
+    to_keys(room.scores, room.dy, keys, begin, count, wide, room.dv);
+    to_keys(room.pulls, room.q, keys, begin, count, wide, room.dk);
+    of_keys(room.pulls, room.k, keys, count, wide, room.out);
     put(room.out, columns, scale, layout, first + begin, count, head, to.q);
   }
   put(room.dk, columns, scale, layout, first, length, head, to.k);
@@ -209,35 +256,37 @@ void backward(Room& room, const float* dy, const float* q, const float* k, const
     for (int64_t t = 0; t < 2 * length - 1; ++t) dbias[std::clamp<int64_t>(length - 1 - t, 0, distances - 1)] += room.dbias[size_t(t)];
 }
 
-Rule rule_of(int64_t softmax, int64_t mask, int64_t group, double divisor) { return {softmax != 0, Mask(mask), group, float(divisor)}; }
+Rule rule_of(int64_t softmax, int64_t mask, int64_t group, double divisor, const int64_t* seen) {
+  return {softmax != 0, Mask(mask), group, float(divisor), seen};
+}
 
 }  // namespace
 
 extern "C" {
 
-// q, k, v, y [S, H, e]; offsets [B + 1]; bias [H or 1, D] or null; lse [H, S].
+// q, k, v, y [S, H, e]; offsets [B + 1]; bias [H or 1, D] or null; seen [S] or null; lse [H, S].
 void jagged_attention(const float* q, const float* k, const float* v, const int64_t* offsets, const float* bias, int64_t rows, int64_t heads,
                       int64_t width, int64_t biases, int64_t distances, int64_t softmax, int64_t mask, int64_t group, double divisor,
-                      int64_t threads, float* y, float* lse) {
+                      const int64_t* seen, int64_t threads, float* y, float* lse) {
   const Layout layout{heads, width};
-  const Rule rule = rule_of(softmax, mask, group, divisor);
+  const Rule rule = rule_of(softmax, mask, group, divisor, seen);
   const int64_t tokens = offsets[rows];
   parallel_for(rows * heads, threads, [&](int64_t task) {
     static thread_local Room room;
     const int64_t row = task / heads, head = task % heads, first = offsets[row];
     const float* own = bias ? bias + (biases > 1 ? head : 0) * distances : nullptr;
     if (offsets[row + 1] > first)
-      forward(room, q, k, v, own, distances, layout, rule, first, offsets[row + 1] - first, head, y, lse + head * tokens + first);
+      forward(room, q, k, v, own, distances, layout, rule.of_row(first), first, offsets[row + 1] - first, head, y, lse + head * tokens + first);
   });
 }
 
 // dbias [min(rows, parts), H, D]: the shares of the bias's gradient; a part has every so manieth row.
 void jagged_attention_backward(const float* dy, const float* q, const float* k, const float* v, const int64_t* offsets, const float* bias,
                                const float* lse, int64_t rows, int64_t heads, int64_t width, int64_t biases, int64_t distances,
-                               int64_t softmax, int64_t mask, int64_t group, double divisor, int64_t threads, float* dq, float* dk,
-                               float* dv, float* dbias, int64_t most_parts) {
+                               int64_t softmax, int64_t mask, int64_t group, double divisor, const int64_t* seen, int64_t threads, float* dq,
+                               float* dk, float* dv, float* dbias, int64_t most_parts) {
   const Layout layout{heads, width};
-  const Rule rule = rule_of(softmax, mask, group, divisor);
+  const Rule rule = rule_of(softmax, mask, group, divisor, seen);
   const int64_t tokens = offsets[rows], parts = std::min(rows, most_parts);
   parallel_for(parts * heads, threads, [&](int64_t task) {
     static thread_local Room room;
@@ -248,7 +297,7 @@ void jagged_attention_backward(const float* dy, const float* q, const float* k, 
     for (int64_t row = part; row < rows; row += parts) {
       const int64_t first = offsets[row];
       if (offsets[row + 1] > first)
-        backward(room, dy, q, k, v, own, distances, layout, rule, first, offsets[row + 1] - first, head, lse + head * tokens + first,
+        backward(room, dy, q, k, v, own, distances, layout, rule.of_row(first), first, offsets[row + 1] - first, head, lse + head * tokens + first,
                  {dq, dk, dv}, share);
     }
   });

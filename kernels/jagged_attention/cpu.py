@@ -28,6 +28,7 @@ class Rule:
     mask: str
     group: int
     divisor: float
+    seen: Tensor | None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -153,7 +154,9 @@ def _blocks(q_rhle: Tensor, k_rhle: Tensor, rows: _Rows, bias: Tensor | None, ru
         scores = scaled[:, :, block] @ k_rhle[:, :, :seen].mT
         if bias is not None:
             scores += bias.to(scores.dtype)[:, distance(place[block], place[:seen], bias.shape[1])]
-        hidden = ~visible(place[block], place[:seen], rule.mask, rule.group)[None, None]
+        told = None if rule.seen is None else rule.seen[rows.places][:, block]
+        hidden = ~visible(place[block], place[:seen], rule.mask, rule.group, told)
+        hidden = hidden[:, None] if hidden.dim() == 3 else hidden[None, None]
         if rule.mask == "grouped":
             hidden = hidden | ~rows.inside[:, None, None, :seen]
         yield block, scores, hidden

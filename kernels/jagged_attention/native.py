@@ -52,9 +52,9 @@ def _wide(*given: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.float().contiguous() for x in given)
 
 
-def _settings(q: Tensor, offsets: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor | None, tuple[int | float, ...]]:
+def _settings(q: Tensor, offsets: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor | None, tuple[int | float | Tensor | None, ...]]:
     """The bias's numbers, and the sizes and the rule as the loop takes them."""
     table = None if bias is None else bias.float().contiguous()
     biases, distances = (1, 1) if bias is None else bias.shape
-    how = (int(rule.form == "softmax"), get_args(Mask).index(rule.mask), rule.group, float(rule.divisor))
+    how = (int(rule.form == "softmax"), get_args(Mask).index(rule.mask), rule.group, float(rule.divisor), rule.seen)
     return table, (len(offsets) - 1, *q.shape[1:], biases, distances, *how)

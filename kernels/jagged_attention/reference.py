@@ -2,7 +2,7 @@
 """Attention inside rows of different lengths that lie one after another, by softmax or by SiLU, causal over tokens or over items.
 
 Sources: HSTU (Zhai et al., arXiv 2402.17152, eqs. 1-3) for the SiLU form and the bias; RecGPT (arXiv 2506.06270) for the mask
-``grouped``; SETRec (arXiv 2502.10833) for ``grouped_apart``.
+``grouped``; SETRec (arXiv 2502.10833) for ``prefix``: items whose tokens do not see each other, and queries that nobody sees.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Form: TypeAlias = Literal["softmax", "silu"]
-Mask: TypeAlias = Literal["causal", "grouped", "grouped_apart"]
+Mask: TypeAlias = Literal["causal", "grouped", "prefix"]
 
 
 def jagged_attention(
@@ -26,6 +26,7 @@ def jagged_attention(
     mask: str,
     group: int,
     divisor: float,
+    seen: Tensor | None,
 ) -> Tensor:
     """The definition, row by row: ``A V`` with ``A = softmax(S)`` or ``A = SiLU(S) / N``, where ``S = Q Kᵀ / √e + rab``.
 
@@ -40,6 +41,7 @@ def jagged_attention(
         mask: who is seen; see `visible`.
         group: tokens of an item, counted from the beginning of the row; the last item of a row may have fewer.
         divisor: N, of the SiLU form.
+        seen: int64 ``[S]``, of the prefix mask: how many of its row's first tokens each token sees, no more than there are before it.
 
     Returns:
         ``[S, H, e]`` in the dtype of ``q``. Scores and weights are computed in float32 (float64 for float64).
@@ -52,7 +54,7 @@ def jagged_attention(
         scores_hij = torch.einsum("ihe,jhe->hij", q_ihe, k_jhe) / math.sqrt(q.shape[2])
         if bias is not None:
             scores_hij = scores_hij + bias.to(wide)[:, distance(places, places, bias.shape[1])]
-        hidden = ~visible(places, places, mask, group)
+        hidden = ~visible(places, places, mask, group, None if seen is None else seen[start:end])
         if form == "softmax":
             weights_hij = scores_hij.masked_fill(hidden, -torch.inf).softmax(2)
         else:
@@ -61,18 +63,19 @@ def jagged_attention(
     return torch.cat(rows)
 
 
-def visible(i: Tensor, j: Tensor, mask: str, group: int) -> Tensor:
-    """bool ``[I, J]``: whether the token at place i of a row sees that at place j.
+def visible(i: Tensor, j: Tensor, mask: str, group: int, seen: Tensor | None) -> Tensor:
+    """bool ``[…, I, J]``: whether the token at place i of a row sees that at place j.
 
-    ``causal``: itself and those before. ``grouped``: all tokens of the items up to its own. ``grouped_apart``: all tokens of the items
-    before its own, and itself.
+    ``causal``: itself and those before. ``grouped``: all tokens of the items up to its own. ``prefix``: the first ``seen [..., I]`` tokens
+    of the row, and itself.
     """
     i, j = i[:, None], j[None, :]
     if mask == "causal":
         return j <= i
     if mask == "grouped":
         return j // group <= i // group
-    return (j // group < i // group) | (j == i)
+    assert seen is not None
+    return (j < seen[..., None]) | (j == i)
 
 
 def distance(i: Tensor, j: Tensor, distances: int) -> Tensor:

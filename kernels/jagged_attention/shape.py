@@ -15,7 +15,7 @@ class Case(NamedTuple):
         heads: H.
         width: e.
         form_number: 0 softmax, 1 SiLU.
-        mask_number: 0 causal, 1 grouped, 2 grouped apart.
+        mask_number: 0 causal, 1 grouped, 2 prefix.
         group: tokens of an item.
         biases: H or 1; 0 for no bias.
         distances: D; 0 for no bias.
@@ -49,13 +49,28 @@ class Case(NamedTuple):
     @property
     def pairs(self) -> int:
         """How many pairs of tokens see each other."""
+        if self.mask == "prefix":
+            return sum(map(sum, self.seen)) + sum(self.lengths)
         return sum(seen_pairs(length, self.mask, self.group) for length in self.lengths)
+
+    @property
+    def seen(self) -> list[list[int]]:
+        """Of the prefix mask, how many of its row's first tokens each token sees, as SETRec has it.
+
+        The first half of a row are items, whose tokens see the items before their own; then come groups of queries, the first of which
+        sees nothing, and each one item more than the one before.
+        """
+        return [self._seen(length) for length in self.lengths]
+
+    def _seen(self, length: int) -> list[int]:
+        items = length // 2 // self.group * self.group
+        return [(place if place < items else min(place - items, items)) // self.group * self.group for place in range(length)]
 
 
 def seen_pairs(length: int, mask: str, group: int) -> int:
-    """How many pairs of tokens of a row see each other."""
+    """How many pairs of tokens of a row see each other under a mask that says so by itself."""
     items, left = divmod(length, group)
     before = group**2 * items * (items - 1) // 2 + left * items * group
     if mask == "causal":
         return length * (length + 1) // 2
-    return before + (length if mask == "grouped_apart" else items * group**2 + left**2)
+    return before + items * group**2 + left**2

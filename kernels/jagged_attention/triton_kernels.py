@@ -6,9 +6,10 @@ Source of the scheme: FlashAttention-2 (Dao, arXiv 2307.08691, algorithms 1 and 
 of a block of queries, one over the queries of a block of keys, and one over the pairs of blocks at the same distance.
 
 All kernels take these arguments. Tensors: Q, K, V, Y, DY and the gradients ``[S, H, E]``, BIAS ``[H or 1, distances]``, OFFSETS
-``[B + 1]``, TILES ``[programs, 2]`` (row and start of each block, B for none), LSE and DELTA ``[H, S]`` float32. Numbers: ``between`` is
-how far one head's bias lies behind another's, ``scale`` 1 / √e, ``inverse`` 1 / N. Constants: APART for tokens of an item that do not
-see each other, WIDE for products in float32, which Triton's interpreter needs.
+``[B + 1]``, SEEN int32 ``[S]`` and MOST int32 ``[B]`` (of the prefix mask: how many of its row's first tokens a token sees, and any token
+of the row), TILES ``[programs, 2]`` (row and start of each block, B for none), LSE and DELTA ``[H, S]`` float32. Numbers: ``between`` is
+how far one head's bias lies behind another's, ``scale`` 1 / √e, ``inverse`` 1 / N. Constants: PREFIX for the
+prefix mask, WIDE for products in float32, which Triton's interpreter needs.
 """
 
 import triton
@@ -17,8 +18,8 @@ import triton.language as tl
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, BIAS, OFFSETS, TILES, Y, LSE, S, H, group, distances, between, scale, inverse,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr, APART: tl.constexpr, BIASED: tl.constexpr,
+    Q, K, V, BIAS, OFFSETS, SEEN, MOST, TILES, Y, LSE, S, H, group, distances, between, scale, inverse,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr, PREFIX: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What a block of queries of one head reads; for softmax with its log-sum-exp."""
@@ -32,12 +33,15 @@ def forward_kernel(
     y = tl.zeros((BLOCK, BLOCK_E), tl.float32)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for j0 in range(0, _seen_end(i0, length, group, BLOCK, APART), BLOCK):
+    prefix = _prefix(SEEN + begin, i, length, group, PREFIX)
+    most = tl.max(prefix, 0)
+    for step in range(0, _steps(i0, most, BLOCK, PREFIX)):
+        j0 = _key_block(step, i0, most, BLOCK, PREFIX)
         j = j0 + tl.arange(0, BLOCK)
         k = _rows(K + first, j, length, stride, E, BLOCK_E, WIDE)
         v = _rows(V + first, j, length, stride, E, BLOCK_E, WIDE)
         scores = _scores(q, k, BIAS + head * between, i[:, None] - j[None, :], distances, scale, BIASED, PRECISION)
-        seen = _seen(i[:, None], j[None, :], length, group, APART)
+        seen = _seen(i[:, None], j[None, :], prefix[:, None], PREFIX)
         if SOFTMAX:
             scores = tl.where(seen, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
@@ -59,8 +63,8 @@ def forward_kernel(
 
 @triton.jit
 def query_grad_kernel(
-    Q, K, V, BIAS, OFFSETS, TILES, DY, LSE, DELTA, Y, DQ, S, H, group, distances, between, scale, inverse,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr, APART: tl.constexpr, BIASED: tl.constexpr,
+    Q, K, V, BIAS, OFFSETS, SEEN, MOST, TILES, DY, LSE, DELTA, Y, DQ, S, H, group, distances, between, scale, inverse,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr, PREFIX: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries; for softmax also DELTA, the sum of dy·y of each query, which the other kernels read."""
@@ -80,12 +84,15 @@ def query_grad_kernel(
         tl.store(DELTA + place, delta, mask=i < length)
         lse = tl.load(LSE + place, mask=i < length, other=float("inf"))
     dq = tl.zeros((BLOCK, BLOCK_E), tl.float32)
-    for j0 in range(0, _seen_end(i0, length, group, BLOCK, APART), BLOCK):
+    prefix = _prefix(SEEN + begin, i, length, group, PREFIX)
+    most = tl.max(prefix, 0)
+    for step in range(0, _steps(i0, most, BLOCK, PREFIX)):
+        j0 = _key_block(step, i0, most, BLOCK, PREFIX)
         j = j0 + tl.arange(0, BLOCK)
         k = _rows(K + first, j, length, stride, E, BLOCK_E, WIDE)
         v = _rows(V + first, j, length, stride, E, BLOCK_E, WIDE)
         scores = _scores(q, k, BIAS + head * between, i[:, None] - j[None, :], distances, scale, BIASED, PRECISION)
-        seen = _seen(i[:, None], j[None, :], length, group, APART)
+        seen = _seen(i[:, None], j[None, :], prefix[:, None], PREFIX)
         dweights = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
         _, slope = _weights(scores, seen, lse[:, None], inverse, SOFTMAX)
         dscores = slope * (dweights - delta[:, None])
@@ -95,8 +102,8 @@ def query_grad_kernel(
 
 @triton.jit
 def key_grad_kernel(
-    Q, K, V, BIAS, OFFSETS, TILES, DY, LSE, DELTA, DK, DV, S, H, group, distances, between, scale, inverse,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr, APART: tl.constexpr, BIASED: tl.constexpr,
+    Q, K, V, BIAS, OFFSETS, SEEN, MOST, TILES, DY, LSE, DELTA, DK, DV, S, H, group, distances, between, scale, inverse,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr, PREFIX: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and values."""
@@ -110,10 +117,13 @@ def key_grad_kernel(
     v = _rows(V + first, j, length, stride, E, BLOCK_E, WIDE)
     dk, dv = tl.zeros((BLOCK, BLOCK_E), tl.float32), tl.zeros((BLOCK, BLOCK_E), tl.float32)
     lse, delta = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    start = j0
-    if not APART:
+    start, end = j0, length
+    if PREFIX:
+        most = tl.load(MOST + tl.load(TILES + 2 * tl.program_id(0)))
+        end = tl.where(j0 < most, length, tl.minimum(j0 + BLOCK, length))
+    else:
         start = j0 // group * group // BLOCK * BLOCK
-    for i0 in range(start, length, BLOCK):
+    for i0 in range(start, end, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         q = _rows(Q + first, i, length, stride, E, BLOCK_E, WIDE)
         dy = _rows(DY + first, i, length, stride, E, BLOCK_E, WIDE)
@@ -122,7 +132,8 @@ def key_grad_kernel(
             lse = tl.load(LSE + place, mask=i < length, other=float("inf"))
             delta = tl.load(DELTA + place, mask=i < length, other=0.0)
         scores = _scores(q, k, BIAS + head * between, i[:, None] - j[None, :], distances, scale, BIASED, PRECISION)
-        seen = _seen(i[:, None], j[None, :], length, group, APART)
+        prefix = _prefix(SEEN + begin, i, length, group, PREFIX)
+        seen = _seen(i[:, None], j[None, :], prefix[:, None], PREFIX)
         weights, slope = _weights(scores, seen, lse[:, None], inverse, SOFTMAX)
         dv += tl.dot(tl.trans(weights.to(dy.dtype)), dy, input_precision=PRECISION)
         dweights = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
@@ -134,8 +145,8 @@ def key_grad_kernel(
 
 @triton.jit
 def bias_grad_kernel(
-    Q, K, V, BIAS, OFFSETS, TILES, DY, LSE, DELTA, SUMS, tiles, last, S, H, group, distances, between, scale, inverse,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr, APART: tl.constexpr, BIASED: tl.constexpr,
+    Q, K, V, BIAS, OFFSETS, SEEN, MOST, TILES, DY, LSE, DELTA, SUMS, tiles, last, S, H, group, distances, between, scale, inverse,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr, PREFIX: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the scores, summed over all pairs of blocks of a share of TILES that are equally far apart.
@@ -149,9 +160,10 @@ def bias_grad_kernel(
         i0, begin, length = _block(OFFSETS, TILES, tile, S)
         first, stride = (begin * H + head) * E, H * E
         i = i0 + tl.arange(0, BLOCK)
+        prefix = _prefix(SEEN + begin, i, length, group, PREFIX)
         nearest = i0 - (band - 1) * BLOCK
         start = tl.where(band == 0, nearest, tl.where(band > last, 0, tl.maximum(nearest, 0)))
-        end = tl.where(band == 0, _seen_end(i0, length, group, BLOCK, APART), nearest + 1)
+        end = tl.where(band == 0, tl.minimum(tl.max(prefix, 0), length), nearest + 1)
         if (i0 < length) & (start < end):
             q = _rows(Q + first, i, length, stride, E, BLOCK_E, WIDE)
             dy = _rows(DY + first, i, length, stride, E, BLOCK_E, WIDE)
@@ -165,7 +177,7 @@ def bias_grad_kernel(
                 k = _rows(K + first, j, length, stride, E, BLOCK_E, WIDE)
                 v = _rows(V + first, j, length, stride, E, BLOCK_E, WIDE)
                 scores = _scores(q, k, BIAS + head * between, i[:, None] - j[None, :], distances, scale, BIASED, PRECISION)
-                seen = _seen(i[:, None], j[None, :], length, group, APART)
+                seen = _seen(i[:, None], j[None, :], prefix[:, None], PREFIX)
                 dweights = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
                 _, slope = _weights(scores, seen, lse[:, None], inverse, SOFTMAX)
                 sums += slope * (dweights - delta[:, None])
@@ -224,22 +236,31 @@ def _scores(a, b, BIAS, back, distances, scale, BIASED: tl.constexpr, PRECISION:
 
 
 @triton.jit
-def _seen(i, j, length, group, APART: tl.constexpr):
-    """Whether the query at i sees the key at j; both broadcast. A group of 1 is the causal mask.
+def _prefix(SEEN, i, length, group, PREFIX: tl.constexpr):
+    """[BLOCK]: how many of its row's first tokens each query sees. A group of 1 is the causal mask.
 
     Queries behind the row's end see what they may: their upstream gradients are zeros and their results are not stored.
     """
-    item = i // group * group
-    return (j <= i) & ((j < item) | (j >= i)) if APART else j < tl.minimum(item + group, length)
+    return tl.load(SEEN + i, mask=i < length, other=0) if PREFIX else tl.minimum(i // group * group + group, length)
 
 
 @triton.jit
-def _seen_end(i0, length, group, BLOCK: tl.constexpr, APART: tl.constexpr):
-    """Behind the last key that a block of queries sees."""
-    end = i0 + BLOCK
-    if not APART:
-        end = (end + group - 1) // group * group
-    return tl.minimum(end, length)
+def _seen(i, j, prefix, PREFIX: tl.constexpr):
+    """Whether the query at i sees the key at j; all broadcast."""
+    return (j < prefix) | (j == i) if PREFIX else j < prefix
+
+
+@triton.jit
+def _steps(i0, most, BLOCK: tl.constexpr, PREFIX: tl.constexpr):
+    """How many blocks of keys a block of queries multiplies with: those of its longest prefix, and with the prefix mask its own."""
+    blocks = (most + BLOCK - 1) // BLOCK
+    return tl.minimum(blocks, i0 // BLOCK) + 1 if PREFIX else blocks
+
+
+@triton.jit
+def _key_block(step, i0, most, BLOCK: tl.constexpr, PREFIX: tl.constexpr):
+    """Where such a block begins; its own comes last."""
+    return tl.where(step * BLOCK < tl.minimum(most, i0), step * BLOCK, i0) if PREFIX else step * BLOCK
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Tensor | Non
     if q.numel():
         tiles = _tiles(offsets, tokens)
         common, constants = _arguments(q, bias, rule)
-        given = (*_aligned(q, k, v), _given(bias, q), offsets, tiles, y, lse)
+        given = (*_aligned(q, k, v), _given(bias, q), offsets, *_prefixes(rule, offsets, tiles), tiles, y, lse)
         forward_kernel[len(tiles), heads](*given, *common, **constants, **_schedule("fwd", q.dtype))
     return y, lse
 
@@ -58,7 +58,7 @@ def backward(
     delta = torch.empty_like(lse)
     common, constants = _arguments(q, bias, rule)
     q, k, v, dy, y = _aligned(q, k, v, dy, _given(y, dy))
-    given = (q, k, v, _given(bias, q), offsets, tiles, dy, lse, delta)
+    given = (q, k, v, _given(bias, q), offsets, *_prefixes(rule, offsets, tiles), tiles, dy, lse, delta)
     query_grad_kernel[len(tiles), heads](*given, y, dq, *common, **constants, **_schedule("dq", q.dtype))
     key_grad_kernel[len(tiles), heads](*given, dk, dv, *common, **constants, **_schedule("dkv", q.dtype))
     if bias is None:
@@ -93,12 +93,20 @@ def _tiles(offsets: Tensor, tokens: int) -> Tensor:
     return torch.stack((row, start), 1).int()
 
 
+def _prefixes(rule: Rule, offsets: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 ``[S]`` and ``[B]``: how many of its row's first tokens each token sees, and any token of a row; ``other`` where none."""
+    if rule.seen is None:
+        return other, other
+    row = torch.repeat_interleave(offsets.diff(), output_size=len(rule.seen))
+    most = rule.seen.new_zeros(len(offsets) - 1).scatter_reduce_(0, row, rule.seen, "amax")
+    return rule.seen.int(), most.int()
+
+
 def _arguments(q: Tensor, bias: Tensor | None, rule: Rule) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What all kernels take after their tensors."""
     tokens, heads, width = q.shape
     distances, between = (0, 0) if bias is None else (bias.shape[1], bias.shape[1] if len(bias) > 1 else 0)
-    group = 1 if rule.mask == "causal" else rule.group
-    numbers = (tokens, heads, group, distances, between, 1 / math.sqrt(width), 1 / rule.divisor)
+    numbers = (tokens, heads, rule.group, distances, between, 1 / math.sqrt(width), 1 / rule.divisor)
     constants = _constants(width, rule.form, rule.mask, bias is not None, q.dtype)
     return numbers, constants | {"WIDE": backend.interpreting()}
 
@@ -109,7 +117,7 @@ def _constants(width: int, form: str, mask: str, biased: bool, dtype: torch.dtyp
         "BLOCK_E": max(32, triton.next_power_of_2(width)),
         "BLOCK": BLOCK,
         "SOFTMAX": form == "softmax",
-        "APART": mask == "grouped_apart",
+        "PREFIX": mask == "prefix",
         "BIASED": biased,
         "PRECISION": "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32",
     }
@@ -151,10 +159,10 @@ def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
         for dtype in (dtype for dtype in (torch.float32, torch.bfloat16) if width <= MAX_WIDTH[dtype]):
             constants = _constants(width, form, mask, biased, dtype) | {"WIDE": False}
             tensor = f"*{_TYPES[dtype]}"
-            suffix = f"{form}_{'apart' if mask == 'grouped_apart' else mask}_{'bias_' if biased else ''}{_TYPES[dtype]}_{width}"
+            suffix = f"{form}_{mask}_{'bias_' if biased else ''}{_TYPES[dtype]}_{width}"
             numbers = dict.fromkeys(("S", "H", "group", "distances", "between"), "i32") | {"scale": "fp32", "inverse": "fp32"}
             tail = numbers | dict.fromkeys(constants, "constexpr")
-            head = dict.fromkeys(("Q", "K", "V", "BIAS"), tensor) | {"OFFSETS": "*i64", "TILES": "*i32"}
+            head = dict.fromkeys(("Q", "K", "V", "BIAS"), tensor) | {"OFFSETS": "*i64"} | dict.fromkeys(("SEEN", "MOST", "TILES"), "*i32")
             given = head | {"DY": tensor, "LSE": "*fp32", "DELTA": "*fp32"}
             signatures = [
                 ("fwd", forward_kernel, head | {"Y": tensor, "LSE": "*fp32"} | tail),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.jagged_attention import jagged_attention
 from kernels.jagged_attention.reference import Mask
 from recsys.efficiency.view import TokenView, held, to_padded
 from recsys.retrieval.padding import after_all
@@ -58,8 +59,9 @@ class SetTransformer(Transformer):
     those p items, and itself; nothing sees a query. So queries and items attend in the same way, to a number of *seen* items and to
     themselves, and both take that number as their position id: the queries of state p stand where item p (counted from 0) will.
 
-    Queries never enter the memory, so any choice of states costs only its own queries, all prefixes train in one pass, and no mask
-    over items and queries together is ever built. In the last block the items serve as keys and values alone.
+    A row holds the items that its states read, and after them their queries; no token is seen from further in front than the items reach.
+    So any choice of states costs only its own queries, and all prefixes train in one pass. In the last block the items serve as keys
+    and values alone.
     """
 
     def forward(self, items_blnd: Tensor, queries_nd: Tensor, seen_bp: Tensor) -> Tensor:
@@ -74,17 +76,19 @@ class SetTransformer(Transformer):
             ``[B, P, n, d]``, after the final norm.
         """
         length, tokens = items_blnd.shape[1:3]
-        item_seen = torch.arange(length, device=seen_bp.device)[None]
-        item_bias, query_bias = (_seen_bias(seen, length, tokens, items_blnd) for seen in (item_seen, seen_bp))
-        memory = self.dropout(items_blnd + self.position(item_seen)[:, :, None]).flatten(1, 2)
-        x_btd = self.dropout(queries_nd + self.position(seen_bp)[:, :, None]).flatten(1, 2)
+        place = torch.arange(length, device=seen_bp.device).expand(len(seen_bp), -1)
+        read = place < F.pad(seen_bp, (1, 0)).amax(1, keepdim=True)
+        held = torch.cat((read, torch.ones_like(seen_bp, dtype=torch.bool)), 1)
+        groups = torch.cat((items_blnd, queries_nd.expand(*seen_bp.shape, -1, -1)), 1)[held]
+        seen = torch.cat((place, seen_bp), 1)[held]
+        asks = torch.cat((torch.zeros_like(read), torch.ones_like(seen_bp, dtype=torch.bool)), 1)[held]
+        x_sd = self.dropout(groups + self.position(seen)[:, None]).flatten(0, 1)
+        offsets = F.pad(held.sum(1).cumsum(0), (1, 0)) * tokens
+        seen, asks = (seen * tokens).repeat_interleave(tokens), asks.repeat_interleave(tokens)
         *inner, last = self._layers()
         for block in inner:
-            query, key, value = block.project(memory)
-            x_btd = block.update(x_btd, attend_seen(*block.project(x_btd), key, value, query_bias))
-            memory = block.update(memory, attend_seen(query, key, value, key, value, item_bias))
-        x_btd = last.update(x_btd, attend_seen(*last.project(x_btd), *last.memory(memory), query_bias))
-        outputs: Tensor = self.norm(x_btd).unflatten(1, (-1, tokens))
+            x_sd = block.reading(x_sd, offsets, seen)
+        outputs: Tensor = self.norm(last.reading(x_sd, offsets, seen, asks)).unflatten(0, (*seen_bp.shape, tokens))
         return outputs
 
     def last(self, items_blnd: Tensor, queries_nd: Tensor, lengths_b: Tensor) -> Tensor:
@@ -133,9 +137,14 @@ class _Asking:
 def _attend_before(tokens: int) -> Attend:
     """Each token of an item sees all ``tokens`` tokens of each item before it, and itself."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
-        items = query.shape[2] // tokens
-        return attend_seen(query, key, value, key, value, _seen_bias(torch.arange(items, device=query.device)[None], items, tokens, query))
+    def attend(query: Tensor, key: Tensor, value: Tensor, lengths_b: Tensor) -> Tensor:
+        inside = held(lengths_b, query.shape[2])
+        place = torch.arange(query.shape[2], device=query.device).expand(len(lengths_b), -1)[inside]
+        q, k, v = (x.transpose(1, 2)[inside] for x in (query, key, value))
+        offsets = F.pad(lengths_b.cumsum(0), (1, 0))
+        return to_padded(
+            jagged_attention(q, k, v, offsets, mask="prefix", seen=place // tokens * tokens), offsets, width=query.shape[2]
+        ).transpose(1, 2)
 
     return attend
 

@@ -91,11 +91,31 @@ class Block(nn.Module):
 
     def jagged(self, x_sd: Tensor, offsets: Tensor, mask: Mask, group: int, feed: Feed | None = None) -> Tensor:
         """``[S, d]`` to ``[S, d]``: the tokens after both sub-layers, of rows one after another; see `kernels.jagged_attention`."""
-        normed = self.attention_norm(x_sd)
-        parts = (self.query(normed), *self.key_value(normed).chunk(2, -1))
-        query, key, value = (x.unflatten(1, (self.heads, -1)) for x in parts)
-        attended = jagged_attention(query, key, value, offsets, mask=mask, group=group)
+        attended = jagged_attention(*self._in_rows(x_sd), offsets, mask=mask, group=group)
         return self._added(x_sd, attended.flatten(1), feed or self.ffn)
+
+    def reading(self, x_sd: Tensor, offsets: Tensor, seen: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """As `jagged`, of tokens that see the first ``seen`` ones of their row (int64 ``[S]``), and themselves.
+
+        With ``wanted`` (bool ``[S]``) only W tokens are updated, ``[W, d]``; the others are read.
+        """
+        if wanted is None:
+            attended = jagged_attention(*self._in_rows(x_sd), offsets, mask="prefix", seen=seen)
+            return self._added(x_sd, attended.flatten(1), self.ffn)
+        place = wanted.nonzero()[:, 0]
+        query, key, value = self._in_rows(x_sd, place)
+        attended = jagged_attention(query, key, value, offsets, mask="prefix", seen=seen.where(wanted, 0))
+        return self._added(x_sd[place], attended[place].flatten(1), self.ffn)
+
+    def _in_rows(self, x_sd: Tensor, asking: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens, each ``[S, H, d / H]``; where only some ask, at these places, other queries are zeros."""
+        normed = self.attention_norm(x_sd)
+        key, value = self.key_value(normed).chunk(2, -1)
+        query = self.query(normed if asking is None else normed[asking])
+        if asking is not None:
+            query = torch.zeros_like(normed).index_put((asking,), query)
+        query, key, value = (x.unflatten(1, (self.heads, -1)) for x in (query, key, value))
+        return query, key, value
 
     def _added(self, x: Tensor, attended: Tensor, feed: Feed) -> Tensor:
         x = x + self.dropout(self.out(attended))

@@ -72,7 +72,7 @@ def test_tokens_of_one_item_do_not_see_each_other_and_later_items_see_them():
     def memories(tokens):
         hidden.clear()
         set_outputs(model, tokens)
-        return [h.unflatten(1, (3, 4))[0] for h in hidden if h.shape[1] == 12]
+        return [h[:12].unflatten(0, (3, 4)) for h in hidden]  # the queries come after the items
 
     tokens = tokens_of(model, [1, 2, 4])
     changed = tokens.clone()
