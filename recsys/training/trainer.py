@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kernels import backend, paths
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError, RecsysError, unknown
+from recsys.core.memory import give_back_memory, keep_freed_memory
 from recsys.data.loader import Loader
 from recsys.training.checkpoint import Checkpointing, Checkpoints
 from recsys.training.history import EpochRecord, History, TrainState
@@ -153,6 +154,8 @@ class Trainer:
         if len(loader) == 0:
             raise DataError("loader: there is no batch to train on")
         run = _Run(self, model, loader, validate)
+        if run.device.type == "cpu":
+            keep_freed_memory()
         run.resume()
         with Sigterm() as sigterm, backend.session(self.config.kernels) as run.ran:
             try:
@@ -314,6 +317,7 @@ class _Run:
             self._preempt()
         if improved or state.finished or self._is_time():
             self.save()
+        give_back_memory()
 
     def _validate(self) -> dict[str, float]:
         if self.validate is None:

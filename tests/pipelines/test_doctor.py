@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.doctor import examine
 from pipelines.doctor.child import run_probe
-from pipelines.doctor.probes.torch import huge_pages
+from pipelines.doctor.probes.torch import freed_memory
 from pipelines.doctor.supported import ROOT, SUPPORTED, environment_device, install, reinstall
 
 LIBRARIES = {library.name: library for library in SUPPORTED}
@@ -57,21 +57,11 @@ def test_a_healthy_library_is_tried_and_the_status_is_0() -> None:
     assert rows["faiss"]["can"]["exact search"] == "works"
 
 
-@pytest.mark.parametrize(
-    ("content", "asked", "expected"),
-    [
-        ("always [madvise] never", "1", "madvise; asked for"),
-        ("always [madvise] never", "0", "madvise; not asked for: THP_MEM_ALLOC_ENABLE is not 1"),
-        ("[always] madvise never", "0", "always; asked for"),
-        ("always madvise [never]", "1", "not given by this system: large tensors cost page faults"),
-        (None, "1", "unknown to this system"),
-    ],
-)
-def test_huge_pages_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, asked: str, expected: str) -> None:
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", asked)
-    if content is not None:
-        (tmp_path / "enabled").write_text(content)
-    assert huge_pages(tmp_path / "enabled") == expected
+@pytest.mark.parametrize(("library", "asked", "expected"), [("glibc", "1", "kept"), ("glibc", "0", "not kept"), ("", "1", "not kept")])
+def test_whether_freed_memory_is_kept_is_told(monkeypatch: pytest.MonkeyPatch, library: str, asked: str, expected: str) -> None:
+    monkeypatch.setenv("RECSYS_KEEP_MEMORY", asked)
+    monkeypatch.setattr("platform.libc_ver", lambda: (library, "2"))
+    assert freed_memory().startswith(expected)
 
 
 @pytest.mark.slow

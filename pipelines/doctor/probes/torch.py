@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch: matrix products forward and backward, bf16, CUDA, threads, huge pages."""
+"""torch: matrix products forward and backward, bf16, CUDA, threads, memory that trainings keep."""
 
-import os
 from pathlib import Path
 
 import torch
 
 from pipelines.doctor.probes import Trial, expect
-
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+from recsys.core.memory import ENV, keep_freed_memory
 
 
 def probe() -> Trial:
@@ -18,7 +16,7 @@ def probe() -> Trial:
     trial.attempt("bf16 matmul", _bf16)
     trial.attempt("CUDA", _cuda)
     trial.attempt("threads", lambda: str(torch.get_num_threads()))
-    trial.attempt("huge pages", lambda: huge_pages(_HUGE_PAGES))
+    trial.attempt("freed memory", freed_memory)
     return trial
 
 
@@ -38,15 +36,9 @@ def _bf16() -> str:
     return f"in hardware ({', '.join(units)})" if units else "emulated: this CPU has no bf16 units"
 
 
-def huge_pages(setting: Path) -> str:
-    """Whether the system gives them, as its ``setting`` says, and PyTorch asks for them, as it does once `recsys` is imported."""
-    if not setting.is_file():
-        return "unknown to this system"
-    given = setting.read_text().split("[")[1].split("]")[0]
-    asked = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
-    if given == "never":
-        return "not given by this system: large tensors cost page faults"
-    return f"{given}; {'asked for' if asked or given == 'always' else 'not asked for: THP_MEM_ALLOC_ENABLE is not 1'}"
+def freed_memory() -> str:
+    """Whether a training keeps the memory of freed tensors for the next ones."""
+    return "kept by trainings" if keep_freed_memory() else f"not kept: not glibc, or {ENV}=0; large tensors cost page faults"
 
 
 def _cuda() -> str:
