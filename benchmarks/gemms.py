@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix products of a computation, recorded once and run alone: the time that no implementation of the same model can avoid."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +12,35 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-_PRODUCTS = {
-    torch.ops.aten.mm.default: (0, 1),
-    torch.ops.aten.addmm.default: (1, 2),
-    torch.ops.aten.bmm.default: (0, 1),
-    torch.ops.aten.baddbmm.default: (1, 2),
+import kernels.token_swiglu  # noqa: F401  registers its ops
+
+Factors = list[tuple[Tensor, Tensor]]
+
+
+def _of_token_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, *_: Any) -> Factors:
+    """Two products for each token of ``x [B, T, D]`` or in parts ``[B, T, P, w]``."""
+    hidden = x.new_empty(x.shape[1], x.shape[0], down.shape[1])
+    return [(_rows(x), gate_up), (hidden, down)]
+
+
+def _of_token_swiglu_backward(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, *_: Any) -> Factors:
+    """Two for each of both layers. That the inner layer is formed again where it is not kept is no product that a step needs."""
+    hidden, dproduct = (x.new_empty(x.shape[1], x.shape[0], width) for width in (down.shape[1], gate_up.shape[2]))
+    dy, x = _rows(dy), _rows(x)
+    return [(dy, down.mT), (hidden.mT, dy), (dproduct, gate_up.mT), (x.mT, dproduct)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).flatten(2)
+
+
+_PRODUCTS: dict[Any, Callable[..., Factors]] = {
+    torch.ops.aten.mm.default: lambda a, b, *_: [(a, b)],
+    torch.ops.aten.addmm.default: lambda _, a, b, *__: [(a, b)],
+    torch.ops.aten.bmm.default: lambda a, b, *_: [(a, b)],
+    torch.ops.aten.baddbmm.default: lambda _, a, b, *__: [(a, b)],
+    torch.ops.recsys.token_swiglu.default: _of_token_swiglu,
+    torch.ops.recsys.token_swiglu_backward.default: _of_token_swiglu_backward,
 }
 
 
@@ -45,13 +70,18 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
-            left, right = _PRODUCTS[func]
-            self.found.append((Operand.of(args[left]), Operand.of(args[right])))
+            self.found += [(Operand.of(left), Operand.of(right)) for left, right in _PRODUCTS[func](*args)]
         return func(*args, **(kwargs or {}))
 
 
 class Products:
     """The matrix products that ``work`` makes, forward and backward, with operands of the same shapes, strides and dtypes.
+
+    Of ops of this package only per-token SwiGLU's are known.
+
+    Attributes:
+        flops: of the whole work, as PyTorch counts.
+        covered: the share of them that is in the products.
 
     Biases that a product adds are left out. Operands that look alike share memory, which favours the products.
     """
@@ -62,6 +92,8 @@ class Products:
         with FlopCounterMode(display=False) as counter:
             work()
         self.flops = counter.get_total_flops()
+        own = sum(2 * math.prod(left.shape) * right.shape[-1] for left, right in recorder.found)
+        self.covered = own / max(self.flops, 1)
         tensors = {operand: operand.make() for pair in recorder.found for operand in pair}
         self._pairs = [(tensors[left], tensors[right]) for left, right in recorder.found]
 

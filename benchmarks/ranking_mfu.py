@@ -23,6 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.frame import Check, Ratio, Result, ratio
 from benchmarks.gemms import Products, seconds
+from recsys.core.memory import keep_freed_memory
 from recsys.data.batch import RankingBatch
 from recsys.data.encode import Encoder
 from recsys.data.encoding.config import EncoderConfig
@@ -36,7 +37,7 @@ from recsys.training.progress import track
 ROWS, TOKENS, DIM, BLOCKS = 2048, 16, 256, 2
 FIELDS, DENSE, TABLE, WIDTH = 26, 13, 100_000, 16
 CATEGORICAL, NUMERIC = tuple(f"c{i}" for i in range(FIELDS)), tuple(f"d{i}" for i in range(DENSE))
-BOUNDS = {"fp32_step": 0.70, "bf16_step": 0.55, "fp32_blocks": 0.85, "bf16_blocks": 0.70}
+BOUNDS = {"fp32_step": 0.70, "bf16_step": 0.65, "fp32_blocks": 0.85, "bf16_blocks": 0.80}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -72,6 +73,7 @@ def batch(rows: int = ROWS, seed: int = 0) -> RankingBatch:
 
 def run(*, quick: bool) -> Result:
     """Run the benchmark."""
+    keep_freed_memory()  # as the trainer does
     pairs, blocks = (5, 1) if quick else (9, BLOCKS)
     shares: dict[tuple[str, bool], dict[str, Ratio]] = {}
     for dtype in track(list(DTYPES), "shares"):
@@ -104,6 +106,8 @@ def _shares(dtype: str, compiled: bool, pairs: int, blocks: int) -> dict[str, Ra
     found = {}
     for name, work_of in (("step", _step), ("blocks", _blocks)):
         products, work = Products(work_of(plain, data, dtype)), work_of(model, data, dtype)
+        if not 0.99 < products.covered < 1.01:
+            raise ValueError(f"{name}: expected matrix products with all FLOPs of the work, got {products.covered:.1%} of them")
         work()  # compiles
         products.run()
         alone, whole = [], []

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log-partition over a catalogue without its S·C logits, in two ways; both hold a tile of logits in the cache and nothing else of them.
+"""The log-partition over a catalogue without its S·C logits, in two ways; both hold a tile of logits and nothing else of them.
 
-*At once*, for catalogues of up to `LIMIT` items: a few states with all items, so that a state's sum is complete while its logits are still
+*At once*, for catalogues of up to `LIMIT` items: some states with all items, so that a state's sum is complete while its logits are still
 there, and the gradients are formed along with the value: three products of S·C·d. They are kept until the upstream gradient scales them.
 
 *Twice*, for larger ones: the states of a tile meet the items tile by tile, first for the largest logit and the sum, and again for the
-gradients: four products, but no more memory than the gradients themselves. A few states with all items would no longer stay in the cache,
-and adding so few states' share to the gradient of so many items would take longer than the product that it spares.
+gradients: four products, but no more memory than the gradients themselves. So few states as could then be held with all items make slow
+products, and adding their share to the gradient of so many items would take longer than the product that it spares.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LIMIT = 1 << 15  # items, up to which gradients are formed along with the value
-_LOGITS = 1 << 19  # held at a time, if that is _ROWS states or more
+_LOGITS = 1 << 23  # held at a time, if that is _ROWS states or more: larger products are faster than logits that stay in the cache
 _ROWS = 64  # states at least, since the gradient of the items is read and written once for each group of them
 _TILES = {"cpu": (512, 512)}  # states and items of a tile; on another device fewer, larger products are faster
 _LARGE_TILE = (4096, 16384)

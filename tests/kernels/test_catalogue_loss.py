@@ -177,15 +177,15 @@ def test_the_second_way_counts_its_four_products(monkeypatch: pytest.MonkeyPatch
     assert counter.get_total_flops() == 4 * 2 * S * N * C * D
 
 
-@pytest.mark.parametrize("candidates", [cpu.LIMIT, cpu.LIMIT + 1])
-def test_memory_is_a_tenth_of_that_of_the_plain_loss(candidates: int) -> None:
-    """By torch's own record of allocations, the gradients included in both."""
+@pytest.mark.parametrize(("candidates", "held"), [(cpu.LIMIT, 4 * cpu._LOGITS), (cpu.LIMIT + 1, 0)])
+def test_memory_is_a_tenth_of_that_of_the_plain_loss(candidates: int, held: int) -> None:
+    """By torch's own record of allocations, the gradients included in both; beside the logits that are held where there are few items."""
     states, items, weights = drawn(torch.float32, (512, 1, candidates, 8))
     targets = torch.zeros(512, dtype=torch.int64)
     mine = most_held(lambda: torch.autograd.grad(weighted_log_partition(states, items, weights).sum(), (states, items)))
     plain = most_held(lambda: torch.autograd.grad(functional.cross_entropy(states[:, 0] @ items[:, 0].T, targets), (states, items)))
     assert plain > 2 * 512 * candidates * 4
-    assert mine < 0.1 * 2 * 512 * candidates * 4
+    assert mine < held + 0.1 * 2 * 512 * candidates * 4
 
 
 def test_the_reference_backend_has_the_same_gradients() -> None:
