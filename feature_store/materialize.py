@@ -14,7 +14,7 @@ from feature_store.log import Log, build_log, read_rows
 from feature_store.offline import source_table
 from feature_store.online.base import OnlineStore, Transaction, ViewState
 from feature_store.online.packing import pack
-from feature_store.online.reader import check_versions, fetch
+from feature_store.online.reader import Stored, check_versions
 from recsys.core.errors import ConfigError, DataError
 from recsys.core.schema import INGEST_SEQ
 
@@ -144,7 +144,7 @@ def _merge(view: CompiledView, log: Log, transaction: Transaction, progress: Pro
     for first in range(0, total, BATCH_ENTITIES):
         last = min(first + BATCH_ENTITIES, total)
         batch = log.slice(first, last)
-        stored = fetch(transaction, view, batch.entities)
+        (stored,) = Stored(transaction, (view,), batch.entities).logs()
         if len(stored):
             # The stored rows come first: of two rows of one event, the first counts.
             batch = build_log(view, pa.concat_tables([_with_entities(view, stored), _with_entities(view, batch)]))

@@ -44,9 +44,9 @@ class OfflineReader:
             SchemaError: a column of a table or of the spine is absent or of another type.
         """
         views = tuple(self._views[name] for name in self._repo.service(service).views)
-        return read_features(views, spine, self._log)
+        return read_features(views, spine, lambda _: [self._log(view) for view in views])
 
-    def _log(self, view: CompiledView, keys: pa.Array) -> Log:
+    def _log(self, view: CompiledView) -> Log:
         name = view.view.name
         if name not in self._logs:
             self._logs[name] = build_log(view, read_rows(view, source_table(view, self._tables)))

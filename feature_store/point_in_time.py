@@ -15,13 +15,13 @@ from recsys.core.schema import REQUEST_TIME, Column, FeatureSchema, Kind
 from recsys.core.status import status_column
 
 
-def read_features(views: Sequence[CompiledView], spine: pa.Table, log_of: Callable[[CompiledView, pa.Array], Log]) -> pa.Table:
+def read_features(views: Sequence[CompiledView], spine: pa.Table, logs_of: Callable[[pa.Array], Sequence[Log]]) -> pa.Table:
     """The spine with every feature of ``views`` and its status.
 
     Args:
         views: views of one entity.
         spine: R rows with the entity's key and ``request_time``. A row where either is null has every feature MISSING.
-        log_of: gives a view's log, which must hold all events of the given keys (string, without nulls, distinct).
+        logs_of: gives the logs of the views, which must hold all events of the given keys (string, without nulls, distinct).
 
     Raises:
         SchemaError: a column of the spine is absent, of another type, or has the name of a feature.
@@ -29,8 +29,8 @@ def read_features(views: Sequence[CompiledView], spine: pa.Table, log_of: Callab
     keys, time, known = _read_spine(spine, views[0].view.entity)
     wanted = pc.unique(pc.drop_null(keys))
     fields, columns = list(spine.schema), list(spine.columns)
-    for view in views:
-        values = list(evaluate(view, log_of(view, wanted), keys, time, known))
+    for view, log in zip(views, logs_of(wanted), strict=True):
+        values = list(evaluate(view, log, keys, time, known))
         for place, output in enumerate(view.outputs):
             fields += [pa.field(output.name, output.arrow), pa.field(status_column(output.name), pa.uint8())]
             columns.append(pa.chunked_array([piece[place][0] for piece in values], output.arrow))

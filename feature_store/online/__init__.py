@@ -4,6 +4,17 @@
 from feature_store.online.base import FeatureStoreError, OnlineStore, Snapshot, Transaction, ViewState
 from feature_store.online.memory import MemoryStore
 from feature_store.online.reader import OnlineReader
+from feature_store.online.redis import RedisStore
 from feature_store.online.sqlite import SQLiteStore
 
-__all__ = ["FeatureStoreError", "MemoryStore", "OnlineReader", "OnlineStore", "SQLiteStore", "Snapshot", "Transaction", "ViewState"]
+__all__ = [
+    "FeatureStoreError",
+    "MemoryStore",
+    "OnlineReader",
+    "OnlineStore",
+    "RedisStore",
+    "SQLiteStore",
+    "Snapshot",
+    "Transaction",
+    "ViewState",
+]

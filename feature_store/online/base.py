@@ -33,7 +33,7 @@ class ViewState:
 
 
 class Snapshot(ABC):
-    """The content of a store at one moment; no later write shows in it.
+    """The content of a store at one moment, its first read at the latest; no later write shows in it.
 
     Attributes:
         id: the number of transactions that were committed before.
@@ -46,8 +46,8 @@ class Snapshot(ABC):
         """The state of every view that was written."""
 
     @abstractmethod
-    def multi_get(self, view: str, entities: Sequence[str]) -> list[bytes | None]:
-        """The values of the entities, in their order, None where there is none; one round trip."""
+    def multi_get(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, list[bytes | None]]:
+        """By view, the values of the entities that are wanted of it, in their order, None where there is none; one round trip for all."""
 
     @abstractmethod
     def scan(self, view: str) -> Iterator[tuple[str, bytes]]:
@@ -88,7 +88,7 @@ class OnlineStore(ABC):
 
     @abstractmethod
     def snapshot(self) -> AbstractContextManager[Snapshot]:
-        """The latest committed content, for the time of the context."""
+        """The latest committed content when it is first read from, for the time of the context."""
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Transaction]:

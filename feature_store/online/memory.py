@@ -30,9 +30,8 @@ class _MemorySnapshot(Snapshot):
     def states(self) -> Mapping[str, ViewState]:
         return self._states
 
-    def multi_get(self, view: str, entities: Sequence[str]) -> list[bytes | None]:
-        values = self._values.get(view, {})
-        return [values.get(entity) for entity in entities]
+    def multi_get(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, list[bytes | None]]:
+        return {view: [self._values.get(view, {}).get(entity) for entity in entities] for view, entities in wanted.items()}
 
     def scan(self, view: str) -> Iterator[tuple[str, bytes]]:
         return iter(sorted(self._values.get(view, {}).items()))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading features from an online store."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 
@@ -28,7 +30,7 @@ class OnlineReader:
         self._views = {view.name: compile_view(repo, view.name) for view in repo.views}
 
     def read(self, service: str, spine: pa.Table) -> pa.Table:
-        """See `feature_store.offline.OfflineReader.read`. One snapshot, and one round trip per view.
+        """See `feature_store.offline.OfflineReader.read`. One snapshot, and one round trip for all views.
 
         Raises:
             ConfigError: there is no such service.
@@ -37,8 +39,13 @@ class OnlineReader:
         """
         views = tuple(self._views[name] for name in self._repo.service(service).views)
         with self._store.snapshot() as snapshot:
-            check_versions(views, snapshot)
-            return read_features(views, spine, lambda view, keys: fetch(snapshot, view, keys))
+            return read_features(views, spine, lambda keys: self._logs(snapshot, views, keys))
+
+    @staticmethod
+    def _logs(snapshot: Snapshot, views: tuple[CompiledView, ...], keys: pa.Array) -> list[Log]:
+        stored = Stored(snapshot, views, keys)
+        check_versions(views, snapshot)
+        return stored.logs()
 
 
 def check_versions(views: tuple[CompiledView, ...], snapshot: Snapshot) -> None:
@@ -55,9 +62,30 @@ def check_versions(views: tuple[CompiledView, ...], snapshot: Snapshot) -> None:
             )
 
 
-def fetch(snapshot: Snapshot, view: CompiledView, keys: pa.Array) -> Log:
-    """The stored log of these entities, of which those that are not in the store are left out."""
-    values = snapshot.multi_get(view.view.name, keys.to_pylist())
+class Stored:
+    """What a snapshot holds of some entities, read from it in one round trip; unpacked when it is asked for.
+
+    Args:
+        snapshot: of the store.
+        views: of one entity.
+        keys: string, without nulls, distinct.
+    """
+
+    def __init__(self, snapshot: Snapshot, views: Sequence[CompiledView], keys: pa.Array) -> None:
+        entities = keys.to_pylist()
+        self._views, self._keys = views, keys
+        self._values = snapshot.multi_get({view.view.name: entities for view in views})
+
+    def logs(self) -> list[Log]:
+        """Of each view the log of the entities that are in the store.
+
+        Raises:
+            FeatureStoreError: a value is not the view's.
+        """
+        return [_log(view, self._keys, self._values[view.view.name]) for view in self._views]
+
+
+def _log(view: CompiledView, keys: pa.Array, values: Sequence[bytes | None]) -> Log:
     found = [value for value in values if value is not None]
     rows, offsets = unpack(found, view.stored)
     return Log(keys.filter(pa.array(np.array([value is not None for value in values], bool))), offsets, rows)

@@ -38,7 +38,10 @@ class _SQLiteSnapshot(Snapshot):
         rows = self._connection.execute("SELECT name, version, watermark FROM view")
         return {name: ViewState(version, watermark) for name, version, watermark in rows}
 
-    def multi_get(self, view: str, entities: Sequence[str]) -> list[bytes | None]:
+    def multi_get(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, list[bytes | None]]:
+        return {view: self._get(view, entities) for view, entities in wanted.items()}
+
+    def _get(self, view: str, entities: Sequence[str]) -> list[bytes | None]:
         values: dict[str, bytes] = {}
         for first in range(0, len(entities), MOST_PARAMETERS):
             part = entities[first : first + MOST_PARAMETERS]

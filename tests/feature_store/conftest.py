@@ -3,8 +3,10 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pytest
 
 from feature_store.definitions import FeatureRepo
 from recsys.core.status import ValueStatus
+from tests.feature_store.servers import redis_server
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pa.timestamp("us", tz="UTC")
@@ -267,3 +270,10 @@ class World:
 def world() -> Callable[..., World]:
     """Makes a random world from a seed."""
     return World
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """Of a real server, which starts when the first test asks for it."""
+    with tempfile.TemporaryDirectory(prefix="redis") as folder, redis_server(Path(folder)) as url:
+        yield url

@@ -3,7 +3,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class _Counting(MemoryStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[tuple[str, int]] = []
+        self.asked: list[dict[str, int]] = []
         self.snapshots = 0
 
     @contextmanager
@@ -70,22 +70,22 @@ class _Counting(MemoryStore):
             self.snapshots += 1
             original = snapshot.multi_get
 
-            def multi_get(view: str, entities: Sequence[str]) -> list[bytes | None]:
-                self.asked.append((view, len(entities)))
-                return original(view, entities)
+            def multi_get(wanted: Mapping[str, Sequence[str]]) -> dict[str, list[bytes | None]]:
+                self.asked.append({view: len(entities) for view, entities in wanted.items()})
+                return original(wanted)
 
             snapshot.multi_get = multi_get  # type: ignore[method-assign]
             yield snapshot
 
 
-def test_one_round_trip_per_view(world: Callable[..., Any]) -> None:
+def test_one_round_trip_for_all_views_of_an_entity(world: Callable[..., Any]) -> None:
     w = world(4)
     store = _Counting()
     materialize(w.repo, w.tables, store)
     spine = w.spine("user", 300)
     OnlineReader(w.repo, store).read("user", spine)
     users = len(set(spine.column("user_id").to_pylist()) - {None})
-    assert store.asked == [("profile", users), ("activity", users), ("recent", users)]
+    assert store.asked == [{"profile": users, "activity": users, "recent": users}]
     assert store.snapshots == 1
 
 

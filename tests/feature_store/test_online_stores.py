@@ -3,8 +3,10 @@
 
 import sqlite3
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,10 @@ NAMES = names("online_store")
 @pytest.fixture(params=NAMES)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> OnlineStore:
     cls = get("online_store", request.param)
-    made: OnlineStore = cls(cls.Config(**({"path": tmp_path / "store"} if "path" in cls.Config.model_fields else {})))
+    given: dict[str, Any] = {"path": tmp_path / "store"} if "path" in cls.Config.model_fields else {}
+    if request.param == "redis":
+        given = {"url": request.getfixturevalue("redis_url"), "prefix": uuid.uuid4().hex}
+    made: OnlineStore = cls(cls.Config(**given))
     request.addfinalizer(made.close)
     return made
 
@@ -34,7 +39,7 @@ def _all(store: OnlineStore, view: str = "v") -> dict[str, bytes]:
 
 
 def test_the_shipped_stores_are_registered() -> None:
-    assert {"memory", "sqlite"} <= set(NAMES)
+    assert {"memory", "sqlite", "redis"} <= set(NAMES)
 
 
 def test_multi_get_keeps_order_and_answers_none(store: OnlineStore) -> None:
@@ -43,24 +48,32 @@ def test_multi_get_keeps_order_and_answers_none(store: OnlineStore) -> None:
         transaction.write("v", odd)
         transaction.write("other", {"a": b"other"})
     with store.snapshot() as snapshot:
-        assert snapshot.multi_get("v", ["🙂", "a", "", "ü'\"\\ %", "", "a\0b"]) == [b"x" * 100_000, None, b"", b"\x00\xff", b"", b"nul"]
-        assert snapshot.multi_get("v", []) == []
-        assert snapshot.multi_get("no such view", ["a"]) == [None]
+        assert snapshot.multi_get({"v": ["🙂", "a", "", "ü'\"\\ %", "", "a\0b"]})["v"] == [
+            b"x" * 100_000,
+            None,
+            b"",
+            b"\x00\xff",
+            b"",
+            b"nul",
+        ]
+        assert snapshot.multi_get({"v": []})["v"] == []
+        assert snapshot.multi_get({"no such view": ["a"]})["no such view"] == [None]
         many = [str(i) for i in range(50_000)]
-        assert snapshot.multi_get("other", [*many, "a"]) == [None] * 50_000 + [b"other"]
+        assert snapshot.multi_get({"other": [*many, "a"]})["other"] == [None] * 50_000 + [b"other"]
 
 
 def test_a_snapshot_shows_no_later_write(store: OnlineStore) -> None:
     _fill(store, a=b"old", gone=b"old")
     with store.snapshot() as before:
+        assert before.id == 1
         with store.transaction() as transaction:
             transaction.clear("v")
             transaction.write("v", {"a": b"new"})
             transaction.set_state("v", ViewState("2", None))
-        assert before.multi_get("v", ["a", "gone"]) == [b"old", b"old"]
+        assert before.multi_get({"v": ["a", "gone"]})["v"] == [b"old", b"old"]
         assert before.states() == {"v": ViewState("1", 7)}
         with store.snapshot() as after:
-            assert after.multi_get("v", ["a", "gone"]) == [b"new", None]
+            assert after.multi_get({"v": ["a", "gone"]})["v"] == [b"new", None]
             assert after.states() == {"v": ViewState("2", None)}
             assert after.id == before.id + 1 == 2
 
@@ -70,7 +83,7 @@ def test_a_transaction_reads_its_own_writes_and_nobody_else_does(store: OnlineSt
     with store.transaction() as transaction:
         transaction.write("v", {"a": b"2", "b": b"2"})
         transaction.set_state("w", ViewState("x", None))
-        assert transaction.multi_get("v", ["b", "a"]) == [b"2", b"2"]
+        assert transaction.multi_get({"v": ["b", "a"]})["v"] == [b"2", b"2"]
         assert set(transaction.states()) == {"v", "w"}
         assert _all(store) == {"a": b"1"}
     assert _all(store) == {"a": b"2", "b": b"2"}
@@ -131,14 +144,14 @@ def test_readers_see_whole_transactions_while_writers_take_turns(store: OnlineSt
     def write() -> None:
         for _ in range(25):
             with store.transaction() as transaction:
-                number = int(transaction.multi_get("v", keys[:1])[0] or b"") + 1
+                number = int(transaction.multi_get({"v": keys[:1]})["v"][0] or b"") + 1
                 for key in keys:
                     transaction.write("v", {key: b"%d" % number})
 
     def read() -> None:
         while not stop.is_set():
             with store.snapshot() as snapshot:
-                halves = snapshot.multi_get("v", keys[:15]), snapshot.multi_get("v", keys[15:])
+                halves = snapshot.multi_get({"v": keys[:15]})["v"], snapshot.multi_get({"v": keys[15:]})["v"]
             if len({*halves[0], *halves[1]}) != 1:
                 problems.append(halves)
 
