@@ -61,12 +61,16 @@ VALIDATION = 2000  # steps of each domain of the training
 # The bar of the paper: SASRec on a tenth of the target's users, stopped by validation events of all of them, more than a tenth knows.
 FEW = 0.1
 FEW_TRAINING = training(128, 100, 1e-3, 12)
-# What the paper takes away, each from the whole model; `no_trie` is the whole model decoded without the catalogue.
+# What the paper takes away, each from the whole model; `no_trie` is the whole model decoded without the catalogue. Ours is `turned`: the
+# users of each source are divided among so many copies of it, whose texts' embeddings are turned in space, each copy's in its own way. So
+# no code means the same everywhere, and what can be learnt is how an item's codes follow from those of the history. Validation and the
+# target stand in one more turn. Its codes are read and predicted by their digits.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "full": {},
     "random_codes": {"codes": "random"},
     "causal": {"bidirectional": False},
     "no_auxiliary": {"auxiliary": False},
+    "turned": {"turns": 8, "digits": True},
 }
 BASELINES = ("popularity", "repeat_last", "text_knn", "sasrec_few")
 Found = tuple[dict[str, Any], dict[str, np.ndarray]]  # what a record says besides, and ranks by way of ranking
@@ -138,11 +142,13 @@ class ZeroShot:
     def variant(self, target: str, variant: str, seed: int) -> None:
         """Train on the other domains, and rank the target's test events; the whole model is also decoded without the catalogue."""
         settings = dict(VARIANTS[variant])
-        codes = settings.pop("codes", "fsq")
+        codes, turns = settings.pop("codes", "fsq"), settings.pop("turns", 0)
+        settings |= {"code_digits": TOKENIZER["levels"]} if settings.pop("digits", False) else {}
         config = {"model": {**MODEL, **settings}, "codes": codes, "tokenizer": TOKENIZER, "windows": WINDOWS, "training": TRAINING}
         sources = [name for name in self.domains if name != target]
         columns = {name: data.columns for name, data in self.domains.items()}
         config |= {"sources": sources, "columns": columns, "encoder": ENCODER, "recent": RECENT, "validation": VALIDATION}
+        config |= {"turns": turns} if turns else {}
 
         def run() -> Found:
             asked = Asked({name: self.domains[name] for name in config["sources"]}, config, seed, self.cache)
@@ -202,14 +208,15 @@ class Asked:
     """
 
     def __init__(self, sources: Mapping[str, Dataset], config: Mapping[str, Any], seed: int, cache: Path) -> None:
-        self._config, self._seed = config, seed
-        own = [
+        self._config, self._seed, self._turns = config, seed, config.get("turns", 0)
+        whole = [
             Source(name, data.data, _recent(data.split.train, config["recent"]), data.split.valid.sample(VALIDATION, 0), _told(data))
             for name, data in sources.items()
         ]
+        own = [copy for source in whole for copy in _turned_copies(source, self._turns)]
         together = replace(
             next(iter(sources.values())),
-            name="+".join(sources),
+            name="+".join(source.name for source in own),
             fingerprint="+".join(data.fingerprint for data in sources.values()),
             cache=cache,
         )
@@ -223,7 +230,7 @@ class Asked:
 
     def coded(self, target: Dataset) -> ItemTable:
         """A data set's items with codes by the tokenizer of the training."""
-        return self._coded(_told(target))
+        return self._coded(_turned(_told(target), self._turns))
 
     def fit(self, folder: Path) -> History:
         """Train, or go on with what stands in the folder."""
@@ -277,6 +284,28 @@ def _free(model: CodeRetriever, items: ItemTable, target: Dataset) -> np.ndarray
 
 def _told(data: Dataset) -> ItemTable:
     return ItemTable(data.count, data.warm, text_of(data, ENCODER))
+
+
+def _turned_copies(source: Source, turns: int) -> list[Source]:
+    """The catalogue as it is, or ``turns`` copies, each with a share of the users, and one more for validation alone."""
+    if not turns:
+        return [source]
+    owner = source.train.owner % turns
+    copies = [
+        Source(f"{source.name}@{turn}", source.data, source.train.where(owner == turn), None, _turned(source.items, turn))
+        for turn in range(turns)
+    ]
+    return [*copies, replace(source, train=source.train.where(owner < 0), items=_turned(source.items, turns))]
+
+
+def _turned(items: ItemTable, turn: int) -> ItemTable:
+    """The same texts, turned in space by a matrix of this number; 0 of no turns is none."""
+    assert items.text is not None
+    if not turn:
+        return items
+    random = torch.Generator().manual_seed(turn)
+    turned, _ = torch.linalg.qr(torch.randn(items.text.shape[1], items.text.shape[1], generator=random))
+    return replace(items, text=items.text @ turned)
 
 
 def _numbers(codes_bkc: Tensor, sizes: Sequence[int]) -> Tensor:

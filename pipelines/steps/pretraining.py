@@ -34,14 +34,14 @@ class Source:
         name: its name.
         data: all events.
         train: those that are trained on.
-        valid: what validation predicts, among the catalogue's own items.
+        valid: what validation predicts, among the catalogue's own items; None for nothing.
         items: the catalogue, with text embeddings.
     """
 
     name: str
     data: SequenceData
     train: SequenceData
-    valid: EvaluationSteps
+    valid: EvaluationSteps | None
     items: ItemTable
 
 
@@ -107,11 +107,11 @@ class Pretraining:
         return model_ranks(self.model, data, steps, view, cls.over(self._index, self.model, view), exclude_seen=exclude_seen)
 
     def _measure(self, _: nn.Module) -> dict[str, float]:
-        found = []
+        found = {}
         for source, coded in zip(self._sources, self._coded, strict=True):
-            ranks = self.ranks(source.data, coded, source.valid)
-            found.append({"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())})
+            if source.valid is not None:
+                ranks = self.ranks(source.data, coded, source.valid)
+                found[source.name] = {"recall@10": float(recall_at(ranks, 10).mean()), "ndcg@10": float(ndcg_at(ranks, 10).mean())}
         self.model.replace_items(self._whole)
-        means = {name: float(np.mean([own[name] for own in found])) for name in found[0]}
-        each = {f"ndcg@10.{source.name}": own["ndcg@10"] for source, own in zip(self._sources, found, strict=True)}
-        return means | each
+        means = {name: float(np.mean([own[name] for own in found.values()])) for name in ("recall@10", "ndcg@10")}
+        return means | {f"ndcg@10.{name}": own["ndcg@10"] for name, own in found.items()}

@@ -64,29 +64,37 @@ class CodeSet(nn.Module):
         ConfigError: a level has another number of codes than the digits can write.
     """
 
+    written: Tensor
     first: Tensor
-    radix: Tensor
-    basis: Tensor
 
     def __init__(self, level_sizes: Sequence[int], dim: int, digits: Sequence[int] | None, init_std: float) -> None:
         super().__init__()
-        for level, size in enumerate(level_sizes):
-            if digits is not None and math.prod(digits) != size:
-                raise ConfigError(f"code_digits: {list(digits)} write {math.prod(digits)} codes, but level {level} has {size}")
         self.tokens = len(level_sizes)
-        radixes = [tuple(digits) if digits is not None else (size,) for size in level_sizes]
-        flat = [radix for own in radixes for radix in own]
-        first = torch.tensor([sum(flat[:i]) for i in range(len(flat))]).view(self.tokens, -1)
-        basis = torch.tensor([[math.prod(own[:j]) for j in range(len(own))] for own in radixes])
-        for name, value in (("first", first), ("basis", basis), ("radix", torch.tensor(radixes))):
-            self.register_buffer(name, value, persistent=False)
-        self.embedding = nn.Parameter(torch.randn(sum(flat), dim) * init_std)
+        written = [torch.arange(size)[:, None] if digits is None else code_digits(size, digits) for size in level_sizes]
+        vectors = [size if digits is None else sum(digits) for size in level_sizes]
+        before = torch.tensor([0, *vectors]).cumsum(0)
+        self.register_buffer("written", torch.cat([own + first for own, first in zip(written, before, strict=False)]), persistent=False)
+        self.register_buffer("first", torch.tensor([0, *level_sizes[:-1]]).cumsum(0), persistent=False)
+        self.embedding = nn.Parameter(torch.randn(sum(vectors), dim) * init_std)
 
     def forward(self, codes_mk: Tensor) -> Tensor:
         """int64 ``[M, K]`` to the tokens ``[M, K, d]``."""
-        digits_mkj = codes_mk[..., None] // self.basis % self.radix + self.first
-        tokens: Tensor = F.embedding_bag(digits_mkj.flatten(0, 1), self.embedding, mode="sum").unflatten(0, codes_mk.shape)
+        written_mkj = self.written[codes_mk + self.first]
+        tokens: Tensor = F.embedding_bag(written_mkj.flatten(0, 1), self.embedding, mode="sum").unflatten(0, codes_mk.shape)
         return tokens
+
+
+def code_digits(codes: int, digits: Sequence[int]) -> Tensor:
+    """int64 ``[V, J]``: which of all ``sum(digits)`` values each of V codes is written with; the first digit runs fastest.
+
+    Raises:
+        ConfigError: the digits write another number of codes.
+    """
+    if math.prod(digits) != codes:
+        raise ConfigError(f"code_digits: {list(digits)} write {math.prod(digits)} codes, but there are {codes}")
+    basis = torch.tensor([math.prod(digits[:j]) for j in range(len(digits))])
+    first = torch.tensor([sum(digits[:j]) for j in range(len(digits))])
+    return torch.arange(codes)[:, None] // basis % torch.tensor(digits) + first
 
 
 def _mlp(widths: tuple[int, ...]) -> nn.Sequential:

@@ -4,6 +4,7 @@
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from recsys.data.batch import SequenceBatch
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.efficiency import RetrieverEfficiency
+from recsys.retrieval.item_sets import code_digits
 from recsys.retrieval.item_transformers import HybridTransformer
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.padding import known_histories, training_targets
@@ -37,7 +39,8 @@ class RecGPT(CodeRetriever):
     (`recsys.retrieval.catalogue.BeamIndex` with the widths (10, 20, 20, 20) and 5 children).
 
     Raises:
-        ConfigError: the items have no codes or no text, the levels have different sizes, or the text does not divide into K slices.
+        ConfigError: the items have no codes or no text, the levels have different sizes, the digits write another number of codes, or the
+            text does not divide into K slices.
     """
 
     class Config(TransformerConfig):
@@ -47,6 +50,9 @@ class RecGPT(CodeRetriever):
             bidirectional: whether a token sees the later tokens of its own item (the paper's ablation).
             auxiliary: whether the text's slices come in beside the codes (the paper's ablation).
             temperature: of the codes' probabilities when lists are made.
+            code_digits: codes are written in so many values for each digit (see `recsys.retrieval.item_sets.code_digits`; for FSQ its
+                levels), and a code's vector, read and predicted, is the sum of its digits': neighbours on the grid share what is learnt
+                of them. Null, as in the paper, for a vector of its own for each code.
         """
 
         name: Literal["recgpt"] = "recgpt"
@@ -58,7 +64,9 @@ class RecGPT(CodeRetriever):
         bidirectional: bool = True
         auxiliary: bool = True
         temperature: float = Field(0.1, gt=0)
+        code_digits: tuple[int, ...] | None = None
 
+    digits: Tensor | None
     text: Tensor
     carries = frozenset({"schedule"})
     equal_levels: ClassVar[bool] = True
@@ -67,12 +75,16 @@ class RecGPT(CodeRetriever):
         super().__init__(items)
         self.config, self.max_length = config, config.max_length
         self.slots, self.codes = self.table.levels, self.table.level_sizes[0]
-        self.embedding = nn.Embedding(self.codes, config.dim)
+        self.register_buffer(
+            "digits", None if config.code_digits is None else code_digits(self.codes, config.code_digits), persistent=False
+        )
+        vectors = self.codes if config.code_digits is None else sum(config.code_digits)
+        self.embedding = nn.Embedding(vectors, config.dim)
         self.token_norm = nn.LayerNorm(config.dim)
         self.slot = nn.Parameter(torch.randn(self.slots, config.dim) * config.init_std)
         self.start = nn.Parameter(torch.randn(self.slots, config.dim) * config.init_std)
         self.transformer = HybridTransformer(config)
-        self.head = nn.Parameter(torch.randn(self.codes, config.dim) * config.init_std)
+        self.head = nn.Parameter(torch.randn(vectors, config.dim) * config.init_std)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         if config.auxiliary:
             text = self._text_of(items)
@@ -94,7 +106,8 @@ class RecGPT(CodeRetriever):
         hidden_skd = self._states(padded, lengths)[states.row, states.position]
         slot = torch.arange(self.slots, device=targets.device)
         of_target = (states.of_target[:, None] * self.slots + slot).flatten()
-        (loss,) = catalogue_cross_entropy(hidden_skd.flatten(0, 1)[:, None], self.head[:, None], self.tokens[targets].flatten(), of_target)
+        head_vd = self._by_code(self.head)
+        (loss,) = catalogue_cross_entropy(hidden_skd.flatten(0, 1)[:, None], head_vd[:, None], self.tokens[targets].flatten(), of_target)
         return loss, {"cross_entropy": loss.detach()}
 
     def encode(self, batch: SequenceBatch) -> SlotLogProbs:
@@ -106,7 +119,7 @@ class RecGPT(CodeRetriever):
         padded, lengths = known_histories(self.pruned(batch), self.max_length, len(self.tokens))
         last_bkd = self.transformer.last(self._groups(padded), lengths + 1, self.config.bidirectional)
         with torch.autocast(last_bkd.device.type, enabled=False):
-            logits = last_bkd.to(self.head.dtype) @ self.head.T
+            logits = last_bkd.to(self.head.dtype) @ self._by_code(self.head).T
             return SlotLogProbs((logits / self.config.temperature).log_softmax(-1), self.table.tokenizer)
 
     def carry(self, config: RetrieverEfficiency) -> None:
@@ -145,10 +158,14 @@ class RecGPT(CodeRetriever):
 
     def _item_tokens(self, items: Tensor) -> Tensor:
         """``[…, K, d]`` of items ``[…]``: the embedded codes and the auxiliary text stream."""
-        tokens: Tensor = self.token_norm(self.embedding(self.tokens[items]))
+        tokens: Tensor = self.token_norm(F.embedding(self.tokens[items], self._by_code(self.embedding.weight)))
         if self.config.auxiliary:
             tokens = tokens + self.aux_norm(self.aux(self.text[items]))
         return tokens
+
+    def _by_code(self, vectors: Tensor) -> Tensor:
+        """``[V, d]``: of each code, from vectors of codes or of digits."""
+        return vectors if self.digits is None else F.embedding_bag(self.digits, vectors, mode="sum")
 
     def _states(self, padded_bl: Tensor, lengths_b: Tensor) -> Tensor:
         """``[B, L + 1, K, d]``: the states after 0, 1, … L items, of which each row has ``lengths_b``."""

@@ -99,7 +99,7 @@ def test_a_new_item_needs_codes_of_the_same_tokenizer() -> None:
 def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"items\.codes: expected codes of the items, got None"):
         SETRec(SETRec.Config(semantic="codes"), ItemTable(3, torch.ones(3, dtype=torch.bool), collaborative=torch.randn(3, 2)))
-    with pytest.raises(ConfigError, match=r"code_digits: \[2, 3\] write 6 codes, but level 0 has 5"):
+    with pytest.raises(ConfigError, match=r"code_digits: \[2, 3\] write 6 codes, but there are 5"):
         build(code_digits=(2, 3))
     codes = {"semantic": "codes"}
     for wrong, message in (
