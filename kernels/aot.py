@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every Triton kernel ahead of time, without a GPU, and report what it takes: registers, shared memory, spills.
+"""Compile every Triton kernel ahead of time, without a GPU, and report what it takes: registers, shared memory, spills, occupancy.
 
     python -m kernels.aot [--arch 80 90 100] [--json]
 
@@ -21,25 +21,49 @@ from kernels.registry import OPS
 from kernels.shapes import RECIPES
 
 ARCHITECTURES = (80, 90, 100)
-# The most shared memory one block can use: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+# NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the most shared memory that one block can use, of
+# which each takes a KiB more of its multiprocessor; and what a multiprocessor has.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_EACH, REGISTERS, WARPS, BLOCKS, LANES = 1024, 65536, 64, 32, 32
 _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+).*?LOCAL:(?P<local>\d+)")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes. ``spilled`` is bytes of stack and local memory per thread."""
+    """What one compiled kernel takes.
+
+    Attributes:
+        kernel: its name.
+        arch: 90 for sm_90.
+        registers: of a thread.
+        shared: bytes of a block.
+        spilled: bytes of stack and local memory of a thread.
+        warps: of a block.
+    """
 
     kernel: str
     arch: int
     registers: int
     shared: int
     spilled: int
+    warps: int
 
     @property
     def fits(self) -> bool:
         """Whether nothing spills and the shared memory suffices."""
         return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.arch]
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor holds at once, by registers (given to warps in units of 8 for each thread), shared memory and warps."""
+        by_registers = REGISTERS // (max(-(-self.registers // 8) * 8, 8) * LANES * self.warps)
+        by_shared = (SHARED_LIMIT[self.arch] + SHARED_EACH) // (self.shared + SHARED_EACH)
+        return min(by_registers, by_shared, WARPS // self.warps, BLOCKS)
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that are there, an estimate: at most, whatever waits."""
+        return self.resident * self.warps / WARPS
 
 
 def compile_spec(spec: KernelSpec, arch: int) -> Usage:
@@ -53,7 +77,7 @@ def compile_spec(spec: KernelSpec, arch: int) -> Usage:
     """
     plain, aligned = (_compiled(spec, arch, aligned) for aligned in (False, True))
     most = {name: max(getattr(plain, name), getattr(aligned, name)) for name in ("registers", "shared", "spilled")}
-    return Usage(spec.name, arch, **most)
+    return Usage(spec.name, arch, **most, warps=spec.num_warps)
 
 
 def _compiled(spec: KernelSpec, arch: int, aligned: bool) -> Usage:
@@ -86,7 +110,7 @@ def _compiled(spec: KernelSpec, arch: int, aligned: bool) -> Usage:
     if found is None:
         raise RuntimeError(f"{spec.name}: cuobjdump printed no resource usage: {printed!r}")
     spilled = int(found["stack"]) + int(found["local"])
-    return Usage(spec.name, arch, int(found["registers"]), int(compiled.metadata.shared), spilled)
+    return Usage(spec.name, arch, int(found["registers"]), int(compiled.metadata.shared), spilled, spec.num_warps)
 
 
 def _cuobjdump() -> str:
@@ -114,10 +138,10 @@ def main() -> int:
     usages = compile_all(tuple(arguments.arch))
     for usage in usages:
         if arguments.json:
-            print(json.dumps(asdict(usage)))
+            print(json.dumps(asdict(usage) | {"occupancy": usage.occupancy}))
         else:
-            taken = f"{usage.registers:4} registers {usage.shared:7} B shared {usage.spilled:4} B spilled"
-            print(f"{usage.kernel:32} sm_{usage.arch:<4} {taken}{'' if usage.fits else '  <- does not fit'}")
+            taken = f"{usage.registers:4} registers {usage.shared:7} B shared {usage.spilled:4} B spilled {usage.occupancy:4.0%} occupancy"
+            print(f"{usage.kernel:48} sm_{usage.arch:<4} {taken}{'' if usage.fits else '  <- does not fit'}")
     return 0 if all(usage.fits for usage in usages) else 1
 
 

@@ -4,7 +4,7 @@
 import pytest
 
 from kernels.aot import ARCHITECTURES, SHARED_LIMIT, Usage, compile_spec
-from kernels.op import KernelSpec, Op
+from kernels.op import Op
 from kernels.registry import OPS
 from kernels.shapes import RECIPES
 
@@ -27,17 +27,26 @@ def test_matrix_kernels_have_tiles_that_feed_the_tensor_cores(op: Op) -> None:
     for spec in op.specs(RECIPES[op.name]):
         if spec.tile is not None:
             assert all(have >= least for have, least in zip(spec.tile, (64, 64, 32), strict=True)), spec.name
-            assert spec.num_warps * _resident(spec) >= 8, spec.name
-
-
-def _resident(spec: KernelSpec) -> int:
-    """How many programs a multiprocessor of sm_90 holds at once, by registers and shared memory."""
-    usage = compile_spec(spec, 90)
-    registers = 65536 // (usage.registers * 32 * spec.num_warps)
-    return min(registers, SHARED_LIMIT[90] // max(usage.shared, 1))
+            assert spec.num_warps * compile_spec(spec, 90).resident >= 8, spec.name
 
 
 def test_a_spilling_kernel_does_not_fit() -> None:
-    assert Usage("k", 80, 255, 0, 0).fits
-    assert not Usage("k", 80, 255, 0, 8).fits
-    assert not Usage("k", 80, 32, SHARED_LIMIT[80] + 1, 0).fits
+    assert Usage("k", 80, 255, 0, 0, 4).fits
+    assert not Usage("k", 80, 255, 0, 8, 4).fits
+    assert not Usage("k", 80, 32, SHARED_LIMIT[80] + 1, 0, 4).fits
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "resident", "occupancy"),
+    [
+        (32, 0, 4, 16, 1.0),  # 64 warps in all
+        (255, 0, 8, 1, 0.125),  # 256 registers of 256 threads are all there are
+        (128, 0, 8, 2, 0.25),
+        (33, 0, 4, 12, 0.75),  # counted as 40
+        (32, 100 * 1024, 4, 2, 0.125),  # 101 KiB of 228
+        (16, 0, 1, 32, 0.5),  # 32 blocks in all
+    ],
+)
+def test_occupancy_is_that_of_the_scarcest(registers: int, shared: int, warps: int, resident: int, occupancy: float) -> None:
+    usage = Usage("k", 90, registers, shared, 0, warps)
+    assert (usage.resident, usage.occupancy) == (resident, occupancy)
