@@ -22,6 +22,7 @@ from kernels.op import Op, Shape, forward_backward
 from kernels.registry import OPS
 from kernels.shapes import RECIPES
 from kernels.testing import error_ratio
+from recsys.core.memory import keep_freed_memory
 from recsys.training.progress import track
 
 THREADS = 2
@@ -66,7 +67,8 @@ class Contest:
 
 
 def run(*, quick: bool) -> Result:
-    """Run the benchmark."""
+    """Run the benchmark; freed memory is kept, as in a training."""
+    keep_freed_memory()
     with threads(THREADS):
         contests = [
             contest(op, shape, pairs=5 if quick else 15)

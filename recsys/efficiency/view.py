@@ -5,10 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
+import fbgemm_gpu  # noqa: F401  registers its operators
 import torch
 from torch import Tensor
 
 from recsys.core.errors import DataError
+
+_FBGEMM = (torch.float32, torch.bfloat16, torch.float16)  # what its jagged operators take; a tenth of the time of a masked copy
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,28 @@ def to_padded(values: Tensor, offsets: Tensor, fill: float = 0.0, width: int | N
     width = longest if width is None else width
     if width < longest:
         raise DataError(f"width: expected at least {longest}, the longest row, got {width}")
-    padded = values.new_full((len(lengths), width, *values.shape[1:]), fill)
-    return padded.masked_scatter(held(lengths, width).view(*padded.shape[:2], *[1] * (values.dim() - 1)).expand_as(padded), values)
+    shape = (len(lengths), width, *values.shape[1:])
+    if values.dtype in _FBGEMM and values.numel():
+        padded: Tensor = torch.ops.fbgemm.jagged_to_padded_dense(
+            values.flatten(1) if values.dim() > 1 else values[:, None], [offsets], [width], fill
+        )
+        return padded.view(shape)
+    return values.new_full(shape, fill).index_put(held(lengths, width).nonzero(as_tuple=True), values)
+
+
+def from_padded(x_bld: Tensor, offsets: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens ``[S, …]`` of right-padded rows ``[B, L, …]``, none of which is longer than L."""
+    if x_bld.dtype in _FBGEMM and x_bld.numel():
+        flat = x_bld.flatten(2) if x_bld.dim() > 2 else x_bld[..., None]
+        values: Tensor = torch.ops.fbgemm.dense_to_jagged(flat, [offsets], count)[0]
+        return values.view(count, *x_bld.shape[2:])
+    return x_bld[held(offsets.diff(), x_bld.shape[1])]
 
 
 def through_tokens(x_bld: Tensor, lengths_b: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """What ``run`` makes of the tokens ``[S, …]`` of right-padded rows and their offsets, padded as they were; zero where there is none."""
     offsets = offsets_of(lengths_b)
-    return to_padded(run(x_bld[held(lengths_b, x_bld.shape[1])], offsets), offsets, width=x_bld.shape[1])
+    return to_padded(run(from_padded(x_bld, offsets, int(offsets[-1])), offsets), offsets, width=x_bld.shape[1])
 
 
 def _check(view: TokenView) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from recsys.core.errors import DataError
-from recsys.efficiency.view import TokenView, group_means, group_sums, held, offsets_of, row_of, row_sums, to_padded
+from recsys.efficiency.view import TokenView, from_padded, group_means, group_sums, held, offsets_of, row_of, row_sums, to_padded
 
 LENGTHS = torch.tensor([3, 0, 5, 1, 0])
 
@@ -29,6 +29,26 @@ def test_padded_and_back():
         assert bool((back[b, length:] == 7.0).all())
     assert to_padded(made.values, made.offsets).shape == (5, 5, 4)
     assert torch.equal(held(LENGTHS, 6).sum(1), LENGTHS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_both_ways_and_their_gradients_against_a_loop(dtype: torch.dtype, shape: tuple[int, ...]):
+    offsets, count = offsets_of(LENGTHS), int(LENGTHS.sum())
+    values = torch.randn(count, *shape).to(dtype).requires_grad_()
+    padded = to_padded(values, offsets, fill=-2.0, width=7)
+    assert padded.shape == (5, 7, *shape) and padded.dtype == dtype
+    back = from_padded(padded, offsets, count)
+    assert torch.equal(back, values)
+    for b, length in enumerate(LENGTHS.tolist()):
+        assert torch.equal(padded[b, :length], values[offsets[b] : offsets[b + 1]])
+        assert bool((padded[b, length:] == -2.0).all())
+    upstream = torch.randn(padded.shape).to(dtype)
+    (found,) = torch.autograd.grad(padded, values, upstream, retain_graph=True)
+    assert torch.equal(found, upstream[held(LENGTHS, 7)])
+    leaf, own = upstream.clone().requires_grad_(), torch.randn(count, *shape).to(dtype)
+    (found,) = torch.autograd.grad(from_padded(leaf, offsets, count), leaf, own)
+    assert torch.equal(found[held(LENGTHS, 7)], own) and not bool(found[~held(LENGTHS, 7)].any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
