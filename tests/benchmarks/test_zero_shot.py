@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.retrieval_quality import zero_shot
+from benchmarks.retrieval_quality import code_ceiling, zero_shot
 from benchmarks.retrieval_quality.data import Dataset
 from benchmarks.retrieval_quality.plans import Plan
 from benchmarks.retrieval_quality.zero_shot import Asked, ZeroShot
@@ -99,3 +99,29 @@ def test_ranks_are_those_of_the_sums_over_codes(runner: ZeroShot) -> None:
         best = sum(pairs)
         own = float(sum(slots[k, codes[wanted, k]] for k in range(4)))
         assert (ranks["no_trie"][step] == 1) == (abs(own - best) < 1e-5)
+
+
+def test_what_codes_keep_is_measured_by_neighbours(runner: ZeroShot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours have similar texts and follow each other, so whole texts find all; one axis of them does not."""
+    monkeypatch.setattr(code_ceiling, "ENCODER", "hashing")
+    monkeypatch.setattr(code_ceiling, "TOKENIZER", FSQ)
+    monkeypatch.setattr(code_ceiling, "DIMENSIONS", (1, 20))
+    found = code_ceiling.ceilings(runner.domains, "a", runner.cache)
+    assert found["text"] > 0.9
+    assert found["1 axes"] < found["20 axes"]
+    assert 0 < found["codes, told apart"] <= 1 and 0 < found["codes, as points"] <= 1
+
+
+def test_points_of_a_grid_are_the_digits_of_codes() -> None:
+    told_apart, grid = code_ceiling.of_codes(torch.tensor([[0, 5], [1, 2]]), (2, 3))
+    assert told_apart.shape == (2, 12) and told_apart.sum(1).tolist() == [2, 2]
+    assert grid.tolist() == [[-1.0, -1.0, 1.0, 1.0], [1.0, -1.0, -1.0, 0.0]]
+
+
+def test_principal_axes_are_the_sources() -> None:
+    random = torch.Generator().manual_seed(0)
+    sources = torch.randn(200, 4, generator=random) * torch.tensor([5.0, 2.0, 1.0, 0.1]) + 3
+    found = code_ceiling.principal(sources, sources, 2)
+    torch.testing.assert_close(found.std(0), torch.ones(2))
+    assert torch.corrcoef(torch.stack((found[:, 0], sources[:, 0])))[0, 1].abs() > 0.99
+    assert code_ceiling.levels(torch.tensor([-9.0, -0.2, 0.3, 9.0])).tolist() == [-2.0, 0.0, 1.0, 2.0]
