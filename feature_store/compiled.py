@@ -8,8 +8,11 @@ import polars as pl
 import pyarrow as pa
 
 from feature_store.definitions import TIMES, FeatureRepo, FeatureView, Source
-from feature_store.features import Condition, Count, Mean, Sum, source_columns
+from feature_store.features import AnyFeature, Condition, Count, LastN, Mean, Sum, source_columns
 from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, Column, Dtype, FeatureSchema, Kind
+
+TOKENIZER = "tokenizer"
+"""The key, in the metadata of a history's column, of the fingerprint of the item tokenizer whose codes it holds."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,9 @@ class CompiledView:
         view: the definition.
         source: its source.
         version: see `FeatureRepo.view_version`.
-        columns: what is read from the source: the entity, the times of an event, then the values.
+        columns: what is read from the source: the entity, the times of an event, then the values; of a request the values alone.
         stored: the Arrow schema of one entity's rows, which is ``columns`` without the entity; times are not nullable.
-        outputs: the column that each feature becomes, in order.
+        outputs: the column that each feature becomes, in order; its metadata have `TOKENIZER` where it holds codes.
         conditions: every ``where`` of the view as one boolean Polars expression without nulls.
     """
 
@@ -31,7 +34,7 @@ class CompiledView:
     version: str
     columns: FeatureSchema
     stored: pa.Schema
-    outputs: tuple[Column, ...]
+    outputs: tuple[pa.Field, ...]
     conditions: dict[tuple[Condition, ...], pl.Expr]
 
     @property
@@ -39,22 +42,33 @@ class CompiledView:
         """Whether the source has no time."""
         return self.source.kind == "static"
 
+    @property
+    def is_request(self) -> bool:
+        """Whether the values come with the request, so that there is nothing to store or to look up."""
+        return self.source.kind == "request"
+
 
 def compile_view(repo: FeatureRepo, name: str) -> CompiledView:
     """The executable form of a view; `ConfigError` where there is none of this name."""
     view = repo.view(name)
     source = repo.source(view.source)
-    times = () if source.kind == "static" else tuple(_time_column(time) for time in TIMES)
-    columns = (Column(name=view.entity, kind=Kind.ID), *times, *source_columns(view.features).values())
+    entity = () if source.kind == "request" else (Column(name=view.entity, kind=Kind.ID),)
+    times = tuple(_time_column(time) for time in TIMES) if source.kind == "events" else ()
+    stored = (*times, *source_columns(view.features).values())
     return CompiledView(
         view=view,
         source=source,
         version=repo.view_version(name),
-        columns=FeatureSchema(columns=columns),
-        stored=pa.schema([pa.field(c.name, c.arrow, nullable=c.name not in TIMES) for c in columns[1:]]),
-        outputs=tuple(feature.output for feature in view.features),
+        columns=FeatureSchema(columns=(*entity, *stored)),
+        stored=pa.schema([pa.field(c.name, c.arrow, nullable=c.name not in TIMES) for c in stored]),
+        outputs=tuple(_output(feature) for feature in view.features),
         conditions={f.where: _compile_conditions(f.where) for f in view.features if isinstance(f, Count | Sum | Mean)},
     )
+
+
+def _output(feature: AnyFeature) -> pa.Field:
+    stamp = feature.tokenizer if isinstance(feature, LastN) else None
+    return pa.field(feature.name, feature.output.arrow, metadata=None if stamp is None else {TOKENIZER: stamp})
 
 
 def _compile_conditions(conditions: tuple[Condition, ...]) -> pl.Expr:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
 
-from feature_store.features import Attribute, Feature, Name, source_columns
+from feature_store.features import AnyFeature, Attribute, Clock, Feature, LastN, Name, source_columns
 from recsys.core.config import Config, Problem
 from recsys.core.errors import ConfigError, unknown
 from recsys.core.files import sha256_json
@@ -21,20 +21,31 @@ TIMES = (EVENT_TIME, AVAILABLE_TIME, INGEST_SEQ)
 
 
 class Source(Config):
-    """A table of raw values.
+    """Where raw values come from: a table, or the request itself.
 
     Attributes:
         name: the source.
         kind: ``events`` has the columns ``event_time``, ``available_time`` and ``ingest_seq``, many rows per entity, and only grows;
-            ``static`` has one row per entity and no time: a changed row changes the past.
+            ``static`` has one row per entity and no time: a changed row changes the past; ``request`` is the row that the reader is
+            asked with, has neither table nor keys, and is never stored.
         table: the table's name in what the readers are given.
         keys: the columns of entity ids (strings) that a view may choose from.
     """
 
     name: Name
-    kind: Literal["events", "static"]
-    table: str
-    keys: Annotated[tuple[str, ...], Field(min_length=1)]
+    kind: Literal["events", "static", "request"]
+    table: str | None = None
+    keys: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "request" and (self.table is not None or self.keys):
+            raise Problem((), f"source {self.name!r} is the request itself: expected neither table nor keys")
+        if self.kind != "request" and self.table is None:
+            raise Problem(("table",), "is required, but missing")
+        if self.kind != "request" and not self.keys:
+            raise Problem(("keys",), f"source {self.name!r} needs at least one column of entity ids, got none")
+        return self
 
 
 class FeatureView(Config):
@@ -43,7 +54,7 @@ class FeatureView(Config):
     Attributes:
         name: the view.
         source: the name of a `Source`.
-        entity: one of the source's keys.
+        entity: one of the source's keys; of a request, a key of any source.
         ttl: seconds. Where the newest counted event is older than this, every value of the view is EXPIRED; an age of exactly ``ttl``
             is still PRESENT. Never expired by default.
         features: of the kinds in `feature_store.features`.
@@ -92,24 +103,21 @@ class FeatureRepo(Config):
         if view.source not in sources:
             raise Problem((*at, "source"), unknown("source", view.source, sources))
         source = sources[view.source]
-        if view.entity not in source.keys:
-            raise Problem((*at, "entity"), unknown(f"key of source {source.name!r}", view.entity, source.keys))
+        keys = {key for each in self.sources for key in each.keys} if source.kind == "request" else source.keys
+        if view.entity not in keys:
+            raise Problem((*at, "entity"), unknown(f"key of source {source.name!r}", view.entity, keys))
         for feature in view.features:
             if feature.name in reserved or feature.name.endswith(STATUS_SUFFIX):
                 raise Problem((*at, "features"), f"a feature cannot be named {feature.name!r}: readers use that name themselves")
-            if source.kind == "static" and not isinstance(feature, Attribute):
-                raise Problem(
-                    (*at, "features"),
-                    f"feature {feature.name!r} of kind {feature.kind!r} needs events, but source {source.name!r} is static",
-                )
-        if source.kind == "static" and view.ttl is not None:
-            raise Problem((*at, "ttl"), f"source {source.name!r} is static: its rows have no age")
+            _check_kind(feature, source, at)
+        if source.kind != "events" and view.ttl is not None:
+            raise Problem((*at, "ttl"), f"source {source.name!r} is {source.kind}: its rows have no age")
         try:
             read = source_columns(view.features)
         except Problem as problem:
             raise Problem((*at, "features"), problem.message) from None
         for column in read:
-            if column == view.entity or column in TIMES:
+            if column in (view.entity, REQUEST_TIME, *TIMES):
                 raise Problem((*at, "features"), f"column {column!r} is the entity or a time, not a value; for times use age or elapsed")
 
     def _check_service(self, service: FeatureService, place: int) -> None:
@@ -122,6 +130,9 @@ class FeatureRepo(Config):
             raise Problem(("services", place, "views"), f"the views of one service must share an entity, got {', '.join(entities)}")
         if len(set(service.views)) < len(service.views):
             raise Problem(("services", place, "views"), f"each view at most once, got {', '.join(service.views)}")
+        stamps = sorted({stamp for name in service.views for stamp in _stamps(views[name])})
+        if len(stamps) > 1:
+            raise Problem(("services", place, "views"), f"histories of one service must share a tokenizer, got {', '.join(stamps)}")
 
     def source(self, name: str) -> Source:
         """The source of this name; `ConfigError` with the nearest name where there is none."""
@@ -146,6 +157,19 @@ class FeatureRepo(Config):
             columns += [feature.output for feature in self.view(name).features]
         return FeatureSchema(columns=tuple(columns))
 
+    def tokenizer(self, service: str) -> str | None:
+        """The fingerprint of the item tokenizer whose codes the service's histories hold; None where they hold none."""
+        return next((stamp for name in self.service(service).views for stamp in _stamps(self.view(name))), None)
+
+    def check_tokenizer(self, service: str, asked: str) -> None:
+        """Raise a `ConfigError` where the service's histories are codes of another tokenizer than ``asked``, a model's fingerprint."""
+        stamped = self.tokenizer(service)
+        if stamped not in (None, asked):
+            raise ConfigError(
+                f"feature service {service!r}: its histories are codes of the tokenizer {stamped}, but the model expects {asked}; "
+                "materialise histories of the model's own"
+            )
+
     def view_version(self, view: str) -> str:
         """A hash over the view and its source: equal versions give equal values from equal tables."""
         definition = self.view(view)
@@ -156,6 +180,23 @@ class FeatureRepo(Config):
         """A hash over everything that the service uses, which a bundle pins."""
         views = self.service(service).views
         return sha256_json({"service": service, "views": [[name, self.view_version(name)] for name in views]})
+
+
+def _check_kind(feature: AnyFeature, source: Source, at: tuple[str | int, ...]) -> None:
+    fits = {
+        "events": not isinstance(feature, Clock),
+        "static": isinstance(feature, Attribute),
+        "request": isinstance(feature, Attribute | Clock),
+    }
+    if not fits[source.kind]:
+        needed = "a request" if isinstance(feature, Clock) else "events"
+        what = "a table of events" if source.kind == "events" else source.kind
+        message = f"feature {feature.name!r} of kind {feature.kind!r} needs {needed}, but source {source.name!r} is {what}"
+        raise Problem((*at, "features"), message)
+
+
+def _stamps(view: FeatureView) -> list[str]:
+    return [feature.tokenizer for feature in view.features if isinstance(feature, LastN) and feature.tokenizer is not None]
 
 
 def _named(what: str, name: str, known: Iterable[N]) -> N:

@@ -7,6 +7,7 @@ that count are a range of the log. Where one was late, the events that count are
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -124,7 +125,7 @@ class _Evaluation:
                 return _masked(self._sum(feature) / np.maximum(counted, 1), status), status
             case LastN():
                 positions, _ = self._last(feature.n)
-                return self._lists(feature.n, self._log.array(feature.column).take(pa.array(positions))), self._status
+                return self._lists(feature.n, self._log.values(feature.column, self._log.places(pa.array(positions)))), self._status
             case Elapsed():
                 positions, length = self._last(feature.n)
                 elapsed = np.repeat(self._rows.time, length) - self._log.event_time[positions]
@@ -138,9 +139,15 @@ class _Evaluation:
         age[self._any] = self._rows.time[self._any] - self._log.event_time[self._rows.stop[self._any] - 1]
         return age
 
+    @cached_property
+    def _newest(self) -> pa.Array:
+        """int64 ``[R]``: the place of the newest event, null where the status is not PRESENT."""
+        return self._log.places(pa.array(self._rows.stop - 1, mask=self._status != ValueStatus.PRESENT))
+
     def _attribute(self, column: str) -> tuple[pa.Array, np.ndarray]:
-        newest = pa.array(self._rows.stop - 1, mask=self._status != ValueStatus.PRESENT)
-        values = self._log.array(column).take(newest)
+        values = self._log.values(column, self._newest)
+        if values.null_count == self._newest.null_count:
+            return values, self._status
         absent = np.asarray(pc.is_null(values)) & (self._status == ValueStatus.PRESENT)
         return values, np.where(absent, np.uint8(ValueStatus.NULL), self._status)
 

@@ -3,12 +3,13 @@
 
 Every kind is a function of the *counted* events of one entity at the request time t: those with ``event_time <= t`` and
 ``available_time <= t``, ordered by (``event_time``, ``ingest_seq``). A window of w seconds keeps the events with ``event_time`` in
-(t − w, t]. A static source counts as one event per entity that has always been known.
+(t − w, t]. A static source counts as one event per entity that has always been known. A source of kind ``request`` has no events: its
+features are functions of the request's row, see `feature_store.request`.
 """
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
 from recsys.core.config import Config, Problem, by_kind
 from recsys.core.schema import Column, Dtype, Kind
@@ -26,9 +27,9 @@ class Condition(Config):
 
 
 class Attribute(Config):
-    """The value of a column: of the entity's row in a static source, of its newest event in an event source.
+    """The value of a column: of the entity's row in a static source, of its newest event in an event source, of the request's row.
 
-    Status: MISSING without a row or event, NULL where the value is null.
+    Status: MISSING without a row or event, or where the request has no such column; NULL where the value is null.
 
     Attributes:
         type: what the column means to a model.
@@ -99,6 +100,9 @@ class LastN(Config):
     """The values of a column in the last ``n`` events, oldest first, nulls in their places. Status: MISSING without any event.
 
     The ``last_n`` and ``elapsed`` features of one view that share ``n`` are aligned.
+
+    Attributes:
+        tokenizer: the fingerprint of the item tokenizer whose codes the column holds; none by default.
     """
 
     kind: Literal["last_n"] = "last_n"
@@ -106,11 +110,17 @@ class LastN(Config):
     column: ColumnName
     n: PositiveInt
     dtype: Dtype = Dtype.STRING
+    tokenizer: Annotated[str, Field(min_length=1)] | None = None
 
     @property
     def output(self) -> Column:
         """The column that it becomes."""
         return Column(name=self.name, kind=Kind.SEQUENCE, dtype=self.dtype)
+
+    @model_serializer(mode="wrap")
+    def _without_no_tokenizer(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Versions are hashes of what this gives: those from before there was ``tokenizer`` stay what they are."""
+        return {key: value for key, value in dump(self).items() if key != "tokenizer" or value is not None}
 
 
 class Elapsed(Config):
@@ -138,6 +148,25 @@ class Age(Config):
         return Column(name=self.name, kind=Kind.DENSE)
 
 
+class Clock(Config):
+    """Where the request's time stands in its day, week or year, UTC; of a source of kind ``request`` only.
+
+    Status: MISSING without a ``request_time``.
+
+    Attributes:
+        unit: ``hour`` is 0 to 23, ``weekday`` 0 (Monday) to 6, ``month`` 1 to 12.
+    """
+
+    kind: Literal["clock"] = "clock"
+    name: Name
+    unit: Literal["hour", "weekday", "month"]
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.DENSE, dtype=Dtype.INT)
+
+
 KINDS: dict[str, type[Config]] = {
     "attribute": Attribute,
     "count": Count,
@@ -146,10 +175,11 @@ KINDS: dict[str, type[Config]] = {
     "last_n": LastN,
     "elapsed": Elapsed,
     "age": Age,
+    "clock": Clock,
 }
 
 
-AnyFeature: TypeAlias = Attribute | Count | Sum | Mean | LastN | Elapsed | Age
+AnyFeature: TypeAlias = Attribute | Count | Sum | Mean | LastN | Elapsed | Age | Clock
 Feature: TypeAlias = Annotated[AnyFeature, BeforeValidator(by_kind(KINDS, "kind of feature"))]
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from feature_store.compiled import CompiledView
 from feature_store.definitions import TIMES
-from feature_store.ranges import NEVER, bisect_right, running_extremes
+from feature_store.ranges import NEVER, bisect_right, order_by, running_extremes
 from recsys.core.errors import DataError
 from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, INGEST_SEQ
 
@@ -27,26 +27,34 @@ class Log:
     Attributes:
         entities: string ``[E]``, distinct.
         offsets: int64 ``[E + 1]``.
-        rows: ``[N]`` with the columns of `CompiledView.stored`.
+        given: the events with the columns of `CompiledView.stored`.
+        order: int64 ``[N]``, where in ``given`` each event stands; None where they stand there in order. What is read of few of them is
+            then taken from there, and columns that nothing needs in order are never put in order.
     """
 
     entities: pa.Array
     offsets: np.ndarray
-    rows: pa.Table
+    given: pa.Table
+    order: np.ndarray | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
-        return int(self.rows.num_rows)
+        return int(self.given.num_rows) if self.order is None else len(self.order)
+
+    @cached_property
+    def rows(self) -> pa.Table:
+        """``[N]`` with the columns of `CompiledView.stored`."""
+        return self.given if self.order is None else self.given.take(pa.array(self.order))
 
     @cached_property
     def event_time(self) -> np.ndarray:
         """int64 ``[N]``, microseconds; `NEVER` in a static source."""
-        return self.integers(EVENT_TIME) if EVENT_TIME in self.rows.column_names else np.full(len(self), NEVER)
+        return self.integers(EVENT_TIME) if EVENT_TIME in self.given.column_names else np.full(len(self), NEVER)
 
     @cached_property
     def visible_time(self) -> np.ndarray:
         """int64 ``[N]``: from when on an event counts, the later of its event time and its available time."""
-        static = AVAILABLE_TIME not in self.rows.column_names
+        static = AVAILABLE_TIME not in self.given.column_names
         return self.event_time if static else np.maximum(self.event_time, self.integers(AVAILABLE_TIME))
 
     def counted(self, first: np.ndarray, last: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,11 +81,23 @@ class Log:
 
     def integers(self, name: str) -> np.ndarray:
         """A column without nulls as int64 ``[N]``; a time in microseconds."""
-        return np.asarray(self.array(name).cast(pa.int64()))
+        values = np.asarray(self._given(name).cast(pa.int64()))
+        return values if self.order is None else values[self.order]
 
     def array(self, name: str) -> pa.Array:
-        """A column in one piece."""
-        return self.cached(name, lambda: self.rows.column(name).combine_chunks())
+        """``[N]``: a column in one piece."""
+        return self.cached(name, lambda: _in_order(self._given(name), self.order))
+
+    def places(self, positions: pa.Array) -> pa.Array:
+        """Where in ``given`` the events at ``positions`` (int64) stand; null where the position is."""
+        return positions if self.order is None else pa.array(self.order).take(positions)
+
+    def values(self, name: str, places: pa.Array) -> pa.Array:
+        """A column's values at `places`, null where the place is."""
+        return self._given(name).take(places)
+
+    def _given(self, name: str) -> pa.Array:
+        return self.cached(("given", name), lambda: _one_piece(self.given.column(name)))
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
         """What ``make`` gives, made once for each ``key``."""
@@ -109,11 +129,12 @@ def read_rows(view: CompiledView, table: pa.Table) -> pa.Table:
     """
     what = _what(view)
     rows = view.columns.conform(table, what=what)
-    rows = rows.filter(pc.is_valid(rows.column(view.view.entity)))
+    if rows.column(view.view.entity).null_count:
+        rows = rows.filter(pc.is_valid(rows.column(view.view.entity)))
     for name in () if view.is_static else TIMES:
         if rows.column(name).null_count:
             raise DataError(f"{what}: expected a value of {name!r} in every row, but {rows.column(name).null_count} are null")
-    return _without_nan(rows).combine_chunks()
+    return without_nan(rows).combine_chunks()
 
 
 def build_log(view: CompiledView, rows: pa.Table) -> Log:
@@ -124,15 +145,35 @@ def build_log(view: CompiledView, rows: pa.Table) -> Log:
     Raises:
         DataError: a static source has two rows for one entity.
     """
-    encoded = rows.column(view.view.entity).combine_chunks().dictionary_encode()
+    encoded = _one_piece(rows.column(view.view.entity)).dictionary_encode()
     codes = np.asarray(encoded.indices, np.int64)
-    order = np.argsort(codes, kind="stable") if view.is_static else _order_of_events(rows, codes)
+    order = order_by(codes) if view.is_static else _order_of_events(rows, codes)
     codes = codes[order]
     if view.is_static and (codes[1:] == codes[:-1]).any():
         twice = encoded.dictionary[int(codes[1:][codes[1:] == codes[:-1]][0])].as_py()
         raise DataError(f"{_what(view)}: expected one row for each {view.view.entity}, but {twice!r} has several")
     offsets = np.searchsorted(codes, np.arange(len(encoded.dictionary) + 1))
-    return Log(encoded.dictionary, offsets, rows.select(view.stored.names).take(pa.array(order)).cast(view.stored))
+    return Log(encoded.dictionary, offsets, rows.select(view.stored.names).cast(view.stored), order)
+
+
+def without_nan(rows: pa.Table) -> pa.Table:
+    """The table with NaN as null."""
+    for place, column in enumerate(rows.schema):
+        if column.type == pa.float64():
+            values = rows.column(place)
+            nan = pc.is_nan(values)
+            if pc.any(nan).as_py():
+                rows = rows.set_column(place, column, pc.if_else(nan, None, values))
+    return rows
+
+
+def _one_piece(column: pa.ChunkedArray) -> pa.Array:
+    """The column without a copy, where it is in one piece already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _in_order(values: pa.Array, order: np.ndarray | None) -> pa.Array:
+    return values if order is None else values.take(pa.array(order))
 
 
 def _what(view: CompiledView) -> str:
@@ -142,16 +183,9 @@ def _what(view: CompiledView) -> str:
 def _order_of_events(rows: pa.Table, codes: np.ndarray) -> np.ndarray:
     """The positions of the distinct events, by (entity, event time, ingest_seq)."""
     event_time, ingest_seq = (np.asarray(rows.column(name).cast(pa.int64())) for name in (EVENT_TIME, INGEST_SEQ))
-    order = np.lexsort((ingest_seq, event_time, codes))
+    order = order_by(codes, event_time, ingest_seq)
     first = np.arange(len(order)) == 0
     for values in (codes, event_time, ingest_seq):
-        first[1:] |= values[order[1:]] != values[order[:-1]]
-    return np.compress(first, order)
-
-
-def _without_nan(rows: pa.Table) -> pa.Table:
-    for place, column in enumerate(rows.schema):
-        if column.type == pa.float64():
-            values = rows.column(place)
-            rows = rows.set_column(place, column, pc.if_else(pc.is_nan(values), None, values))
-    return rows
+        ordered = values[order]
+        first[1:] |= ordered[1:] != ordered[:-1]
+    return order if first.all() else np.compress(first, order)

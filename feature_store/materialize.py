@@ -64,7 +64,7 @@ def materialize(
     overlap: int = OVERLAP,
     progress: Progress | None = None,
 ) -> MaterializeReport:
-    """Write every view of ``repo`` in one transaction: readers see either all of it or nothing.
+    """Write every view of ``repo`` that is not of the request in one transaction: readers see either all of it or nothing.
 
     A view of events is brought up to date with the rows whose ``ingest_seq`` lies above its watermark, less ``overlap``; what is
     there already changes nothing, so the same call twice, or again after a crash, gives the same content, and no stored event is
@@ -84,7 +84,7 @@ def materialize(
         SchemaError: a table lacks a column, or has it with another type.
         FeatureStoreError: the store cannot be written.
     """
-    views = [compile_view(repo, view.name) for view in repo.views]
+    views = [view for view in (compile_view(repo, each.name) for each in repo.views) if not view.is_request]
     with store.transaction() as transaction:
         done = [_materialize_view(view, source_table(view, tables), transaction, full, overlap, progress) for view in views]
         return MaterializeReport(transaction.id + 1, tuple(done))
@@ -96,13 +96,13 @@ def append(repo: FeatureRepo, source: str, events: pa.Table, store: OnlineStore)
     The watermarks stay, so the same events are expected in the source's table later, with the same ``ingest_seq``, and count once.
 
     Raises:
-        ConfigError: there is no such source, or it is static.
+        ConfigError: there is no such source, or it has no events.
         DataError: an event lacks a time.
         FeatureStoreError: a view of the source was not materialised as it is defined.
         SchemaError: a column is absent or of another type.
     """
-    if repo.source(source).kind == "static":
-        raise ConfigError(f"source {source!r} is static; only events can be appended")
+    if (kind := repo.source(source).kind) != "events":
+        raise ConfigError(f"source {source!r} is {kind}; only events can be appended")
     views = tuple(compile_view(repo, view.name) for view in repo.views if view.source == source)
     with store.transaction() as transaction:
         check_versions(views, transaction)

@@ -10,30 +10,37 @@ import pyarrow.compute as pc
 from feature_store.compiled import CompiledView
 from feature_store.evaluate import evaluate
 from feature_store.log import Log
+from feature_store.request import evaluate_request
 from recsys.core.errors import SchemaError
 from recsys.core.schema import REQUEST_TIME, Column, FeatureSchema, Kind
 from recsys.core.status import status_column
 
+LogsOf = Callable[[tuple[CompiledView, ...], pa.Array], Sequence[Log]]
+"""Gives the logs of views, which must hold all events of the given keys (string, without nulls, distinct)."""
 
-def read_features(views: Sequence[CompiledView], spine: pa.Table, logs_of: Callable[[pa.Array], Sequence[Log]]) -> pa.Table:
+
+def read_features(views: Sequence[CompiledView], spine: pa.Table, logs_of: LogsOf) -> pa.Table:
     """The spine with every feature of ``views`` and its status.
 
     Args:
         views: views of one entity.
-        spine: R rows with the entity's key and ``request_time``. A row where either is null has every feature MISSING.
-        logs_of: gives the logs of the views, which must hold all events of the given keys (string, without nulls, distinct).
+        spine: R rows with the entity's key and ``request_time``. A row where either is null has every feature MISSING, except that those
+            of the request need no key.
+        logs_of: see `LogsOf`; asked once, for the views that are stored, if there are any.
 
     Raises:
         SchemaError: a column of the spine is absent, of another type, or has the name of a feature.
     """
-    keys, time, known = _read_spine(spine, views[0].view.entity)
-    wanted = pc.unique(pc.drop_null(keys))
+    keys, time, timed = _read_spine(spine, views[0].view.entity)
+    known = np.asarray(pc.is_valid(keys)) & timed
+    stored = tuple(view for view in views if not view.is_request)
+    logs = iter(logs_of(stored, pc.unique(pc.drop_null(keys))) if stored else ())
     fields, columns = list(spine.schema), list(spine.columns)
-    for view, log in zip(views, logs_of(wanted), strict=True):
-        values = list(evaluate(view, log, keys, time, known))
+    for view in views:
+        values = [evaluate_request(view, spine, time, timed)] if view.is_request else list(evaluate(view, next(logs), keys, time, known))
         for place, output in enumerate(view.outputs):
-            fields += [pa.field(output.name, output.arrow), pa.field(status_column(output.name), pa.uint8())]
-            columns.append(pa.chunked_array([piece[place][0] for piece in values], output.arrow))
+            fields += [output, pa.field(status_column(output.name), pa.uint8())]
+            columns.append(pa.chunked_array([piece[place][0] for piece in values], output.type))
             columns.append(pa.chunked_array([piece[place][1] for piece in values], pa.uint8()))
     for field in fields[spine.num_columns :]:
         if field.name in spine.column_names:
@@ -42,9 +49,8 @@ def read_features(views: Sequence[CompiledView], spine: pa.Table, logs_of: Calla
 
 
 def _read_spine(spine: pa.Table, entity: str) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Keys as strings, times in microseconds, and where both are known."""
+    """Keys as strings, times in microseconds, and where there is a time."""
     schema = FeatureSchema(columns=(Column(name=entity, kind=Kind.ID), Column(name=REQUEST_TIME, kind=Kind.TIME)))
     conformed = schema.conform(spine, what="spine").combine_chunks()
     keys, times = (conformed.column(name).combine_chunks() for name in (entity, REQUEST_TIME))
-    known = np.asarray(pc.and_(pc.is_valid(keys), pc.is_valid(times)))
-    return keys, np.asarray(times.cast(pa.int64()).fill_null(0)), known
+    return keys, np.asarray(times.cast(pa.int64()).fill_null(0)), np.asarray(pc.is_valid(times))

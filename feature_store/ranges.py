@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vectorised work on many ranges of one array: bisection, sums, expansion, running extremes."""
+"""Vectorised work on many ranges of one array: bisection, sums, expansion, running extremes, and the order that makes them."""
 
 from collections.abc import Iterator
 
@@ -37,6 +37,27 @@ def expand(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     positions = np.repeat(start - before, length)
     positions += np.arange(len(positions))
     return positions
+
+
+def order_by(*columns: np.ndarray) -> np.ndarray:
+    """int64 ``[N]``: the positions in ascending order by the columns, the first before the others; equal ones in their order.
+
+    What `np.lexsort` gives, by radix: each pass sorts 16 bits, which NumPy does in linear time.
+
+    Args:
+        columns: int64 ``[N]`` each.
+    """
+    order = np.arange(len(columns[0]))
+    for place, values in enumerate(reversed(columns)):
+        if place == 0 and (values[1:] >= values[:-1]).all():
+            continue
+        rest = values.astype(np.uint64) - values.min(initial=np.iinfo(np.int64).max).astype(
+            np.uint64
+        )  # wraps, so that no range is too wide
+        for shift in range(0, int(rest.max(initial=0)).bit_length(), 16):
+            digit = (rest >> np.uint64(shift)).astype(np.uint16)
+            order = order[np.argsort(digit[order], kind="stable")]
+    return order
 
 
 class RangeSums:

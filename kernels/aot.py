@@ -55,7 +55,7 @@ class Usage:
 
     @property
     def resident(self) -> int:
-        """Blocks that a multiprocessor holds at once, by registers (given to warps in units of 8 for each thread), shared memory and warps."""
+        """Blocks that a multiprocessor holds at once, by registers (given in units of 8 for each thread), shared memory and warps."""
         by_registers = REGISTERS // (max(-(-self.registers // 8) * 8, 8) * LANES * self.warps)
         by_shared = (SHARED_LIMIT[self.arch] + SHARED_EACH) // (self.shared + SHARED_EACH)
         return min(by_registers, by_shared, WARPS // self.warps, BLOCKS)

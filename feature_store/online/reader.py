@@ -29,22 +29,22 @@ class OnlineReader:
         self._store = store
         self._views = {view.name: compile_view(repo, view.name) for view in repo.views}
 
-    def read(self, service: str, spine: pa.Table) -> pa.Table:
-        """See `feature_store.offline.OfflineReader.read`. One snapshot, and one round trip for all views.
+    def read(self, service: str, spine: pa.Table, *, tokenizer: str | None = None) -> pa.Table:
+        """See `feature_store.offline.OfflineReader.read`. One snapshot, and one round trip for all views that are stored.
 
         Raises:
-            ConfigError: there is no such service.
+            ConfigError: there is no such service, or its histories are codes of another tokenizer.
             FeatureStoreError: the store cannot be read, or holds other versions of the service's views.
             SchemaError: a column of the spine is absent or of another type.
         """
-        views = tuple(self._views[name] for name in self._repo.service(service).views)
-        with self._store.snapshot() as snapshot:
-            return read_features(views, spine, lambda keys: self._logs(snapshot, views, keys))
+        if tokenizer is not None:
+            self._repo.check_tokenizer(service, tokenizer)
+        return read_features(tuple(self._views[name] for name in self._repo.service(service).views), spine, self._logs)
 
-    @staticmethod
-    def _logs(snapshot: Snapshot, views: tuple[CompiledView, ...], keys: pa.Array) -> list[Log]:
-        stored = Stored(snapshot, views, keys)
-        check_versions(views, snapshot)
+    def _logs(self, views: tuple[CompiledView, ...], keys: pa.Array) -> list[Log]:
+        with self._store.snapshot() as snapshot:
+            stored = Stored(snapshot, views, keys)
+            check_versions(views, snapshot)
         return stored.logs()
 
 

@@ -5,7 +5,8 @@ Redis has no snapshots, so values carry versions. An entity's value is a hash fr
 one hash, the head, says which attempt was committed last: a reader takes the newest value up to that. An attempt's values are in nobody's
 sight until one command makes it the head. Where a writer died before, the next one removes what it left.
 
-A request's values and the head come back in one MULTI/EXEC, one round trip. A snapshot that is read from later goes on seeing its own head;
+A request's values and the head come back from one script, one round trip, many values in one reply: a client in Python takes longer to read
+a thousand replies than Redis to find them. A snapshot that is read from later goes on seeing its own head;
 what it sees is kept for ``keep_seconds`` after the next commit, and an error after that.
 
 Keys, below ``prefix``: ``head``; ``attempt``, the last number; ``commits``, when each attempt was committed; ``lock``, whose turn it is;
@@ -16,6 +17,7 @@ cleared by attempt E; ``dropped``, keys of cleared views by the attempt that dro
 import json
 import os
 import secrets
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,8 @@ LOCK_SECONDS = 30.0
 _TOO_LATE = "a write took longer than its turn; nothing of it is seen"
 BATCH = 500
 """Keys that are written, or commands that are sent, at a time."""
+TOGETHER = 64
+"""Values that are read in one reply, which Redis allows 512 MiB."""
 
 # Writes values, if their writer still has its turn: key, entity and value of each. First what is written to, so that whoever finds it left
 # behind knows where.
@@ -58,6 +62,26 @@ redis.call('HSET', KEYS[2], 'attempt', ARGV[3], 'id', ARGV[4], 'states', ARGV[5]
 redis.call('ZADD', KEYS[3], redis.call('TIME')[1], ARGV[3])
 redis.call('DEL', KEYS[1])
 return 1
+"""
+# Reads the head, and of each value key the newest up to an attempt, the head's where none is given. The lengths (little-endian int32, -1
+# where there is nothing) come as one string, the values as one for every so many.
+_READ = """
+local last, lengths, values, parts = tonumber(ARGV[1]), {}, {}, {}
+if not last then last = tonumber(redis.call('HGET', KEYS[1], 'attempt') or '0') end
+for i = 2, #KEYS do
+  local found, newest, value = redis.call('HGETALL', KEYS[i]), -1, nil
+  for j = 1, #found, 2 do
+    local attempt = tonumber(found[j])
+    if attempt <= last and attempt > newest then newest, value = attempt, found[j + 1] end
+  end
+  lengths[i - 1] = struct.pack('<i4', value and #value or -1)
+  values[#values + 1] = value or ''
+  if #values == tonumber(ARGV[2]) or i == #KEYS then
+    parts[#parts + 1] = table.concat(values)
+    values = {}
+  end
+end
+return {redis.call('HGETALL', KEYS[1]), table.concat(lengths), parts}
 """
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
@@ -130,15 +154,13 @@ class _RedisSnapshot(Snapshot):
         self._store.epochs = {view: epoch for view, (_, epoch) in head.states.items()}
 
     def _read(self, epochs: Mapping[str, int], wanted: Mapping[str, Sequence[str]]) -> dict[str, list[bytes | None]]:
-        pipeline = self._client.pipeline(transaction=True)
-        pipeline.hgetall(self._store.key("head"))
-        for view, entities in wanted.items():
-            for entity in entities:
-                pipeline.hgetall(self._store.value(epochs[view], view, entity))
-        head, *values = pipeline.execute()
-        self._take(self._store.head(head))
-        last, rest = self._last(), iter(values)
-        return {view: [_newest(next(rest), last) for _ in entities] for view, entities in wanted.items()}
+        store = self._store
+        keys = [store.value(epochs[view], view, entity) for view, entities in wanted.items() for entity in entities]
+        last = "" if self._head is None else self._last()
+        head, lengths, parts = store.read([store.key("head"), *keys], [last, TOGETHER])
+        self._take(store.head(dict(zip(head[::2], head[1::2], strict=True))))
+        rest = _cut(lengths, b"".join(parts))
+        return {view: list(islice(rest, len(entities))) for view, entities in wanted.items()}
 
     def _last(self) -> int:
         """The newest attempt that this reader sees."""
@@ -247,6 +269,8 @@ class RedisStore(OnlineStore):
         timeouts = {"socket_timeout": config.timeout, "socket_connect_timeout": config.timeout}
         with self._named():
             self.client = redis.Redis.from_url(config.url, password=password, **timeouts)
+            self.read = self.client.register_script(_READ)
+            self.client.script_load(_READ)  # so that the first request is one round trip as well
             self.head()
 
     def error(self, what: str) -> FeatureStoreError:
@@ -377,7 +401,12 @@ def _turn_ms() -> int:
     return int(1000 * LOCK_SECONDS)
 
 
-def _newest(fields: Mapping[bytes, bytes], last: int) -> bytes | None:
-    """The value of the newest attempt up to ``last``."""
-    numbers = [number for number in map(int, fields) if number <= last]
-    return fields[b"%d" % max(numbers)] if numbers else None
+def _cut(lengths: bytes, values: bytes) -> Iterator[bytes | None]:
+    """What `_READ` put into one string, one by one."""
+    start = 0
+    for (length,) in struct.iter_unpack("<i", lengths):
+        if length < 0:
+            yield None
+        else:
+            yield values[start : start + length]
+            start += length

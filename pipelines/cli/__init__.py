@@ -17,6 +17,7 @@ VERBS = {
     "scale": "train models at many sizes and fit scaling laws, with a picture",
     "efficiency": "ask a trained retriever with less of each history, and say what that saves and costs",
     "ingest": "turn raw files into a data set, counting what was dropped",
+    "features": "audit the features that were served against the same features read offline",
     "serve": "answer requests over HTTP with the champion",
     "rollback": "make the previous champion the champion again",
     "history": "print the promotion log",

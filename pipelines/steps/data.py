@@ -77,6 +77,17 @@ class Prepared:
         return evaluation_segments(self.events, self.split)
 
 
+def feature_tables(features: FeatureRepo, dataset: Dataset) -> dict[str, pa.Table]:
+    """What the feature store reads of a data set, by the names that sources use; `DataError` where a source names another table."""
+    tables = {"interactions": dataset.interactions, "items": dataset.items}
+    if dataset.users is not None:
+        tables["users"] = dataset.users
+    for source in features.sources:
+        if source.table is not None and source.table not in tables:
+            raise DataError(f"features: source {source.name!r} reads table {source.table!r}, but {dataset.name} has {', '.join(tables)}")
+    return tables
+
+
 def prepare(recipe: Recipe) -> Prepared:
     """Load the data set, split it by time, order its events, and open the feature store over it.
 
@@ -86,12 +97,7 @@ def prepare(recipe: Recipe) -> Prepared:
     dataset = load_dataset(recipe.dataset)
     split = global_time_split(dataset.interactions.column(EVENT_TIME), recipe.split.valid, recipe.split.test)
     events = order_events(dataset.interactions, recipe.seed)
-    tables = {"interactions": dataset.interactions, "items": dataset.items}
-    if dataset.users is not None:
-        tables["users"] = dataset.users
-    for source in recipe.features.sources:
-        if source.table not in tables:
-            raise DataError(f"features: source {source.name!r} reads table {source.table!r}, but {dataset.name} has {', '.join(tables)}")
+    tables = feature_tables(recipe.features, dataset)
     prepared = Prepared(dataset, split, events, recipe.features, tables, OfflineReader(recipe.features, tables))
     for part in PARTS:
         if not prepared.parts[part].num_rows:

@@ -142,11 +142,17 @@ class Bundle:
         return bundle
 
     def _check_together(self, directory: Path) -> None:
-        """Hold that the index is over this retriever's items, and that the tokenizer is the one of their codes."""
+        """Hold that the index is over this retriever's items, and that the tokenizer is that of their codes and of histories of codes."""
         check_pair(self.retriever, self.index)
         codes, tokenizer = self.item_table.codes, None if self.tokenizer is None else self.tokenizer.fingerprint
         if (None if codes is None else codes.tokenizer) != tokenizer:
             raise BundleError(f"{directory}: the codes are of the tokenizer {codes and codes.tokenizer}, but the bundle has {tokenizer}")
+        for view in self.features.get("views", ()):
+            for feature in view["features"]:
+                if (stamped := feature.get("tokenizer")) not in (None, tokenizer):
+                    raise BundleError(
+                        f"{directory}: feature {feature['name']!r} holds codes of the tokenizer {stamped}, but the bundle has {tokenizer}"
+                    )
         if isinstance(self.index, CodeIndex):
             if codes is None or not torch.equal(self.index.table.codes, codes.codes):
                 raise BundleError(f"{directory}: the index does not hold the codes of the items")

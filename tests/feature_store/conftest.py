@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from benchmarks.feature_store.servers import redis_server
 from feature_store.definitions import FeatureRepo
 from recsys.core.status import ValueStatus
-from tests.feature_store.servers import redis_server
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pa.timestamp("us", tz="UTC")
@@ -275,5 +275,5 @@ def world() -> Callable[..., World]:
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """Of a real server, which starts when the first test asks for it."""
-    with tempfile.TemporaryDirectory(prefix="redis") as folder, redis_server(Path(folder)) as url:
-        yield url
+    with tempfile.TemporaryDirectory(prefix="redis") as folder, redis_server(Path(folder)) as port:
+        yield f"redis://127.0.0.1:{port}/0"

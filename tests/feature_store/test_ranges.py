@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_store.ranges import RangeSums, bisect_right, expand, pieces, running_extremes
+from feature_store.ranges import RangeSums, bisect_right, expand, order_by, pieces, running_extremes
 
 SMALL = st.integers(-5, 5)
 
@@ -74,3 +74,15 @@ def test_pieces(weights: list[int], rows: int, weight: int) -> None:
         assert count <= rows and (count <= 1 or sum(weights[piece]) <= weight)
         if following is not None:  # and no piece could have been longer
             assert count == rows or sum(weights[piece]) + weights[piece.stop] > weight
+
+
+def test_the_order_is_numpys_whatever_the_range() -> None:
+    rng = np.random.default_rng(0)
+    limits = np.iinfo(np.int64)
+    for high in (1, 5, 1 << 16, (1 << 16) + 1, 1 << 40):
+        columns = [rng.integers(0, top, 500) for top in (4, high, 3)]
+        assert order_by(*columns).tolist() == np.lexsort(columns[::-1]).tolist()
+        assert order_by(columns[1] - high // 2, np.arange(500)).tolist() == np.argsort(columns[1], kind="stable").tolist()
+    widest = np.array([limits.max, -1, limits.min, 0, limits.max, limits.min, 1 << 40])
+    assert order_by(widest).tolist() == np.argsort(widest, kind="stable").tolist()
+    assert order_by(np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []

@@ -87,3 +87,14 @@ def test_the_hash_covers_every_field(directory: Path) -> None:
     manifest = verify(directory)
     assert manifest.sha256 == Manifest(**manifest.model_dump()).sha256
     assert manifest.model_copy(update={"seed": manifest.seed + 1}).sha256 != manifest.sha256
+
+
+def test_histories_of_codes_must_be_of_the_bundles_tokenizer(directory: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(directory)
+    history = next(feature for view in bundle.features["views"] for feature in view["features"] if feature["kind"] == "last_n")
+    history["tokenizer"] = "abc"
+    with pytest.raises(BundleError, match=f"feature {history['name']!r} holds codes of the tokenizer abc, but the bundle has None"):
+        bundle.save(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    del history["tokenizer"]
+    bundle.save(tmp_path / "copy")

@@ -105,7 +105,8 @@ def test_a_block_alone_and_no_items_at_all():
     assert out.shape == (2, 1, 3, 8)
     assert out.isfinite().all()
     torch.testing.assert_close(out[0], out[1])
-    nobody = model(torch.randn(2, 4, 3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64), torch.zeros(2, 0, dtype=torch.int64))
+    items, queries = torch.randn(2, 4, 3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    nobody = model(items, queries, torch.zeros(2, 0, dtype=torch.int64))
     assert nobody.shape == (2, 0, 3, 8)
 
 
