@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1] / ".peers"
 REQUIREMENTS = {
     "rechub": ("torch==2.13.0", "torch-rechub==0.9.0", "numpy>=1.26"),
     "fuxictr": ("torch==2.13.0", "fuxictr==2.3.10", "numpy>=2", "pandas<3"),
+    "feast": ("feast[redis,duckdb]==0.67.*", "pandas<3", "polars==2.1.0", "pyyaml"),
 }
 
 
