@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from recsys.core.memory import give_back_memory
+
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """What a call gives, and how many seconds it took."""
@@ -17,8 +19,9 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """How far the resident memory rose above where it stood before a call (Linux)."""
+    """How far the resident memory rose above where it stood before a call (Linux), with nothing held that was free."""
     gc.collect()
+    give_back_memory()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest mark begins anew
     before = _status("VmRSS")
     result = call()

@@ -73,8 +73,8 @@ def jagged_attention(
     if divisor <= 0 or (form == "softmax" and divisor != 1):
         raise ValueError(f"divisor: expected {'1 for softmax' if form == 'softmax' else 'more than 0'}, got {divisor}")
     bias, seen = (None if x is None else x.contiguous() for x in (bias, seen))
-    given = (q.contiguous(), k.contiguous(), v.contiguous(), offsets.contiguous(), bias, seen)
-    y, _ = _forward(*given, form, mask, group, float(divisor))
+    given = (q.contiguous(), k.contiguous(), v.contiguous(), offsets.contiguous(), bias)
+    y, _ = _forward(*given, form, mask, group, float(divisor), seen)
     return cast(Tensor, y)
 
 
@@ -110,11 +110,11 @@ def _forward(
     v: Tensor,
     offsets: Tensor,
     bias: Tensor | None,
-    seen: Tensor | None,
     form: str,
     mask: str,
     group: int,
     divisor: float,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_values(offsets, seen, q.shape[0])
     module = backend.implementation("jagged_attention", q)
@@ -130,13 +130,13 @@ def _backward(
     v: Tensor,
     offsets: Tensor,
     bias: Tensor | None,
-    seen: Tensor | None,
     y: Tensor | None,
     lse: Tensor,
     form: str,
     mask: str,
     group: int,
     divisor: float,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = backend.implementation("jagged_attention", q) or cpu
     gradients = module.backward(dy.contiguous(), q, k, v, offsets, bias, y, lse, Rule(form, mask, group, divisor, seen))
@@ -150,11 +150,11 @@ def _(
     v: Tensor,
     offsets: Tensor,
     bias: Tensor | None,
-    seen: Tensor | None,
     form: str,
     mask: str,
     group: int,
     divisor: float,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]) if form == "softmax" else (0,), dtype=wide)
@@ -168,13 +168,13 @@ def _(
     v: Tensor,
     offsets: Tensor,
     bias: Tensor | None,
-    seen: Tensor | None,
     y: Tensor | None,
     lse: Tensor,
     form: str,
     mask: str,
     group: int,
     divisor: float,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = q.new_empty(0) if bias is None else torch.empty_like(bias)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
@@ -182,18 +182,18 @@ def _(
 
 def _save(
     ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, str, str, int, float],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str, str, int, float, Tensor | None],
     output: tuple[Tensor, Tensor],
 ) -> None:
-    *tensors, form, mask, group, divisor = inputs
+    *tensors, form, mask, group, divisor, seen = inputs
     y, lse = output
-    ctx.save_for_backward(*tensors, y if form == "softmax" else None, lse)  # type: ignore[arg-type]
+    ctx.save_for_backward(*tensors, y if form == "softmax" else None, lse, seen)  # type: ignore[arg-type]
     ctx.rule = (form, mask, group, divisor)  # type: ignore[attr-defined]
 
 
 def _gradient(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, rule = ctx.saved_tensors, ctx.rule  # type: ignore[attr-defined]
-    dq, dk, dv, dbias = _backward(dy, *tensors, *rule)
+    *tensors, seen = ctx.saved_tensors  # type: ignore[attr-defined]
+    dq, dk, dv, dbias = _backward(dy, *tensors, *ctx.rule, seen)  # type: ignore[attr-defined]
     return dq, dk, dv, None, dbias if tensors[4] is not None else None, *[None] * 5
 
 
@@ -212,7 +212,7 @@ def _pairs(q: Tensor, offsets: Tensor, seen: Tensor | None, mask: str, group: in
 
 @register_flop_formula(torch.ops.recsys.jagged_attention, get_raw=True)
 def _forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Any, seen: Any, form: str, mask: str, group: int, *_: Any, **__: Any
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Any, form: str, mask: str, group: int, divisor: float, seen: Any, **_: Any
 ) -> int:
     """Two products over the pairs that see each other."""
     return 4 * q.shape[1] * q.shape[2] * _pairs(q, offsets, seen, mask, group)
@@ -220,8 +220,8 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.recsys.jagged_attention_backward, get_raw=True)
 def _backward_flops(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Any, seen: Any, y: Any, lse: Any, form: str, mask: str, group: int,
-    *_: Any, **__: Any,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bias: Any, y: Any, lse: Any, form: str, mask: str, group: int,
+    divisor: float, seen: Any, **_: Any,
 ) -> int:  # fmt: skip
     """Five products, one of which forms the scores again."""
     return 10 * q.shape[1] * q.shape[2] * _pairs(q, offsets, seen, mask, group)
