@@ -70,11 +70,12 @@ def run(*, quick: bool) -> Result:
     """Run the benchmark; freed memory is kept, as in a training."""
     keep_freed_memory()
     with threads(THREADS):
+        # The largest tensors first, while the memory of the process is in one piece.
+        row, of_catalogue = catalogue.compared(quick=quick, timed=in_turns)
         contests = [
             contest(op, shape, pairs=5 if quick else 15)
             for op, shape in track([(op, shape) for op in OPS for shape in shapes_of(op, quick=quick)], "ops by shape")
         ]
-        row, of_catalogue = catalogue.compared(quick=quick, timed=in_turns)
     rows = [*(_row(own) for own in contests), row]
     return Result("kernels", rows, [*checks(contests), *of_catalogue], {"threads": THREADS, "seconds": _details(contests)})
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from benchmarks.retrieval_quality.data import Dataset, load
 from benchmarks.retrieval_quality.items import text_of
 from benchmarks.retrieval_quality.train import metrics
-from benchmarks.retrieval_quality.zero_shot import DOMAINS, ENCODER, TOKENIZER, Asked
+from benchmarks.retrieval_quality.zero_shot import AXES, DOMAINS, ENCODER, TOKENIZER, Asked
 from recsys.bundle.environment import code_commit
-from recsys.core.errors import ConfigError
 from recsys.evaluation.retrieval import event_ranks
 from recsys.retrieval.baselines import TextKNN
 from recsys.retrieval.item_sets import code_digits
@@ -75,13 +74,15 @@ def ceilings(domains: Mapping[str, Dataset], target: str, cache: Path) -> dict[s
             f"{dimensions} axes": quality(data, coordinates),
             f"{dimensions} axes, {LEVELS} levels": quality(data, levels(coordinates)),
         }
-    asked = Asked(sources, {"model": {"name": "recgpt", "dim": 12}, "codes": "fsq", "tokenizer": TOKENIZER, "recent": 1}, 0, cache)
-    table = asked.coded(data).codes
-    if table is None:
-        raise ConfigError(f"codes: expected those of {TOKENIZER['name']}, got none")
-    digits: Sequence[int] = TOKENIZER["levels"]  # type: ignore[assignment]
-    told_apart, grid = of_codes(table.codes, digits)
-    return found | {"codes, told apart": quality(data, told_apart), "codes, as points": quality(data, grid)}
+    for tokenizer in (TOKENIZER, AXES):
+        asked = Asked(sources, {"model": {"name": "recgpt", "dim": 12}, "codes": "fsq", "tokenizer": tokenizer, "recent": 1}, 0, cache)
+        table = asked.coded(data).codes
+        assert table is not None
+        digits: Sequence[int] = tokenizer["levels"]  # type: ignore[assignment]
+        told_apart, grid = of_codes(table.codes, digits)
+        name = f"{tokenizer['name']}, {tokenizer['slots']} codes"
+        found |= {f"{name}, told apart": quality(data, told_apart), f"{name}, as points": quality(data, grid)}
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     domains = {name: load(name) for name in DOMAINS}
     found = ceilings(domains, arguments.target, domains[arguments.target].cache)
     for name, value in found.items():
-        print(f"{name:24} {value:.4f}")
+        print(f"{name:32} {value:.4f}")
     line = {
         "target": arguments.target,
         "ndcg@10": found,

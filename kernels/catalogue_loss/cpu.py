@@ -17,7 +17,7 @@ from torch import Tensor
 LIMIT = 1 << 15  # items, up to which gradients are formed along with the value
 _LOGITS = 1 << 23  # held at a time, if that is _ROWS states or more: larger products are faster than logits that stay in the cache
 _ROWS = 64  # states at least, since the gradient of the items is read and written once for each group of them
-_TILES = {"cpu": (512, 512)}  # states and items of a tile; on another device fewer, larger products are faster
+_TILES = {"cpu": (512, 1024)}  # states and items of a tile; on another device fewer, larger products are faster
 _LARGE_TILE = (4096, 16384)
 
 

@@ -39,6 +39,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ZeroShot:
     monkeypatch.setattr(zero_shot, "ENCODER", "hashing")
     monkeypatch.setattr(zero_shot, "MODEL", {"name": "recgpt", "dim": 16, "blocks": 1, "heads": 2, "max_length": 8})
     monkeypatch.setattr(zero_shot, "TOKENIZER", FSQ)
+    monkeypatch.setattr(zero_shot, "AXES", {"name": "axes_fsq", "slots": 4, "levels": [3, 3]})
     monkeypatch.setattr(zero_shot, "TRAINING", zero_shot.training(32, 2, 0.01, 2))
     monkeypatch.setattr(zero_shot, "WINDOWS", {"stride": 8})
     monkeypatch.setattr(zero_shot, "FEW_TRAINING", zero_shot.training(16, 2, 0.01, 2))
@@ -105,11 +106,12 @@ def test_what_codes_keep_is_measured_by_neighbours(runner: ZeroShot, monkeypatch
     """Neighbours have similar texts and follow each other, so whole texts find all; one axis of them does not."""
     monkeypatch.setattr(code_ceiling, "ENCODER", "hashing")
     monkeypatch.setattr(code_ceiling, "TOKENIZER", FSQ)
+    monkeypatch.setattr(code_ceiling, "AXES", {"name": "axes_fsq", "slots": 4, "levels": [3, 3]})
     monkeypatch.setattr(code_ceiling, "DIMENSIONS", (1, 20))
     found = code_ceiling.ceilings(runner.domains, "a", runner.cache)
     assert found["text"] > 0.9
     assert found["1 axes"] < found["20 axes"]
-    assert 0 < found["codes, told apart"] <= 1 and 0 < found["codes, as points"] <= 1
+    assert found["axes_fsq, 4 codes, as points"] > 0 and found["fsq, 4 codes, told apart"] > 0
 
 
 def test_points_of_a_grid_are_the_digits_of_codes() -> None:

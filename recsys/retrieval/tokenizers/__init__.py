@@ -2,6 +2,7 @@
 """Item tokenizers: from items to codes."""
 
 from recsys.retrieval.tokenizers.atomic import Atomic
+from recsys.retrieval.tokenizers.axes_fsq import AxesFSQ
 from recsys.retrieval.tokenizers.base import CodeTokenizer, Progress, load_tokenizer
 from recsys.retrieval.tokenizers.fsq import FSQ
 from recsys.retrieval.tokenizers.health import Health, LevelHealth, health
@@ -15,6 +16,7 @@ __all__ = [
     "OPQ",
     "RQVAE",
     "Atomic",
+    "AxesFSQ",
     "CodeTokenizer",
     "Health",
     "LevelHealth",
