@@ -65,7 +65,8 @@ class AxesFSQ(CodeTokenizer):
     def coordinates(self, features_nd: Tensor) -> Tensor:
         """float32 ``[N, K, d]``: along the axes, in units of the deviations."""
         flat = (features_nd - self.mean) @ self.axes / self.deviation
-        return flat.unflatten(1, (self.config.slots, -1))
+        coordinates: Tensor = flat.unflatten(1, (self.config.slots, -1))
+        return coordinates
 
     def _build(self, width: int) -> None:
         config, axes = self.config, self.config.slots * len(self.config.levels)
@@ -97,7 +98,8 @@ class AxesFSQ(CodeTokenizer):
             progress(1, 1, {"variance": float(values[:wanted].square().sum() / values.square().sum())})
 
     def _encode(self, features_nd: Tensor) -> Tensor:
-        return self.quantiser(self.config.scale * self.coordinates(features_nd))[1]
+        codes: Tensor = self.quantiser(self.config.scale * self.coordinates(features_nd))[1]
+        return codes
 
     def _decode(self, codes_nl: Tensor) -> Tensor:
         level = self._levels_of(codes_nl).flatten(1)
@@ -106,4 +108,5 @@ class AxesFSQ(CodeTokenizer):
 
     def _levels_of(self, codes_nk: Tensor) -> Tensor:
         """int64 ``[N, K, d]``: which level of each axis a code has, from 0."""
-        return codes_nk[..., None] // self.quantiser.basis % self.quantiser.levels
+        levels: Tensor = codes_nk[..., None] // self.quantiser.basis % self.quantiser.levels
+        return levels
