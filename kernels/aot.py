@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile every Triton kernel ahead of time, without a GPU, and report what it takes: registers, shared memory, spills, occupancy.
 
-    python -m kernels.aot [--arch 80 90 100] [--json]
+    python -m kernels.aot [--arch sm_80,sm_90,sm_100] [--json]
 
 The exit status is 1 if a kernel spills registers or does not fit the shared memory of its architecture.
 """
@@ -129,13 +129,27 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Usage]:
     return [compile_spec(spec, arch) for spec in specs for arch in architectures]
 
 
+def architectures(names: str) -> tuple[int, ...]:
+    """The numbers of architectures by their names, ``sm_90`` or ``90``, with commas between them.
+
+    Raises:
+        ArgumentTypeError: one is not known.
+    """
+    found = tuple(int(name.strip().removeprefix("sm_")) for name in names.split(","))
+    if unknown := set(found) - set(SHARED_LIMIT):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(f'sm_{one}' for one in SHARED_LIMIT)}, got sm_{min(unknown)}")
+    return found
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=list(SHARED_LIMIT))
+    parser.add_argument(
+        "--arch", type=architectures, default=ARCHITECTURES, metavar="SM,…", help="such as sm_80,sm_90 or 90; by default all"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line for each kernel")
     arguments = parser.parse_args()
-    usages = compile_all(tuple(arguments.arch))
+    usages = compile_all(arguments.arch)
     for usage in usages:
         if arguments.json:
             print(json.dumps(asdict(usage) | {"occupancy": usage.occupancy}))

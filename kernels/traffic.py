@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from kernels import backend
 from kernels.op import Op, Shape, forward_backward
 
 
@@ -47,8 +48,6 @@ def moved(op: Op, shape: Shape, dtype: torch.dtype) -> int:
 def _launches() -> Iterator[list[list[Tensor]]]:
     """The tensors of every launch inside the block; nothing is computed by one, and what it would have written is zeros."""
     from triton.runtime.jit import JITFunction
-
-    import kernels.backend as backend
 
     launches: list[list[Tensor]] = []
 

@@ -8,7 +8,6 @@ copies from a history, found without training one::
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,11 @@ from benchmarks.retrieval_quality.items import text_of
 from benchmarks.retrieval_quality.train import metrics
 from benchmarks.retrieval_quality.zero_shot import AXES, DOMAINS, ENCODER, TOKENIZER, Asked
 from recsys.bundle.environment import code_commit
+from recsys.core.files import sha256_json
 from recsys.evaluation.retrieval import event_ranks
 from recsys.retrieval.baselines import TextKNN
 from recsys.retrieval.item_sets import code_digits
+from recsys.scaling.lines import Lines
 
 RAW = Path(__file__).parents[2] / "docs" / "results" / "raw" / "code_ceiling.jsonl"
 DIMENSIONS = (16, 20, 40, 64, 128)
@@ -68,8 +69,9 @@ def ceilings(domains: Mapping[str, Dataset], target: str, cache: Path) -> dict[s
     data, sources = domains[target], {name: own for name, own in domains.items() if name != target}
     text, others = text_of(data, ENCODER), torch.cat([text_of(own, ENCODER) for own in sources.values()])
     found = {"text": quality(data, text)}
+    strongest = principal(others, text, max(DIMENSIONS))
     for dimensions in DIMENSIONS:
-        coordinates = principal(others, text, dimensions)
+        coordinates = strongest[:, :dimensions]
         found |= {
             f"{dimensions} axes": quality(data, coordinates),
             f"{dimensions} axes, {LEVELS} levels": quality(data, levels(coordinates)),
@@ -86,25 +88,21 @@ def ceilings(domains: Mapping[str, Dataset], target: str, cache: Path) -> dict[s
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the ceilings, and append them to the file of results."""
+    """Print the ceilings, and append them to the file of results where they are not there yet."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval_quality.code_ceiling", description=__doc__)
     parser.add_argument("--target", default="beauty", choices=DOMAINS)
     parser.add_argument("--raw", type=Path, default=RAW, help="the file of results")
     arguments = parser.parse_args(argv)
     domains = {name: load(name) for name in DOMAINS}
-    found = ceilings(domains, arguments.target, domains[arguments.target].cache)
-    for name, value in found.items():
+    lines, fingerprints = Lines(arguments.raw, "cell"), {name: data.fingerprint for name, data in domains.items()}
+    settings = {"steps": STEPS, "longest": LONGEST, "knn": KNN, "dimensions": DIMENSIONS, "levels": LEVELS, "tokenizers": [TOKENIZER, AXES]}
+    identity = {"target": arguments.target, "encoder": ENCODER, "data": fingerprints, **settings}
+    key = sha256_json(identity)[:16]
+    if key not in lines.read():
+        found = ceilings(domains, arguments.target, domains[arguments.target].cache)
+        lines.append({"cell": key, **identity, "ndcg@10": found, "commit": code_commit()})
+    for name, value in lines.read()[key]["ndcg@10"].items():
         print(f"{name:32} {value:.4f}")
-    line = {
-        "target": arguments.target,
-        "ndcg@10": found,
-        "steps": STEPS,
-        "encoder": ENCODER,
-        "tokenizer": TOKENIZER,
-        "commit": code_commit(),
-    }
-    with arguments.raw.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, sort_keys=True) + "\n")
     return 0
 
 

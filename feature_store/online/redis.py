@@ -17,7 +17,6 @@ cleared by attempt E; ``dropped``, keys of cleared views by the attempt that dro
 import json
 import os
 import secrets
-import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from typing import Any, Literal, TypeVar, cast
 import redis
 from pydantic import Field, PositiveFloat
 
+from feature_store.online import redis_scripts as scripts
 from feature_store.online.base import FeatureStoreError, OnlineStore, Snapshot, Transaction, ViewState
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
@@ -40,50 +40,6 @@ LOCK_SECONDS = 30.0
 _TOO_LATE = "a write took longer than its turn; nothing of it is seen"
 BATCH = 500
 """Keys that are written, or commands that are sent, at a time."""
-TOGETHER = 64
-"""Values that are read in one reply, which Redis allows 512 MiB."""
-
-# Writes values, if their writer still has its turn: key, entity and value of each. First what is written to, so that whoever finds it left
-# behind knows where.
-_WRITE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-for i = 4, #ARGV, 3 do
-  redis.call('SADD', KEYS[2], ARGV[i])
-  redis.call('SADD', KEYS[3], ARGV[i + 1])
-  redis.call('HSET', ARGV[i], ARGV[2], ARGV[i + 2])
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-return 1
-"""
-# Makes an attempt the head, if its writer still has its turn and nobody else committed meanwhile.
-_COMMIT = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] or (redis.call('HGET', KEYS[2], 'attempt') or '0') ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[2], 'attempt', ARGV[3], 'id', ARGV[4], 'states', ARGV[5], 'format', ARGV[6])
-redis.call('ZADD', KEYS[3], redis.call('TIME')[1], ARGV[3])
-redis.call('DEL', KEYS[1])
-return 1
-"""
-# Reads the head, and of each value key the newest up to an attempt, the head's where none is given. The lengths (little-endian int32, -1
-# where there is nothing) come as one string, the values as one for every so many.
-_READ = """
-local last, lengths, values, parts = tonumber(ARGV[1]), {}, {}, {}
-if not last then last = tonumber(redis.call('HGET', KEYS[1], 'attempt') or '0') end
-for i = 2, #KEYS do
-  local found, newest, value = redis.call('HGETALL', KEYS[i]), -1, nil
-  for j = 1, #found, 2 do
-    local attempt = tonumber(found[j])
-    if attempt <= last and attempt > newest then newest, value = attempt, found[j + 1] end
-  end
-  lengths[i - 1] = struct.pack('<i4', value and #value or -1)
-  values[#values + 1] = value or ''
-  if #values == tonumber(ARGV[2]) or i == #KEYS then
-    parts[#parts + 1] = table.concat(values)
-    values = {}
-  end
-end
-return {redis.call('HGETALL', KEYS[1]), table.concat(lengths), parts}
-"""
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
 @dataclass(frozen=True)
@@ -157,9 +113,9 @@ class _RedisSnapshot(Snapshot):
         store = self._store
         keys = [store.value(epochs[view], view, entity) for view, entities in wanted.items() for entity in entities]
         last = "" if self._head is None else self._last()
-        head, lengths, parts = store.read([store.key("head"), *keys], [last, TOGETHER])
+        head, lengths, parts = store.read([store.key("head"), *keys], [last, scripts.TOGETHER])
         self._take(store.head(dict(zip(head[::2], head[1::2], strict=True))))
-        rest = _cut(lengths, b"".join(parts))
+        rest = scripts.cut(lengths, b"".join(parts))
         return {view: list(islice(rest, len(entities))) for view, entities in wanted.items()}
 
     def _last(self) -> int:
@@ -199,7 +155,7 @@ class _RedisTransaction(_RedisSnapshot, Transaction):
         keys = [store.key("lock"), store.key("written", self.attempt), store.key("entities", epoch, view)]
         for some in _parts(values.items(), BATCH):
             given = [part for entity, value in some for part in (store.value(epoch, view, entity), entity, value)]
-            if not self._client.eval(_WRITE, len(keys), *keys, self._token, self.attempt, _turn_ms(), *given):
+            if not self._client.eval(scripts.WRITE, len(keys), *keys, self._token, self.attempt, _turn_ms(), *given):
                 raise store.error(_TOO_LATE)
 
     def clear(self, view: str) -> None:
@@ -228,7 +184,7 @@ class _RedisTransaction(_RedisSnapshot, Transaction):
             self._client.rpush(store.key("dropped", self.attempt), *(json.dumps(one) for one in self._dropped))
         keys = [store.key("lock"), store.key("head"), store.key("commits")]
         given: list[str | int] = [self._token, head.attempt, self.attempt, head.id + 1, json.dumps(states), FORMAT]
-        if not self._client.eval(_COMMIT, len(keys), *keys, *given):
+        if not self._client.eval(scripts.COMMIT, len(keys), *keys, *given):
             raise store.error(_TOO_LATE)
 
 
@@ -269,8 +225,8 @@ class RedisStore(OnlineStore):
         timeouts = {"socket_timeout": config.timeout, "socket_connect_timeout": config.timeout}
         with self._named():
             self.client = redis.Redis.from_url(config.url, password=password, **timeouts)
-            self.read = self.client.register_script(_READ)
-            self.client.script_load(_READ)  # so that the first request is one round trip as well
+            self.read = self.client.register_script(scripts.READ)
+            self.client.script_load(scripts.READ)  # so that the first request is one round trip as well
             self.head()
 
     def error(self, what: str) -> FeatureStoreError:
@@ -314,7 +270,7 @@ class RedisStore(OnlineStore):
                     self._undo_unseen()
                 raise
             finally:
-                self.client.eval(_RELEASE, 1, self.key("lock"), token)
+                self.client.eval(scripts.RELEASE, 1, self.key("lock"), token)
 
     def close(self) -> None:
         """Close all connections."""
@@ -399,14 +355,3 @@ def _parts(things: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
 
 def _turn_ms() -> int:
     return int(1000 * LOCK_SECONDS)
-
-
-def _cut(lengths: bytes, values: bytes) -> Iterator[bytes | None]:
-    """What `_READ` put into one string, one by one."""
-    start = 0
-    for (length,) in struct.iter_unpack("<i", lengths):
-        if length < 0:
-            yield None
-        else:
-            yield values[start : start + length]
-            start += length

@@ -156,7 +156,7 @@ def _blocks(q_rhle: Tensor, k_rhle: Tensor, rows: _Rows, bias: Tensor | None, ru
             scores += bias.to(scores.dtype)[:, distance(place[block], place[:seen], bias.shape[1])]
         told = None if rule.seen is None else rule.seen[rows.places][:, block]
         hidden = ~visible(place[block], place[:seen], rule.mask, rule.group, told)
-        hidden = hidden[:, None] if hidden.dim() == 3 else hidden[None, None]
+        hidden = hidden.view(-1, 1, *hidden.shape[-2:])
         if rule.mask == "grouped":
             hidden = hidden | ~rows.inside[:, None, None, :seen]
         yield block, scores, hidden

@@ -51,7 +51,8 @@ class TokenView:
         """A view of right-padded rows ``[B, L, d]`` of which row b holds ``lengths_b[b]`` tokens; see `to_padded` for the way back."""
         if lengths_b.shape != values_bld.shape[:1] or bool(((lengths_b < 0) | (lengths_b > values_bld.shape[1])).any()):
             raise DataError(f"lengths: expected 0 to {values_bld.shape[1]} for each of {len(values_bld)} rows, got {lengths_b.tolist()}")
-        return cls.of(values_bld[held(lengths_b, values_bld.shape[1])], offsets_of(lengths_b), **others)
+        offsets = offsets_of(lengths_b)
+        return cls.of(from_padded(values_bld, offsets, int(offsets[-1])), offsets, **others)
 
     def __len__(self) -> int:
         return int(self.offsets.shape[0]) - 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.jagged_attention import jagged_attention
 from kernels.jagged_attention.reference import Mask
-from recsys.efficiency.view import TokenView, held, to_padded
+from recsys.efficiency.view import TokenView, from_padded, held, offsets_of, row_of, to_padded
 from recsys.retrieval.padding import after_all
 from recsys.retrieval.transformer import Attend, Block, Transformer, last_queries
 
@@ -138,10 +138,9 @@ def _attend_before(tokens: int) -> Attend:
     """Each token of an item sees all ``tokens`` tokens of each item before it, and itself."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, lengths_b: Tensor) -> Tensor:
-        inside = held(lengths_b, query.shape[2])
-        place = torch.arange(query.shape[2], device=query.device).expand(len(lengths_b), -1)[inside]
-        q, k, v = (x.transpose(1, 2)[inside] for x in (query, key, value))
-        offsets = F.pad(lengths_b.cumsum(0), (1, 0))
+        offsets = offsets_of(lengths_b)
+        place = torch.arange(int(offsets[-1]), device=query.device) - offsets[row_of(offsets)]
+        q, k, v = (from_padded(x.transpose(1, 2), offsets, len(place)) for x in (query, key, value))
         return to_padded(
             jagged_attention(q, k, v, offsets, mask="prefix", seen=place // tokens * tokens), offsets, width=query.shape[2]
         ).transpose(1, 2)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ahead-of-time compilation without a GPU: every kernel of the recipes fits its architecture without spilling."""
 
+from argparse import ArgumentTypeError
+
 import pytest
 
-from kernels.aot import ARCHITECTURES, SHARED_LIMIT, Usage, compile_spec
+from kernels.aot import ARCHITECTURES, SHARED_LIMIT, Usage, architectures, compile_spec
 from kernels.op import Op
 from kernels.registry import OPS
 from kernels.shapes import RECIPES
@@ -28,6 +30,12 @@ def test_matrix_kernels_have_tiles_that_feed_the_tensor_cores(op: Op) -> None:
         if spec.tile is not None:
             assert all(have >= least for have, least in zip(spec.tile, (64, 64, 32), strict=True)), spec.name
             assert spec.num_warps * compile_spec(spec, 90).resident >= 8, spec.name
+
+
+def test_architectures_are_named_as_nvidia_names_them() -> None:
+    assert architectures("sm_80,sm_90,sm_100") == architectures("80, 90,100") == ARCHITECTURES
+    with pytest.raises(ArgumentTypeError, match="expected some of sm_80, sm_90, sm_100, got sm_70"):
+        architectures("sm_90,sm_70")
 
 
 def test_a_spilling_kernel_does_not_fit() -> None:

@@ -90,7 +90,7 @@ class AxesFSQ(CodeTokenizer):
         self.axes = axes.T.float().contiguous()
         self.deviation = (values[:wanted] / math.sqrt(len(features_nd))).float()
         coordinates = self.coordinates(features_nd)
-        level = self._levels_of(self._encode(features_nd)).flatten(1)
+        level = self.quantiser.digits(self._encode(features_nd)).flatten(1)
         for place in range(self.centres.shape[1]):
             inside = (level == place).float()
             self.centres[:, place] = (coordinates.flatten(1) * inside).sum(0) / inside.sum(0).clamp(min=1)
@@ -102,11 +102,6 @@ class AxesFSQ(CodeTokenizer):
         return codes
 
     def _decode(self, codes_nl: Tensor) -> Tensor:
-        level = self._levels_of(codes_nl).flatten(1)
+        level = self.quantiser.digits(codes_nl).flatten(1)
         coordinates = self.centres.gather(1, level.T).T
         return (coordinates * self.deviation) @ self.axes.T + self.mean
-
-    def _levels_of(self, codes_nk: Tensor) -> Tensor:
-        """int64 ``[N, K, d]``: which level of each axis a code has, from 0."""
-        levels: Tensor = codes_nk[..., None] // self.quantiser.basis % self.quantiser.levels
-        return levels

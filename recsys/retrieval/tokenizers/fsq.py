@@ -71,5 +71,10 @@ class FSQ(nn.Module):
         """
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.size:
             raise DataError(f"code: expected 0 to {self.size - 1}, got {int(index.min())} to {int(index.max())}")
-        level = index.long()[..., None] // self.basis % self.levels - self.lowest
+        level = self.digits(index) - self.lowest
         return normalised(level.float(), self._levels, self.form)
+
+    def digits(self, index: Tensor) -> Tensor:
+        """int64 ``[..., d]``: which level, counted from 0, each number of the codes ``[...]`` has."""
+        digits: Tensor = index.long()[..., None] // self.basis % self.levels
+        return digits
