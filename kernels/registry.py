@@ -11,7 +11,7 @@ from kernels.op import Op
 from kernels.paged_scores import OP as PAGED_SCORES
 from kernels.rms_norm import OP as RMS_NORM
 from kernels.routed_experts import OP as ROUTED_EXPERTS
-from kernels.routed_experts.int8 import OP as ROUTED_EXPERTS_INT8
+from kernels.routed_experts.quantized import OP as ROUTED_EXPERTS_QUANTIZED
 from kernels.selected_attention import OP as SELECTED_ATTENTION
 from kernels.sinkhorn import OP as SINKHORN
 from kernels.square_sums import OP as SQUARE_SUMS
@@ -22,7 +22,7 @@ OPS: tuple[Op, ...] = (
     SQUARE_SUMS,
     TOKEN_SWIGLU,
     ROUTED_EXPERTS,
-    ROUTED_EXPERTS_INT8,
+    ROUTED_EXPERTS_QUANTIZED,
     SINKHORN,
     JAGGED_ATTENTION,
     SELECTED_ATTENTION,

@@ -20,7 +20,8 @@ from kernels.op import Shape
 # gather_topk: (users, slots, codes of a slot, items, k): a batch over RecGPT's codes, one over RPG's, and the longest list of the kernel.
 # catalogue_log_partition: (states, slots, candidates, width of a slot): SASRec and HSTU, a million items, SETRec, RecGPT's heads.
 # routed_experts: (tokens, batch, width, hidden, experts, choices, whether GELU): serving and training batches of TokenMixer-Large, whose
-# shared expert is not among them; RankMixer in serving, where every expert is a choice. routed_experts_int8: likewise, in serving.
+# shared expert is not among them; RankMixer in serving, where every expert is a choice. routed_experts_quantized: likewise, in
+# serving, and whether of float8.
 RECIPES: dict[str, tuple[Shape, ...]] = {
     "rms_norm": ((100 * 8, 64), (512 * 8, 64), (2048 * 16, 256), (2048 * 16, 512), (2048 * 32, 1024), (1024, 4096)),
     "square_sums": ((512, 8, 8, 8), (2048, 16, 16, 32), (2048, 32, 32, 32)),
@@ -49,11 +50,13 @@ RECIPES: dict[str, tuple[Shape, ...]] = {
         (31, 1024, 1536, 384, 7, 3, 0),
         (8, 100, 64, 64, 4, 4, 1),
     ),
-    "routed_experts_int8": (
-        (8, 100, 64, 16, 7, 3, 0),
-        (16, 128, 256, 64, 7, 3, 0),
-        (31, 100, 1536, 384, 7, 3, 0),
-        (8, 100, 64, 64, 4, 4, 1),
+    "routed_experts_quantized": (
+        (8, 100, 64, 16, 7, 3, 0, 0),
+        (16, 128, 256, 64, 7, 3, 0, 0),
+        (31, 100, 1536, 384, 7, 3, 0, 0),
+        (8, 100, 64, 64, 4, 4, 1, 0),
+        (16, 128, 256, 64, 7, 3, 0, 1),
+        (31, 100, 1536, 384, 7, 3, 0, 1),
     ),
     "selected_attention": (
         (1, 8, 8, 1, 32_768, 8, 1, 1024, 128, 128, 0),

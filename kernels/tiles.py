@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def dot(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + a @ b``, with int8 in ``b`` widened; the interpreter's bfloat16 is wrong in both, so that it takes float32."""
+    """``total + a @ b``, with a narrower ``b`` widened; the interpreter's bfloat16 is wrong in both, so that it takes float32."""
     if WIDE:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b.to(a.dtype), total, input_precision=PRECISION)

@@ -137,7 +137,7 @@ def routed_experts(
     return onto + torch.einsum("tebh,tehd,tbe->tbd", hidden, weight_out, hot.sum(2))
 
 
-def routed_experts_int8(
+def routed_experts_quantized(
     x: Tensor,
     weight_in: Tensor,
     weight_out: Tensor,
@@ -194,7 +194,7 @@ RIVALS: Mapping[str, Mapping[str, Rival]] = {
     "jagged_attention": {"eager": jagged_attention},
     "fsq": {"eager": fsq.fsq},
     "routed_experts": {"eager": routed_experts},
-    "routed_experts_int8": {"eager": routed_experts_int8},
+    "routed_experts_quantized": {"eager": routed_experts_quantized},
     "selected_attention": {"eager": selected_attention},
     "paged_scores": {"eager": paged_scores},
     "catalogue_log_partition": {"eager": catalogue_loss},

@@ -2,7 +2,7 @@
 """Routed experts as the torch.library op ``recsys::routed_experts``, with a fake implementation and a gradient of its own.
 
 How many rows each expert gets is data, so that the whole computation is one op: ``torch.compile`` and ``torch.export`` see one node.
-`kernels.routed_experts.int8` has the forward pass alone, with weights of a byte each.
+`kernels.routed_experts.quantized` has the forward pass alone, with weights of a byte each.
 """
 
 from collections.abc import Sequence

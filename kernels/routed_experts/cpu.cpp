@@ -26,6 +26,16 @@ float* zeros(std::vector<float>& buffer, int64_t count) {
 
 float widened(float x) { return x; }
 float widened(int8_t x) { return float(x); }
+struct Float8 {  // e4m3: four bits of exponent, whose bias is 7, and three digits
+  uint8_t bits;
+};
+float widened(Float8 x) {
+  const uint32_t digits = x.bits & 127u, wide_bits = (digits << 20) + (120u << 23);
+  float size;
+  std::memcpy(&size, &wide_bits, sizeof size);
+  size = digits < 8u ? 2.0f * (size - 0x1p-7f) : size;  // the lowest exponent has no leading one
+  return x.bits & 128u ? -size : size;
+}
 float widened(uint16_t x) {  // bfloat16
   const uint32_t bits = uint32_t(x) << 16;
   float wide;
@@ -106,7 +116,7 @@ inline Activation swiglu(vf gate, vf up) {
   return {silu * up, up * (open + silu * (1.0f - open)), silu};
 }
 
-// Both ways. W is T, or int8 with scales of its columns. The pairs stand in `order`, their groups begin at `offsets`. `start` is what sums
+// Both ways. W is T, or a byte with scales of its columns. The pairs stand in `order`, their groups begin at `offsets`. `start` is what sums
 // start from, or backward dy; `sums` is y, or dx; `kept` [pairs, F] is the inner layer, written forward and read backward, or null.
 template <class T, class W>
 struct Experts {
@@ -271,8 +281,9 @@ int64_t sort_pairs(const int64_t* chosen, int64_t tokens, int64_t each, int64_t 
   return 0;
 }
 
-// Of bfloat16 (`half`) or float32; with int8 weights (`bytes`) or such as x; forward, or `back`, of which int8 weights are no part.
-void routed_experts(int64_t half, int64_t bytes, int64_t back, int64_t tokens, int64_t batch, int64_t dim, int64_t width, int64_t hidden,
+// Of bfloat16 (`half`) or float32; with weights such as x (`format` 0), int8 (1) or float8 (2); forward, or `back`, of which weights of a byte
+// are no part.
+void routed_experts(int64_t half, int64_t format, int64_t back, int64_t tokens, int64_t batch, int64_t dim, int64_t width, int64_t hidden,
                     int64_t experts, int64_t choices, int64_t gelu, int64_t threads, const void* x, int64_t x_token, int64_t x_row,
                     const void* start, int64_t start_token, int64_t start_row, const void* weight_in, const void* weight_out,
                     const void* gates, const void* bias, const float* scale_in, const float* scale_out, const int64_t* order,
@@ -288,7 +299,7 @@ void routed_experts(int64_t half, int64_t bytes, int64_t back, int64_t tokens, i
                             out(dweight_out), out(dgates), out(dbias)};
     back ? all.backward() : all.forward();
   };
-  const auto choose = [&](auto of_x) { bytes ? run(of_x, int8_t()) : run(of_x, of_x); };
+  const auto choose = [&](auto of_x) { format == 1 ? run(of_x, int8_t()) : format ? run(of_x, Float8()) : run(of_x, of_x); };
   half ? choose(uint16_t()) : choose(float());
 }
 }

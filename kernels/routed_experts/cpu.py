@@ -57,7 +57,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result ``[T, B, D]``; and for the gradient the inner layer ``[pairs, F]`` (no rows without ``save``), order and offsets.
 
-    With ``scales``, of the columns of both weights, the weights are int8. A group's are widened when it is its turn.
+    With ``scales``, of the columns of both weights, the weights are int8 or float8. A group's are widened when it is its turn.
 
     Raises:
         ValueError: a choice is not an expert.

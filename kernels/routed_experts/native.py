@@ -14,6 +14,7 @@ from kernels.routed_experts import cpu
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _LARGEST = 64 * 1024  # numbers of an expert's W_in
+_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # of weights that are not such as x
 
 
 def supports(x: Tensor, weight_in: Tensor) -> bool:
@@ -96,7 +97,7 @@ def _call(
     """Both ways: forward starts from ``start`` and finds y, backward has dy there and finds all gradients."""
     tokens, experts, dim, width = weight_in.shape
     sizes = (tokens, x.shape[1], dim, width, weight_out.shape[2], experts, gates.shape[2], int(activation == "gelu"))
-    kinds = (int(x.dtype == torch.bfloat16), int(scales is not None), int(found[1] is not None))
+    kinds = (int(x.dtype == torch.bfloat16), _FORMATS.get(weight_in.dtype, 0), int(found[1] is not None))
     rest = [_contiguous(one) for one in (weight_in, weight_out, gates, bias, *(scales or (None, None)))]
     native.call(
         _SOURCE, "routed_experts", *kinds, *sizes, torch.get_num_threads(), *_rows(x), *_rows(start), *rest, order, offsets, inner, *found

@@ -50,7 +50,7 @@ def routed_experts(
     return y.to(x.dtype)
 
 
-def routed_experts_int8(
+def routed_experts_quantized(
     x: Tensor,
     weight_in: Tensor,
     weight_out: Tensor,
@@ -66,8 +66,8 @@ def routed_experts_int8(
 
     Args:
         x: see `routed_experts`, as all that is not named here.
-        weight_in: q, int8 ``[T, E, D, F]``.
-        weight_out: q, int8 ``[T, E, h, D]``.
+        weight_in: q, int8 or float8 ``[T, E, D, F]``.
+        weight_out: q, int8 or float8 ``[T, E, h, D]``.
         chosen: see ``x``.
         gates: see ``x``.
         scale_in: of each column of ``weight_in``, float32 ``[T, E, F]``.

@@ -5,7 +5,8 @@
 The pairs (row, choice) stand sorted by group, n of them with an expert; ``OFFSETS [T * E + 1]`` says where groups begin, ``ROWS [n]`` which
 row of its token each pair is. Matrices over pairs lie together in memory. A program of a product has BLOCK_M pairs of one group, which
 ``TILES [programs, 2]`` names with the first of the pairs, or -1 for a program too many. Weights are ``[T, E, rows, columns]`` with strides
-for all but the columns; SCALE and BIAS are ``[T, E, columns]``, together. A SCALE goes with int8 weights, which are widened in registers.
+for all but the columns; SCALE and BIAS are ``[T, E, columns]``, together. A SCALE goes with weights of a byte, which are widened in
+registers: int8, or with FP8 the bytes of float8 (e4m3).
 """
 
 import triton
@@ -15,9 +16,24 @@ from kernels.tiles import dot
 
 
 @triton.jit
+def _digits(w, FP8: tl.constexpr):
+    """Loaded weights as a product takes them. The bits of a float8, put in their places of a float16, are 2⁻⁸ of it, the tiny ones too."""
+    if FP8:
+        w = ((w.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)  # the sign twice, of which the second is cleared
+    return w
+
+
+@triton.jit
+def _scales(SCALE, cols, in_cols, FP8: tl.constexpr):
+    """The scales of columns, ``[1, N]``, for products of `_digits`."""
+    scale = tl.load(SCALE + cols, mask=in_cols, other=0.0)[None, :]
+    return scale * 256 if FP8 else scale
+
+
+@triton.jit
 def _inner(
     X, W, SCALE, BIAS, x_at, in_rows, col, D, H, w_d,
-    SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gate's and the up matrix's columns of a tile, in one pass over the rows of X that begin at ``x_at [BLOCK_M]``.
@@ -34,15 +50,15 @@ def _inner(
         in_depth = depth < D - start
         mask = in_depth[:, None] & in_cols[None, :]
         x = tl.load(X + x_at, mask=in_rows[:, None] & in_depth[None, :], other=0.0)
-        gate = dot(x, tl.load(W + w_at, mask=mask, other=0), gate, WIDE, PRECISION)
+        gate = dot(x, _digits(tl.load(W + w_at, mask=mask, other=0), FP8), gate, WIDE, PRECISION)
         if SWIGLU:
-            up = dot(x, tl.load(W + H + w_at, mask=mask, other=0), up, WIDE, PRECISION)
+            up = dot(x, _digits(tl.load(W + H + w_at, mask=mask, other=0), FP8), up, WIDE, PRECISION)
         X += BLOCK_K
         W += BLOCK_K * tl.cast(w_d, tl.int64)
     if SCALE is not None:
-        gate *= tl.load(SCALE + cols, mask=in_cols, other=0.0)[None, :]
+        gate *= _scales(SCALE, cols, in_cols, FP8)
         if SWIGLU:
-            up *= tl.load(SCALE + H + cols, mask=in_cols, other=0.0)[None, :]
+            up *= _scales(SCALE + H, cols, in_cols, FP8)
     if BIAS is not None:
         gate += tl.load(BIAS + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
         if SWIGLU:
@@ -59,7 +75,7 @@ def _gelu_parts(inner):
 @triton.jit
 def routed_up_kernel(
     X, ROWS, GATES, W, SCALE, BIAS, OFFSETS, TILES, HIDDEN, E, D, H, x_t, x_b, w_t, w_e, w_d,
-    SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """gate · act(x W + b) of BLOCK_M pairs and BLOCK_N hidden columns, in HIDDEN [n, H]; X [T, B, D], GATES [n]."""
@@ -77,7 +93,7 @@ def routed_up_kernel(
         BIAS += group * F
     gate, up = _inner(
         X + token * x_t, W + token * w_t + expert * w_e, SCALE, BIAS, rows * x_b, in_rows, col, D, H, w_d,
-        SWIGLU, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
+        FP8, SWIGLU, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
     )  # fmt: skip
     if SWIGLU:
         hidden = gate * tl.sigmoid(gate) * up
@@ -114,7 +130,7 @@ def routed_hidden_bwd_kernel(
         BIAS += group * F
     gate, up = _inner(
         X + token * x_t, W + token * w_t + expert * w_e, None, BIAS, rows * x_b, in_rows, col, D, H, w_d,
-        SWIGLU, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
+        False, SWIGLU, BLOCK_M, BLOCK_N, BLOCK_K, WIDE, PRECISION,
     )  # fmt: skip
     cols, depth = col + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_cols = cols < H
@@ -155,7 +171,7 @@ def routed_hidden_bwd_kernel(
 @triton.jit
 def routed_product_kernel(
     A, W, SCALE, OFFSETS, TILES, C, E, N, K, w_t, w_e, w_k, w_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``C = A @ W`` of BLOCK_M pairs and BLOCK_N columns: A [n, K], W [T, E, K, N] of any strides, C [n, N]."""
     group = tl.load(TILES + 2 * tl.program_id(0)).to(tl.int64)
@@ -173,11 +189,11 @@ def routed_product_kernel(
         in_depth = depth < K - start
         a = tl.load(a_rows[:, None] + depth[None, :], mask=in_rows[:, None] & in_depth[None, :], other=0.0)
         w = tl.load(w_rows[:, None] + w_at[None, :], mask=in_depth[:, None] & in_cols[None, :], other=0)
-        total = dot(a, w, total, WIDE, PRECISION)
+        total = dot(a, _digits(w, FP8), total, WIDE, PRECISION)
         a_rows += BLOCK_K
         w_rows += BLOCK_K * tl.cast(w_k, tl.int64)
     if SCALE is not None:
-        total *= tl.load(SCALE + group * N + cols, mask=in_cols, other=0.0)[None, :]
+        total *= _scales(SCALE + group * N, cols, in_cols, FP8)
     at = place[:, None] * N + cols[None, :]
     tl.store(C + first * N + at, total.to(C.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
 

@@ -11,6 +11,7 @@ is 4 of 22 operations, and the bytes of the inner layer, written, kept and read,
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -31,20 +32,20 @@ from kernels.tiles import Tile, integers, mode_of, options, spec, together
 BLOCK_M = 64  # pairs of a tile; groups are small and ragged, and one size needs one map
 
 
-# By how products are formed: of two-byte elements, of float32 as TF32, of float32 as they are, and of these with int8 weights. The largest
-# tried that do not spill in `kernels.aot`.
+# By how products are formed: of two-byte elements, of float32 as TF32, of float32 as they are, and of these with weights of a byte. The
+# largest tried that do not spill in `kernels.aot`.
 UP = {
     "half": Tile(BLOCK_M, 64, 64, 8, 3),
     "tf32": Tile(BLOCK_M, 64, 32, 8, 3),
     "ieee": Tile(BLOCK_M, 64, 32, 16, 3),
-    "int8_ieee": Tile(BLOCK_M, 64, 32, 8, 1),
+    "byte_ieee": Tile(BLOCK_M, 64, 32, 8, 1),
 }
 HIDDEN = {"half": Tile(BLOCK_M, 64, 32, 8, 3), "tf32": Tile(BLOCK_M, 64, 32, 8, 2), "ieee": Tile(BLOCK_M, 64, 32, 8, 3)}
 PRODUCT = {
     "half": Tile(BLOCK_M, 128, 64, 8, 3),
     "tf32": Tile(BLOCK_M, 64, 32, 8, 3),
     "ieee": Tile(BLOCK_M, 64, 32, 16, 3),
-    "int8_ieee": Tile(BLOCK_M, 64, 32, 8, 1),
+    "byte_ieee": Tile(BLOCK_M, 64, 32, 8, 1),
 }
 WEIGHT = {"half": Tile(64, 128, 64, 8, 3), "tf32": Tile(64, 64, 32, 8, 3), "ieee": Tile(64, 64, 32, 16, 3)}
 COMBINE = (16, 128)  # rows and columns
@@ -79,10 +80,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result ``[T, B, D]``; nothing of the inner layer, which the backward pass forms again; the order and the offsets of the pairs.
 
-    With ``scales`` of their columns, the weights are int8.
+    With ``scales`` of their columns, the weights are int8 or float8.
     """
     order, offsets = sort_pairs(chosen, weight_in.shape[1])
     plan = _plan(order, offsets, gates)
+    fp8, (weight_in, weight_out) = weight_in.dtype == torch.float8_e4m3fn, (_bytes(one) for one in (weight_in, weight_out))
     x, weight_in = _rows_together(x), together(weight_in)
     hidden = torch.empty(len(order), weight_out.shape[2], dtype=x.dtype, device=x.device)
     scale_in, scale_out = (None, None) if scales is None else (scale.contiguous() for scale in scales)
@@ -91,9 +93,9 @@ def forward(
         routed_up_kernel[_grid(plan, hidden, UP[mode])](
             x, plan.rows, plan.gates, weight_in, scale_in, _contiguous(bias), offsets, plan.tiles, hidden,
             weight_in.shape[1], x.shape[2], hidden.shape[1], *x.stride()[:2], *weight_in.stride()[:3],
-            SWIGLU=activation == "swiglu", **options(UP[mode], mode),
+            FP8=fp8, SWIGLU=activation == "swiglu", **options(UP[mode], mode),
         )  # fmt: skip
-    parts = _product(hidden, weight_out, plan, scale_out)
+    parts = _product(hidden, weight_out, plan, scale_out, fp8)
     return _combine(parts, plan, onto, x), x.new_empty(0, weight_in.shape[3]), order, offsets
 
 
@@ -154,14 +156,14 @@ def _tiles(offsets: Tensor, pairs: int) -> Tensor:
     return torch.stack((group.where(group < groups, -1), first), 1).int()
 
 
-def _product(a: Tensor, weight: Tensor, plan: Plan, scale: Tensor | None = None) -> Tensor:
+def _product(a: Tensor, weight: Tensor, plan: Plan, scale: Tensor | None = None, fp8: bool = False) -> Tensor:
     """``a @ weight`` of each group: ``[pairs, K]``, ``[T, E, K, N]`` → ``[pairs, N]``."""
     out = torch.empty(len(a), weight.shape[3], dtype=a.dtype, device=a.device)
     mode = _mode(a, scale)
     if len(a):
         routed_product_kernel[_grid(plan, out, PRODUCT[mode])](
             a, weight, scale, plan.offsets, plan.tiles, out, weight.shape[1], out.shape[1], a.shape[1], *weight.stride(),
-            **options(PRODUCT[mode], mode),
+            FP8=fp8, **options(PRODUCT[mode], mode),
         )  # fmt: skip
     return out
 
@@ -194,6 +196,11 @@ def _rows_together(x_tbd: Tensor) -> Tensor:
     return x_tbd.contiguous() if x_tbd.stride(1) * x_tbd.shape[1] >= 2**31 else together(x_tbd)
 
 
+def _bytes(weight: Tensor) -> Tensor:
+    """Float8 as the bytes that it is, since not every GPU has it as a type."""
+    return weight.view(torch.int8) if weight.dtype == torch.float8_e4m3fn else weight
+
+
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -204,7 +211,7 @@ def _grid(plan: Plan, out: Tensor, tile: Tile) -> tuple[int, int]:
 
 def _mode(x: Tensor, scale: Tensor | None = None) -> str:
     mode = mode_of(x)
-    return "int8_ieee" if mode == "ieee" and scale is not None else mode
+    return "byte_ieee" if mode == "ieee" and scale is not None else mode
 
 
 def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
@@ -214,16 +221,16 @@ def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
     result = []
     for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("ieee", "*fp32")):
         hidden = _up(tensor) | {"DY": tensor, "V": tensor, "DINNER": tensor, "DGATES": "*fp32"} | integers("N dy_t dy_b v_t v_e v_h")
-        product = _product_signature(tensor)
+        down = _product_signature(tensor)
         weight = {"A": tensor, "B": tensor, "ROWS": "*i32", "OFFSETS": "*i64", "C": tensor, "SUMS": tensor} | integers("E M N r_t r_b")
         for name, known in _activations(shapes).items():
             result += [
-                spec(f"routed_up_{name}_{mode}", routed_up_kernel, _up(tensor), UP[mode], mode, known | {"SCALE": None}),
+                spec(f"routed_up_{name}_{mode}", routed_up_kernel, _up(tensor), UP[mode], mode, known | {"SCALE": None, "FP8": False}),
                 spec(f"routed_hidden_bwd_{name}_{mode}", routed_hidden_bwd_kernel, hidden, HIDDEN[mode], mode, known),
             ]
         result += [
-            spec(f"routed_product_down_{mode}", routed_product_kernel, product, PRODUCT[mode], mode, {"w_n": 1, "SCALE": None}),
-            spec(f"routed_product_dx_{mode}", routed_product_kernel, product, PRODUCT[mode], mode, {"w_k": 1, "SCALE": None}),
+            spec(f"routed_product_down_{mode}", routed_product_kernel, down, PRODUCT[mode], mode, {"w_n": 1, "SCALE": None, "FP8": False}),
+            spec(f"routed_product_dx_{mode}", routed_product_kernel, down, PRODUCT[mode], mode, {"w_k": 1, "SCALE": None, "FP8": False}),
             spec(f"routed_weight_grad_in_{mode}", routed_weight_grad_kernel, weight, WEIGHT[mode], mode, {"GATHER_A": True}),
             spec(
                 f"routed_weight_grad_out_{mode}", routed_weight_grad_kernel, weight, WEIGHT[mode], mode, {"GATHER_A": False, "SUMS": None}
@@ -237,16 +244,18 @@ def specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
     return result
 
 
-def int8_specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
-    """The two products of the forward pass with int8 weights; what combines their outcomes is among `specs`."""
+def quantized_specs(shapes: Sequence[Shape]) -> list[KernelSpec]:
+    """The two products of the forward pass with weights of a byte; what combines their outcomes is among `specs`."""
     result = []
-    int8 = {"W": "*i8", "SCALE": "*fp32"}
-    for mode, tensor in (("half", "*bf16"), ("tf32", "*fp32"), ("int8_ieee", "*fp32")) if shapes else ():
-        suffix = f"int8_{mode.removeprefix('int8_')}"
-        for name, known in _activations(shapes).items():
-            result.append(spec(f"routed_up_{name}_{suffix}", routed_up_kernel, _up(tensor) | int8, UP[mode], mode, known))
-        product = _product_signature(tensor) | int8
-        result.append(spec(f"routed_product_down_{suffix}", routed_product_kernel, product, PRODUCT[mode], mode, {"w_n": 1}))
+    given = {"W": "*i8", "SCALE": "*fp32"}
+    modes = (("half", "*bf16"), ("tf32", "*fp32"), ("byte_ieee", "*fp32"))
+    for fp8, (mode, tensor) in product(sorted({shape[-1] for shape in shapes}), modes):
+        suffix = f"{'fp8' if fp8 else 'int8'}_{mode.removeprefix('byte_')}"
+        for name, known in _activations([shape[:-1] for shape in shapes]).items():
+            signature = _up(tensor) | given
+            result.append(spec(f"routed_up_{name}_{suffix}", routed_up_kernel, signature, UP[mode], mode, known | {"FP8": bool(fp8)}))
+        signature, known = _product_signature(tensor) | given, {"w_n": 1, "FP8": bool(fp8)}
+        result.append(spec(f"routed_product_down_{suffix}", routed_product_kernel, signature, PRODUCT[mode], mode, known))
     return result
 
 

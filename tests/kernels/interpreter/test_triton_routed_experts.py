@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from kernels import backend
 from kernels.routed_experts import OP, cpu, draw, routed_experts, triton_ops
-from kernels.routed_experts.int8 import OP as INT8
-from kernels.routed_experts.int8 import routed_experts_int8
+from kernels.routed_experts.quantized import OP as QUANTIZED
+from kernels.routed_experts.quantized import routed_experts_quantized
 from kernels.testing import error_ratio
 
 
@@ -132,10 +132,24 @@ def test_no_rows_and_no_choices_give_weights_no_gradient(batch: int, choices: in
     assert all(torch.equal(one, torch.zeros_like(one)) for one in found)
 
 
+@pytest.mark.parametrize("fp8", [0, 1])
 @pytest.mark.parametrize("left_out", [(7,), (7, 8)], ids=str)
-def test_int8_weights_without_bias_and_start(left_out: tuple[int, ...]) -> None:
-    drawn_int8 = INT8.inputs((1, 9, 20, 12, 3, 2, 0), torch.float32, torch.Generator().manual_seed(0))
-    given = tuple(None if place in left_out else one for place, one in enumerate(drawn_int8))
+def test_quantized_weights_without_bias_and_start(left_out: tuple[int, ...], fp8: int) -> None:
+    drawn_bytes = QUANTIZED.inputs((1, 9, 20, 12, 3, 2, 0, fp8), torch.float32, torch.Generator().manual_seed(0))
+    given = tuple(None if place in left_out else one for place, one in enumerate(drawn_bytes))
     with backend.use("triton"):
-        found = routed_experts_int8(*given)
-    assert error_ratio(found, INT8.reference(*given)) < 2e-6
+        found = routed_experts_quantized(*given)
+    assert error_ratio(found, QUANTIZED.reference(*given)) < 2e-6
+
+
+def test_every_float8_is_read_as_it_is() -> None:
+    """All finite ones, the tiny ones without a leading digit among them, each behind a gate of silu(96), which is 96."""
+    bits = torch.tensor([byte for byte in range(256) if byte & 127 != 127], dtype=torch.uint8)
+    every = bits.view(torch.float8_e4m3fn).float()
+    x, chosen = torch.eye(len(bits))[None], torch.zeros(1, len(bits), 1, dtype=torch.int64)
+    weight_in = torch.stack([torch.full_like(every, 96.0), every], 1)[None, None].to(torch.float8_e4m3fn)
+    weight_out = torch.ones(1, 1, 1, len(bits)).to(torch.float8_e4m3fn)
+    with backend.use("triton"):
+        scales = torch.ones(1, 1, 2), torch.ones(1, 1, len(bits))
+        found = routed_experts_quantized(x, weight_in, weight_out, chosen, torch.ones(1, len(bits), 1), *scales)
+    assert torch.equal(found[0, :, 0], 96 * every)
