@@ -24,13 +24,13 @@ from recsys.embedding.tables import Embedded, EmbeddingTables, keyed
 _HEADER = 4  # a row opens with its scale and its offset, fp16 each
 
 
-class QuantisedTables(nn.Module):
+class QuantizedTables(nn.Module):
     """`EmbeddingTables` for inference, in int8: the same batch in, the same `Embedded` out, in float32, without gradients.
 
     Row r is stored as ``q = round((w − b) / s)`` with ``b = min w`` and ``s = (max w − min w) / 255``, and read as ``s q + b``; s and b are
     rounded to fp16 first. So each component is off by at most ``s / 2``, plus what the rounding of s and b adds: see `error_bound`.
 
-    Made by `quantise`, or empty from a spec and a config, to load a state into. The state dict holds one uint8 tensor
+    Made by `quantize`, or empty from a spec and a config, to load a state into. The state dict holds one uint8 tensor
     ``[rows, 4 + width]`` for each table, ``pooled.<table>`` or ``unpooled.<table>``, and the maps of managed ids, which no longer change.
 
     Args:
@@ -109,10 +109,10 @@ class QuantisedTables(nn.Module):
 
     def _check_addresses(self) -> None:
         if [rows.data_ptr() for rows in self._rows().values()] != self._addresses:
-            raise RecsysError("quantised tables cannot be moved or assigned to: FBGEMM holds their memory. Load them with assign=False")
+            raise RecsysError("quantized tables cannot be moved or assigned to: FBGEMM holds their memory. Load them with assign=False")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantisedTables":
-        other = QuantisedTables(self.spec, self.config)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedTables":
+        other = QuantizedTables(self.spec, self.config)
         memo[id(self)] = other
         other.load_state_dict(self.state_dict())
         return other.eval()
@@ -123,7 +123,7 @@ class _Rows(nn.Module):
 
 
 class _Lookup:
-    """FBGEMM's inference look-up over tables that are read in one way, whose memory the buffers of `QuantisedTables` are views of."""
+    """FBGEMM's inference look-up over tables that are read in one way, whose memory the buffers of `QuantizedTables` are views of."""
 
     def __init__(self, tables: list[TableSpec], widths: dict[str, int], mode: PoolingMode) -> None:
         self.mode, self._tables = mode, tables
@@ -169,24 +169,24 @@ class _Lookup:
         return {key: JaggedTensor(values=part, lengths=j.lengths()) for (key, j), part in zip(jagged.items(), parts, strict=True)}
 
 
-def quantise(tables: EmbeddingTables) -> QuantisedTables:
+def quantize(tables: EmbeddingTables) -> QuantizedTables:
     """A copy of ``tables`` in int8, on the CPU.
 
     Raises:
         RecsysError: the tables are sharded; or a weight is not finite, or beyond fp16's range.
     """
     if tables.sharded:
-        raise RecsysError("sharded tables cannot be quantised: load `recsys.embedding.sharding.full_state` into unsharded ones first")
-    quantised = QuantisedTables(tables.spec, tables.config)
+        raise RecsysError("sharded tables cannot be quantized: load `recsys.embedding.sharding.full_state` into unsharded ones first")
+    quantized = QuantizedTables(tables.spec, tables.config)
     weights = {name.split(".")[-2]: weight.detach().cpu() for name, weight in tables.named_parameters() if name.endswith(".weight")}
-    for name, rows in quantised._rows().items():
+    for name, rows in quantized._rows().items():
         if not bool((weights[name].abs() <= torch.finfo(torch.float16).max).all()):
-            raise RecsysError(f"table {name!r}: expected finite weights within ±65504 to quantise, got others")
+            raise RecsysError(f"table {name!r}: expected finite weights within ±65504 to quantize, got others")
         stored = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(weights[name].contiguous(), 8)
         rows.copy_(torch.cat([stored[:, -_HEADER:], stored[:, :-_HEADER]], dim=1))
     if tables.config.managed:
-        quantised.ids.load_state_dict(tables.ids.state_dict())
-    return quantised.eval()
+        quantized.ids.load_state_dict(tables.ids.state_dict())
+    return quantized.eval()
 
 
 def error_bound(weight: Tensor) -> Tensor:
@@ -222,12 +222,12 @@ class Quality:
     largest_change: float
 
 
-def quality(ranker: _Predicts, quantised: QuantisedTables, batches: Iterable[RankingBatch]) -> dict[str, Quality]:
+def quality(ranker: _Predicts, quantized: QuantizedTables, batches: Iterable[RankingBatch]) -> dict[str, Quality]:
     """What int8 tables cost a ranker, by task; impressions whose label is NaN do not count.
 
     Args:
         ranker: in evaluation mode. It has its own tables again afterwards.
-        quantised: made from its tables.
+        quantized: made from its tables.
         batches: with labels.
 
     Raises:
@@ -239,12 +239,12 @@ def quality(ranker: _Predicts, quantised: QuantisedTables, batches: Iterable[Ran
             raise DataError("labels: the comparison needs batches with labels")
         labels.append(batch.labels.cpu().numpy())
         plain.append(ranker.predict(batch).float().cpu().numpy())
-        with _tables(ranker, quantised):
+        with _tables(ranker, quantized):
             small.append(ranker.predict(batch).float().cpu().numpy())
     if not labels:
         raise DataError("batches: expected at least one, got none")
     y, p, q = np.concatenate(labels), np.concatenate(plain), np.concatenate(small)
-    return {task: _quality(y[:, i], p[:, i], q[:, i]) for i, task in enumerate(quantised.spec.tasks)}
+    return {task: _quality(y[:, i], p[:, i], q[:, i]) for i, task in enumerate(quantized.spec.tasks)}
 
 
 def _quality(labels: np.ndarray, plain: np.ndarray, small: np.ndarray) -> Quality:

@@ -13,7 +13,8 @@ from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.ranking.part import Penalties
-from recsys.ranking.per_token.base import PerToken, hidden_width, per_token_linear, xavier_uniform_per_token_, zero_bias
+from recsys.ranking.per_token.base import hidden_width, per_token_linear, xavier_uniform_per_token_, zero_bias
+from recsys.ranking.per_token.quantized import Mixture, QuantizedExperts
 from recsys.ranking.per_token.routing import router_logits
 
 INITIAL_STRENGTH = 1e-8
@@ -21,7 +22,7 @@ STEP = 1.2
 
 
 @register("per_token", "relu_moe")
-class ReluMoE(PerToken):
+class ReluMoE(Mixture):
     """The sparse variant of RankMixer's pFFN (arXiv 2507.15551): ``v_t = Σ_j G_tj e_tj(s_t)`` with ``G_tj = relu(h_t(s_t))_j``.
 
     Each token has E experts of its own, two-layer networks with GELU, and two routers: ``h_train`` and ``h_infer`` ("dense training,
@@ -135,18 +136,24 @@ class ReluMoE(PerToken):
     def _sparse(self, x_tbd: Tensor, gates_tbe: Tensor) -> Tensor:
         """The sum over the experts with positive gates."""
         experts, slices = self.config.experts, (self.config.experts, self.hidden)
+        bias_tef = None if self.up_bias is None else self.up_bias.squeeze(1).unflatten(1, slices)
         chosen_tbe = torch.arange(experts, device=x_tbd.device).expand_as(gates_tbe).where(gates_tbe > 0, -1)
         gates_tbe = gates_tbe.to(x_tbd.dtype)
-        y_tbd = routed_experts(
-            x_tbd,
-            self.up.unflatten(2, slices).transpose(1, 2),
-            self.down.unflatten(1, slices),
-            chosen_tbe,
-            gates_tbe,
-            bias=None if self.up_bias is None else self.up_bias.squeeze(1).unflatten(1, slices),
-            activation="gelu",
-        )
+        if self.quantized is None:
+            y_tbd = routed_experts(x_tbd, *self._experts(), chosen_tbe, gates_tbe, bias_tef, activation="gelu")
+        else:
+            y_tbd = self.quantized(x_tbd, chosen_tbe, gates_tbe, bias_tef, activation="gelu")
         return y_tbd if self.down_bias is None else y_tbd + torch.bmm(gates_tbe, self.down_bias)
+
+    def _experts(self) -> tuple[Tensor, Tensor]:
+        """The experts' matrices apart, ``[T, E, D, h]`` and ``[T, E, h, D]``."""
+        slices = self.config.experts, self.hidden
+        return self.up.unflatten(2, slices).transpose(1, 2), self.down.unflatten(1, slices)
+
+    def quantize(self, dtype: torch.dtype) -> None:
+        """See `Mixture`."""
+        self.quantized = QuantizedExperts(*self._experts(), dtype)
+        del self.up, self.down
 
     def _sparsity_penalty(self, gates_tbe: Tensor) -> Tensor:
         """``λ Σ_t Σ_j G_tj``, the mean over the batch; then λ takes its step."""
@@ -167,12 +174,13 @@ class ReluMoE(PerToken):
         """
         share, routers = (1.0, 2) if self.training else (self.config.active, 1)
         affine = self.config.experts * (routers + (self.down_bias is not None))
-        return 2 * self.tokens * self.dim * affine + round(share * 4 * self.tokens * self.dim * self.up.shape[2])
+        return 2 * self.tokens * self.dim * affine + round(share * 4 * self.tokens * self.dim * self.config.experts * self.hidden)
 
     @property
     def idle(self) -> int:
         """In training mode none; in evaluation mode h_train, and the experts but for the wanted share."""
         if self.training:
             return 0
-        experts = [weight.numel() for weight in (self.up, self.down, self.up_bias, self.down_bias) if weight is not None]
-        return round((1 - self.config.active) * sum(experts)) + self.train_router.numel() + self.train_router_bias.numel()
+        matrices = 2 * self.tokens * self.dim * self.config.experts * self.hidden
+        biases = sum(bias.numel() for bias in (self.up_bias, self.down_bias) if bias is not None)
+        return round((1 - self.config.active) * (matrices + biases)) + self.train_router.numel() + self.train_router_bias.numel()

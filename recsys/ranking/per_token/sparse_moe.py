@@ -13,13 +13,14 @@ from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError
 from recsys.ranking.part import Penalties
-from recsys.ranking.per_token.base import PerToken, hidden_width, per_token_linear
+from recsys.ranking.per_token.base import hidden_width, per_token_linear
+from recsys.ranking.per_token.quantized import Mixture, QuantizedExperts
 from recsys.ranking.per_token.routing import choose, router_logits
 from recsys.ranking.per_token.swiglu import SwiGLU
 
 
 @register("per_token", "sparse_moe")
-class SparseMoE(PerToken):
+class SparseMoE(Mixture):
     """SP-MoE of TokenMixer-Large (arXiv 2602.06563, eqs. 20-21): every token has a router and E experts of its own.
 
     ::
@@ -124,8 +125,17 @@ class SparseMoE(PerToken):
         gate_tbh, up_tbh = inner_tbf.chunk(2, dim=-1)
         shared_tbd = per_token_linear(functional.silu(gate_tbh) * up_tbh, self.shared_down, None)
         scaled_tbk = (self.gate_scale * gates_tbk).to(x_tbd.dtype)
-        y_tbd = routed_experts(x_tbd, self.gate_up, self.down, chosen_tbk, scaled_tbk, onto=shared_tbd)
+        y_tbd: Tensor
+        if self.quantized is None:
+            y_tbd = routed_experts(x_tbd, self.gate_up, self.down, chosen_tbk, scaled_tbk, onto=shared_tbd)
+        else:
+            y_tbd = self.quantized(x_tbd, chosen_tbk, scaled_tbk, onto_tbd=shared_tbd)
         return y_tbd.transpose(0, 1)
+
+    def quantize(self, dtype: torch.dtype) -> None:
+        """See `Mixture`."""
+        self.quantized = QuantizedExperts(self.gate_up, self.down, dtype)
+        del self.gate_up, self.down
 
     def _read(self, x_tbd: Tensor) -> tuple[Tensor, Tensor]:
         """The router's logits ``[T, B, E - 1]`` and the shared expert's hidden layer before the activation, ``[T, B, 2 h]``."""

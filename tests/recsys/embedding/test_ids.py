@@ -15,7 +15,7 @@ from recsys.core.errors import ConfigError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
 from recsys.embedding.ids import ManagedTableConfig
-from recsys.embedding.quantize import quantise
+from recsys.embedding.quantize import quantize
 from recsys.embedding.tables import EmbeddingTables
 
 POLICIES = ["lfu", "lru", "distance_lfu"]
@@ -203,12 +203,12 @@ def test_a_backward_pass_may_follow_the_next_forward_pass() -> None:
 def test_quantised_tables_keep_the_map() -> None:
     tables = make()
     tables(batch([11, 12, 13]))
-    quantised = quantise(tables)
-    embedded, expected = quantised.train()(batch([11, 12, 99, 0])), tables.eval()(batch([11, 12, 99, 0]))
+    quantized = quantize(tables)
+    embedded, expected = quantized.train()(batch([11, 12, 99, 0])), tables.eval()(batch([11, 12, 99, 0]))
     torch.testing.assert_close(embedded.pooled["user"], expected.pooled["user"], rtol=0, atol=0.02)
-    quantised(batch([99] * 9))
-    assert torch.equal(quantised(batch([99])).pooled["user"][0], embedded.pooled["user"][2])
-    other = copy.deepcopy(quantised)
+    quantized(batch([99] * 9))
+    assert torch.equal(quantized(batch([99])).pooled["user"][0], embedded.pooled["user"][2])
+    other = copy.deepcopy(quantized)
     assert torch.equal(other(batch([11, 12, 99, 0])).pooled["user"], embedded.pooled["user"])
 
 

@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys.core.errors import DataError, RecsysError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, TableSpec
-from recsys.embedding.quantize import QuantisedTables, error_bound, quality, quantise
+from recsys.embedding.quantize import QuantizedTables, error_bound, quality, quantize
 from recsys.embedding.tables import EmbeddingTables
 
 SPEC = InputSpec(
@@ -71,7 +71,7 @@ def test_the_error_is_within_half_a_step(std: float, shift: float) -> None:
     for w in weights(tables).values():
         w += shift
         w[3] = 0.25
-    read = quantise(tables).dequantised()
+    read = quantize(tables).dequantised()
     for name, w in weights(tables).items():
         error = (read[name].double() - w.double()).abs().amax(1)
         assert bool((error <= error_bound(w)).all()), (name, (error / error_bound(w)).max())
@@ -87,7 +87,7 @@ def test_rows_alike_and_the_ends_of_a_row_are_kept() -> None:
     tables = make()
     weights(tables)["city"][5] = 0.25
     weights(tables)["city"][6] = torch.linspace(-1, 1, 16)
-    read = quantise(tables).dequantised()["city"]
+    read = quantize(tables).dequantised()["city"]
     assert torch.equal(read[5], torch.full((16,), 0.25))
     torch.testing.assert_close(read[6, [0, -1]], torch.tensor([-1.0, 1.0]), rtol=0, atol=255 * 2**-18)
 
@@ -95,12 +95,12 @@ def test_rows_alike_and_the_ends_of_a_row_are_kept() -> None:
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 def test_the_forward_pass_is_that_of_the_tables_read_back(pooling: str) -> None:
     tables = make(pooling=pooling)
-    quantised = quantise(tables)
+    quantized = quantize(tables)
     same = make(pooling=pooling)
     for name, w in weights(same).items():
-        w.copy_(quantised.dequantised()[name])
+        w.copy_(quantized.dequantised()[name])
     for batch in (random_batch(), random_batch(2, rows=1), random_batch(3, longest=0)):
-        embedded, expected = quantised(batch), same(batch)
+        embedded, expected = quantized(batch), same(batch)
         assert tuple(embedded.pooled.keys()) == SPEC.bag_keys and tuple(embedded.sequences) == SPEC.sequence_keys
         for key, vectors in flat(expected).items():
             got = flat(embedded)[key]
@@ -109,31 +109,31 @@ def test_the_forward_pass_is_that_of_the_tables_read_back(pooling: str) -> None:
         for key, jagged in expected.sequences.items():
             assert torch.equal(embedded.sequences[key].lengths(), jagged.lengths())
         with torch.inference_mode():
-            assert all(torch.equal(v, flat(embedded)[key]) for key, v in flat(quantised(batch)).items())
-    error = flat(quantised(random_batch()))["genres"] - flat(tables(random_batch()))["genres"]
+            assert all(torch.equal(v, flat(embedded)[key]) for key, v in flat(quantized(batch)).items())
+    error = flat(quantized(random_batch()))["genres"] - flat(tables(random_batch()))["genres"]
     assert 0 < float(error.detach().abs().max()) < 0.02
 
 
 def test_memory_is_counted() -> None:
-    quantised = quantise(make())
+    quantized = quantize(make())
     width = {"genre": 8, "item": 8, "city": 16, "rating": 4}
-    assert quantised.bytes == sum(t.rows * (4 + width[t.name]) for t in SPEC.tables)
-    assert quantised.bytes == sum(t.numel() * t.element_size() for t in quantised.state_dict().values())
-    assert quantised.float_bytes == sum(w.numel() * 4 for w in make().parameters())
+    assert quantized.bytes == sum(t.rows * (4 + width[t.name]) for t in SPEC.tables)
+    assert quantized.bytes == sum(t.numel() * t.element_size() for t in quantized.state_dict().values())
+    assert quantized.float_bytes == sum(w.numel() * 4 for w in make().parameters())
 
 
 def test_the_state_is_plain_tensors(tmp_path) -> None:
-    quantised = quantise(make())
-    state = quantised.state_dict()
+    quantized = quantize(make())
+    state = quantized.state_dict()
     assert list(state) == ["pooled.genre", "pooled.city", "unpooled.item", "unpooled.rating"]
     safetensors.torch.save_file(state, tmp_path / "tables.safetensors")
-    empty = QuantisedTables(SPEC, make().config)
+    empty = QuantizedTables(SPEC, make().config)
     empty.load_state_dict(safetensors.torch.load_file(tmp_path / "tables.safetensors"))
     batch = random_batch()
-    for other in (empty, copy.deepcopy(quantised)):
-        assert all(torch.equal(v, flat(quantised(batch))[key]) for key, v in flat(other(batch)).items())
+    for other in (empty, copy.deepcopy(quantized)):
+        assert all(torch.equal(v, flat(quantized(batch))[key]) for key, v in flat(other(batch)).items())
     other.state_dict()["pooled.city"].zero_()
-    assert torch.equal(quantised.state_dict()["pooled.city"], state["pooled.city"]) and not other.train().training
+    assert torch.equal(quantized.state_dict()["pooled.city"], state["pooled.city"]) and not other.train().training
     with pytest.raises(RecsysError, match="assign=False"):
         empty.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
 
@@ -145,7 +145,7 @@ def test_a_row_beyond_the_table_is_an_error(key: str, row: int | None) -> None:
     part = batch.sparse if key == "city" else batch.sequences
     part[key].values()[0] = TABLE_OF[key].rows if row is None else row
     with pytest.raises(RuntimeError, match=f"{key}: expected rows from 0 to"):
-        quantise(make())(batch)
+        quantize(make())(batch)
 
 
 def test_weights_that_fp16_cannot_scale_are_refused() -> None:
@@ -153,7 +153,7 @@ def test_weights_that_fp16_cannot_scale_are_refused() -> None:
         tables = make()
         weights(tables)["item"][4, 2] = value
         with pytest.raises(RecsysError, match="'item': expected finite weights within"):
-            quantise(tables)
+            quantize(tables)
 
 
 class Scorer(nn.Module):
@@ -169,13 +169,13 @@ class Scorer(nn.Module):
 
 def test_quality_is_that_of_scikit_learn() -> None:
     scorer = Scorer().eval()
-    quantised, batches = quantise(scorer.tables), [random_batch(1), random_batch(2)]
+    quantized, batches = quantize(scorer.tables), [random_batch(1), random_batch(2)]
     batches[0].labels[3, 0] = float("nan")
-    result = quality(scorer, quantised, batches)
+    result = quality(scorer, quantized, batches)
     assert isinstance(scorer.tables, EmbeddingTables) and tuple(result) == SPEC.tasks
     labels = torch.cat([b.labels for b in batches])
     plain = torch.cat([scorer.predict(b) for b in batches])
-    scorer.tables = quantised
+    scorer.tables = quantized
     small = torch.cat([scorer.predict(b) for b in batches])
     for i, task in enumerate(SPEC.tasks):
         known = labels[:, i].isfinite()
@@ -186,6 +186,6 @@ def test_quality_is_that_of_scikit_learn() -> None:
         assert 0 < result[task].largest_change < 0.05
     scorer.tables = make()
     with pytest.raises(DataError, match="expected at least one"):
-        quality(scorer, quantised, [])
+        quality(scorer, quantized, [])
     with pytest.raises(DataError, match="labels"):
-        quality(scorer, quantised, [RankingBatch(batches[0].sparse, batches[0].sequences, batches[0].dense)])
+        quality(scorer, quantized, [RankingBatch(batches[0].sparse, batches[0].sequences, batches[0].dense)])
