@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two batches that models take. Both move, pin and record streams as TorchRec's train pipelines expect."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -53,6 +53,12 @@ class RankingBatch(_Batch):
 
     def __len__(self) -> int:
         return int(self.dense.shape[0])
+
+    def muted(self, last: int) -> Self:
+        """The same impressions, of which the ``last`` weigh nothing in a loss."""
+        weights = torch.ones(len(self)) if self.weights is None else self.weights.clone()
+        weights[len(self) - last :] = 0
+        return replace(self, weights=weights)
 
 
 @dataclass

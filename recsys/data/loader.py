@@ -2,7 +2,7 @@
 """From tables to batches: shuffled by seed and epoch, in bounded memory, resumable at any batch.
 
 The order of an epoch is a function of (seed, epoch) alone. The cursor is the number of samples of the epoch that were handed out, so it
-does not depend on the batch size.
+does not depend on the batch size, nor on how many processes share the batches: each takes a range of the rows of every one.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 from recsys.core.errors import DataError, SchemaError, unknown
 from recsys.data.cursor import Resumable
 from recsys.data.prefetch import prefetch
+from recsys.data.world import World
 
 Batch = TypeVar("Batch")
 BatchOut = TypeVar("BatchOut", covariant=True)
+_ALONE = World()
 
 
 class Loader(Protocol[BatchOut]):
@@ -61,6 +63,7 @@ class _BatchLoader(Resumable, ABC, Generic[Batch]):
         shuffle: bool,
         drop_last: bool,
         prefetch: int,
+        world: World,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -70,6 +73,7 @@ class _BatchLoader(Resumable, ABC, Generic[Batch]):
         self.rows = rows
         self.batch_size = batch_size
         self._transform = transform
+        self.world = world
         self._seed, self._shuffle, self._drop_last, self._prefetch = seed, shuffle, drop_last, prefetch
 
     def __len__(self) -> int:
@@ -88,7 +92,16 @@ class _BatchLoader(Resumable, ABC, Generic[Batch]):
     def _made(self, epoch: int, start: int) -> Generator[tuple[int, Batch], None, None]:
         for table in self._tables(epoch, start):
             if table.num_rows == self.batch_size or not self._drop_last:
-                yield table.num_rows, self._transform(table)
+                yield table.num_rows, self._share(table)
+
+    def _share(self, table: pa.Table) -> Batch:
+        """What this process takes of a batch. Rows that it lacks are the batch's first one, muted."""
+        own, lacking = self.world.share(table.num_rows)
+        if not lacking:
+            return self._transform(table if len(own) == table.num_rows else table.slice(own.start, len(own)))
+        batch: Any = self._transform(table.take(pa.array([*own, *[0] * lacking])))
+        muted: Batch = batch.muted(lacking)
+        return muted
 
     def _order(self, rows: int, *key: int) -> np.ndarray:
         """A permutation of ``rows`` that depends on the seed and ``key``; the identity where nothing is shuffled."""
@@ -105,11 +118,12 @@ class TableLoader(_BatchLoader[Batch]):
     Args:
         table: the rows.
         transform: from a table of at most ``batch_size`` rows to a batch, such as `Encoder.transform`.
-        batch_size: rows per batch.
+        batch_size: rows per batch, of all processes together.
         seed: with the epoch, decides the order: a permutation of all rows.
         shuffle: False keeps the order of the table.
         drop_last: leave out a last batch of fewer rows.
         prefetch: how many batches a background thread prepares ahead; 0 for none.
+        world: the processes that share every batch.
     """
 
     def __init__(
@@ -122,9 +136,17 @@ class TableLoader(_BatchLoader[Batch]):
         shuffle: bool = True,
         drop_last: bool = False,
         prefetch: int = 0,
+        world: World = _ALONE,
     ) -> None:
         super().__init__(
-            transform, table.num_rows, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, prefetch=prefetch
+            transform,
+            table.num_rows,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            prefetch=prefetch,
+            world=world,
         )
         self._table = table.combine_chunks()
 
@@ -157,13 +179,14 @@ class ParquetLoader(_BatchLoader[Batch]):
     Args:
         paths: Parquet files of one schema, or one folder, whose ``*.parquet`` files are read in the order of their names.
         transform: from a table of at most ``batch_size`` rows to a batch, such as `Encoder.transform`.
-        batch_size: rows per batch.
+        batch_size: rows per batch, of all processes together.
         seed: with the epoch, decides the order.
         shuffle: False keeps the order of the files.
         columns: read these columns only.
         drop_last: leave out a last batch of fewer rows.
         buffer_groups: how many row groups make a window.
         prefetch: how many batches a background thread prepares ahead; 0 for none.
+        world: the processes that share every batch. Each decodes all row groups, and transforms its own rows.
 
     Raises:
         DataError: there is no file.
@@ -182,6 +205,7 @@ class ParquetLoader(_BatchLoader[Batch]):
         drop_last: bool = False,
         buffer_groups: int = 4,
         prefetch: int = 0,
+        world: World = _ALONE,
     ) -> None:
         if buffer_groups < 1:
             raise ValueError(f"buffer_groups: expected at least 1, got {buffer_groups}")
@@ -193,7 +217,9 @@ class ParquetLoader(_BatchLoader[Batch]):
         ]
         self._buffer_groups = buffer_groups
         rows = sum(group.rows for group in self._groups)
-        super().__init__(transform, rows, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, prefetch=prefetch)
+        super().__init__(
+            transform, rows, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, prefetch=prefetch, world=world
+        )
 
     def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
         rest: list[pa.Table] = []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.fused_embeddingbag import FusedEmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper as _Averaged
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
@@ -25,6 +26,9 @@ from recsys.embedding.unpooled import UnpooledTables
 
 Placement = Literal["table_wise", "row_wise"]
 """``table_wise``: one process holds the table. ``row_wise``: each process holds an equal range of its rows."""
+AVERAGING = {"static_graph": False, "find_unused_parameters": True}
+"""Of DistributedDataParallel: its buckets then stay as they are from the first step. Otherwise it orders them anew after one step, and with
+them the sums, so that a run that goes on from a checkpoint would differ in the last digits from one that was never interrupted."""
 _PLACEMENTS: tuple[str, ...] = ("table_wise", "row_wise")
 
 
@@ -196,7 +200,7 @@ def shard(
     device = device or torch.device("cpu")
     plan = plan or _plan(module, dist.get_world_size(), constraints, device.type)
     unborn = {name: m.config.init_std for name, m in tables.items() if any(weight.is_meta for weight in m.parameters())}
-    model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders())
+    model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders(), data_parallel_wrapper=_Averaged(**AVERAGING))
     for name, std in unborn.items():
         _draw(model.module.get_submodule(name), std)
     return model
@@ -213,17 +217,26 @@ def _draw(tables: nn.Module, std: float) -> None:
             part.tensor.detach().copy_(torch.randn(part.tensor.shape, generator=generator) * std)
 
 
-def full_state(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """The state dict with whole tables, in every process, for the unsharded model to load. A collective call: every process makes it."""
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tables, in every process, for the unsharded model to load. A collective call: every process makes it.
+
+    Args:
+        model: the result of `shard`, or what was given to it.
+    """
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if not hasattr(tensor, "local_shards"):
             state[name] = tensor.detach().clone()
             continue
-        whole = torch.zeros(tensor.size(), device=model.device)
-        for part in tensor.local_shards():
+        parts = tensor.local_shards()
+        whole = torch.zeros(tensor.size(), device=parts[0].tensor.device if parts else _device(model))
+        for part in parts:
             (row, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
             whole[row : row + rows, column : column + columns] = part.tensor.detach()
         dist.all_reduce(whole)
         state[name] = whole
     return state
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -21,6 +21,7 @@ from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import CheckpointError, ConfigError, RecsysError, unknown
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec
+from recsys.data.world import average
 from recsys.embedding.ids import ManagedIds, ManagedTableConfig
 from recsys.embedding.unpooled import UnpooledTables
 
@@ -197,7 +198,7 @@ class EmbeddingTables(nn.Module):
             return None
         vectors = [embedded.pooled.values(), *(jagged.values() for jagged in embedded.sequences.values())]
         squares = torch.stack([v.float().square().sum() for v in vectors]).sum()
-        return 0.5 * self.config.l2 * squares / max(1, len(vectors[0]))
+        return 0.5 * self.config.l2 * squares / average(squares.new_tensor(max(1, len(vectors[0]))))
 
     @torch.no_grad()
     def _renew(self, evicted: Mapping[str, Tensor]) -> None:

@@ -107,16 +107,35 @@ class Checkpoints:
             best: the step with the best weights so far.
 
         Raises:
-            CheckpointError: the state holds something that cannot be saved without a pickle.
+            CheckpointError: the state holds something that cannot be saved without a pickle, or the disk does not take it.
         """
+        try:
+            temporary = self.begin(step)
+            for part, value in state.items():
+                write_part(temporary, part, value)
+            return self.finish(step, best, {path.name: sha256_file(path) for path in sorted(temporary.iterdir())})
+        except OSError as error:
+            shutil.rmtree(self.directory(step, ".tmp"), ignore_errors=True)
+            raise CheckpointError(f"{self.directory(step)}: cannot be written: {error.strerror}") from None
+
+    def begin(self, step: int) -> Path:
+        """An empty directory for the parts of a checkpoint, which is none before `finish`."""
         self.root.mkdir(parents=True, exist_ok=True)
-        final, temporary = self._directory(step), self._directory(step, ".tmp")
+        temporary = self.directory(step, ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        for part, value in state.items():
-            _write_part(temporary, part, value)
-        files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-        manifest = Manifest(step=step, best=best, run=self._run, files=files).model_dump(mode="json")
+        return temporary
+
+    def finish(self, step: int, best: int | None, files: Mapping[str, str]) -> Path:
+        """Make what was written since `begin` the checkpoint of its step: the manifest, then the name.
+
+        Args:
+            step: see `save`.
+            best: see `save`.
+            files: the SHA-256 of every file.
+        """
+        final, temporary = self.directory(step), self.directory(step, ".tmp")
+        manifest = Manifest(step=step, best=best, run=self._run, files=dict(files)).model_dump(mode="json")
         write_json(temporary / MANIFEST, manifest | {"sha256": sha256_json(manifest)})
         _sync(temporary)
         self._put(temporary, final)
@@ -155,7 +174,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it is incomplete or damaged; names the file.
         """
-        directory = self._directory(step)
+        directory = self.directory(step)
         manifest = _read_manifest(directory)
         for name, expected in manifest.files.items():
             path = directory / name
@@ -165,7 +184,8 @@ class Checkpoints:
                 raise CheckpointError(f"{path}: sha256 is {found}, expected {expected}")
         return Checkpoint(directory, manifest)
 
-    def _directory(self, step: int, suffix: str = "") -> Path:
+    def directory(self, step: int, suffix: str = "") -> Path:
+        """Where the checkpoint of a step stands."""
         return self.root / f"step-{step}{suffix}"
 
     def _steps(self) -> list[int]:
@@ -207,9 +227,9 @@ class Checkpoints:
     def _pass_over(self, step: int, damaged: list[str]) -> None:
         """Out of the way with everything newer than ``step``: a run that continues from there must not be taken for older than that."""
         for newer in (s for s in self._steps() if s > step):
-            target = self._directory(newer, ".invalid")
+            target = self.directory(newer, ".invalid")
             shutil.rmtree(target, ignore_errors=True)
-            self._directory(newer).rename(target)
+            self.directory(newer).rename(target)
         for message in damaged:
             logger.warning("checkpoint passed over, going back to step %d: %s", step, message)
 
@@ -217,20 +237,21 @@ class Checkpoints:
         kept = set(self._steps()[: self._keep])
         for step in tuple(kept):
             try:
-                best = _read_manifest(self._directory(step)).best
+                best = _read_manifest(self.directory(step)).best
             except CheckpointError:
                 continue
             kept |= set() if best is None else {best}
         for step in self._steps():
             if step not in kept:
                 # Renamed first: a checkpoint that is being removed must not look like one that is damaged.
-                doomed = self._directory(step, ".tmp")
+                doomed = self.directory(step, ".tmp")
                 shutil.rmtree(doomed, ignore_errors=True)
-                self._directory(step).rename(doomed)
+                self.directory(step).rename(doomed)
                 shutil.rmtree(doomed)
 
 
-def _write_part(directory: Path, part: str, value: Any) -> None:
+def write_part(directory: Path, part: str, value: Any) -> None:
+    """Write a nested state as JSON, with its tensors beside it, and force them onto the disk."""
     packed, tensors = pack(value)
     write_json(directory / f"{part}.json", packed)
     if tensors:

@@ -69,6 +69,8 @@ class TrainState:
         since_best: validations since then.
         finished: whether there is nothing left to train.
         records: the finished epochs.
+        spikes: steps whose gradient norm was far above those before.
+        bad_steps: steps that are left out, since their gradient was found not to be finite once it had reached the tables.
     """
 
     step: int = 0
@@ -81,6 +83,8 @@ class TrainState:
     since_best: int = 0
     finished: bool = False
     records: list[EpochRecord] = field(default_factory=list)
+    spikes: int = 0
+    bad_steps: list[int] = field(default_factory=list)
 
     def count(self, values: dict[str, float]) -> None:
         """Take the values of one step into the epoch's means."""

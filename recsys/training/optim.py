@@ -115,6 +115,11 @@ class Optimizers:
         self._all += [optimizer for module in self._fused_modules.values() for optimizer in module.fused_optimizers()]
         self._rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self._all]
 
+    @property
+    def has_fused(self) -> bool:
+        """Whether there are parameters that are updated in the backward pass."""
+        return bool(self._fused_modules)
+
     def begin_step(self, factor: float) -> None:
         """Drop the gradients, and set every learning rate to its configured value times ``factor``."""
         for optimizer, rates in zip(self._all, self._rates, strict=True):
@@ -134,6 +139,20 @@ class Optimizers:
         """Update the dense parameters; fused ones were updated in the backward pass."""
         if self._dense:
             self._dense.step()
+
+    def dense_state(self) -> dict[str, dict[str, Tensor]]:
+        """The state of the dense optimizer, by the parameter's name."""
+        if not self._dense:
+            return {}
+        state = self._dense.state
+        return {name: dict(state[parameter]) for name, parameter in self.dense_parameters.items() if parameter in state}
+
+    def load_dense(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what `dense_state` gave for an equal model."""
+        if self._dense:
+            places = {id(p): i for i, p in enumerate(p for group in self._dense.param_groups for p in group["params"])}
+            numbered = {places[id(self.dense_parameters[name])]: dict(values) for name, values in state.items()}
+            self._dense.load_state_dict({"state": numbered, "param_groups": self._dense.state_dict()["param_groups"]})
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all optimizers but the learning rates, which follow from the step."""

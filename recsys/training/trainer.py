@@ -4,25 +4,28 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import backend, paths
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError, RecsysError, unknown
-from recsys.core.memory import give_back_memory, keep_freed_memory
+from recsys.core.memory import give_back_memory, keep_freed_memory, resident_bytes
 from recsys.data.loader import Loader
-from recsys.training.checkpoint import Checkpointing, Checkpoints
+from recsys.data.world import World
+from recsys.training.checkpoint import Checkpoint, Checkpointing
+from recsys.training.guards import Doing, Guards, Spikes, Watchdog
 from recsys.training.history import EpochRecord, History, TrainState
-from recsys.training.optim import DenseOptimizer, Optimizers, Schedule
+from recsys.training.optim import DenseOptimizer, Schedule
+from recsys.training.parallel import Alone, Distribution, Together, Trained
 from recsys.training.preemption import Preempted, Sigterm
-from recsys.training.progress import RichProgress, TrainingProgress
-from recsys.training.randomness import random_state, set_random_state
+from recsys.training.progress import NoProgress, RichProgress, TrainingProgress
 from recsys.training.tracking import JsonlTracker, NullTracker, Prefixed, Tracker
 
 __all__ = ["EpochRecord", "History", "Monitor", "NonFiniteError", "Preempted", "Trainer", "Validate"]
@@ -30,7 +33,7 @@ __all__ = ["EpochRecord", "History", "Monitor", "NonFiniteError", "Preempted", "
 Validate = Callable[[nn.Module], Mapping[str, float]]
 
 # What may change between two parts of a run without changing its course.
-_OPERATIONAL = {"checkpoint", "kernels", "log_every", "max_skipped"}
+_OPERATIONAL = {"checkpoint", "distribution", "guards", "kernels", "log_every", "max_skipped"}
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,10 @@ class Trainer:
     generators, the loader's cursor, step, best epoch and history. On one CPU thread a run that was killed anywhere and started again ends
     with the same weights, state and history, bit for bit, as one that was not.
 
+    Where torch has a process group, all its processes train the model together (`recsys.training.parallel.Together`): each makes the same
+    call, with a loader over its share of every batch (``world=World.current()``). Batch sizes are those of all processes together, and a
+    run that any number of processes began goes on in any other number.
+
     Args:
         config: see `Config`.
         run_dir: of this training alone: ``checkpoints/`` and ``metrics.jsonl`` stand there. Its last part is put before the names given to
@@ -100,8 +107,12 @@ class Trainer:
                 is long. Results differ from those without it in the last digits.
             kernels: which implementations of `kernels` run: ``auto`` follows the committed table, the others are for comparisons. Results
                 differ in the last digits. Every checkpoint says what was asked, which table there was, and what ran.
-            max_skipped: a step whose loss or gradient norm is not finite is left out; one more than this many is an error. Fused tables
-                take part in the backward pass, so only a loss that is not finite leaves them untouched.
+            max_skipped: a step whose batch is not as it should be, or whose loss or gradient norm is not finite, is left out; one more
+                than this many is an error. Fused tables
+                are updated in the backward pass, so where there are any, a gradient norm that is not finite takes the run back to the last
+                checkpoint, from where it goes on without that step.
+            guards: what is watched besides.
+            distribution: of tables, where several processes train.
             log_every: steps between the records of a step's metrics.
             checkpoint: how often to save.
         """
@@ -116,6 +127,8 @@ class Trainer:
         monitor: Monitor | None = None
         validate_every: int = Field(1, ge=1)
         max_skipped: int = Field(10, ge=0)
+        guards: Guards = Guards()
+        distribution: Distribution = Distribution()
         log_every: int = Field(50, ge=1)
         checkpoint: Checkpointing = Checkpointing()
 
@@ -131,7 +144,7 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.tracker = Prefixed(tracker or NullTracker(), self.run_dir.name)
         self.metrics = JsonlTracker(self.run_dir / "metrics.jsonl")
-        self.progress = progress or RichProgress(self.run_dir.name)
+        self.progress = progress or (NoProgress() if World.current().rank else RichProgress(self.run_dir.name))
         self.context = dict(context or {})
 
     def fit(self, model: nn.Module, loader: Loader[Any], validate: Validate | None = None) -> History:
@@ -147,7 +160,7 @@ class Trainer:
             NonFiniteError: too many steps were not finite.
             CheckpointError: what ``run_dir`` holds is of another run, or damaged throughout.
             ConfigError: the monitored metric is not among those that ``validate`` returns.
-            DataError: the loader has no batch.
+            DataError: the loader has no batch, or too many batches were not as they should be.
         """
         if self.config.monitor and validate is None:
             raise ConfigError(f"monitor: {self.config.monitor.metric!r} is to be watched, but there is no validation")
@@ -157,35 +170,52 @@ class Trainer:
         if run.device.type == "cpu":
             keep_freed_memory()
         run.resume()
-        with Sigterm() as sigterm, backend.session(self.config.kernels) as run.ran:
+        with Sigterm() as run.sigterm, backend.session(self.config.kernels) as run.ran:
             try:
                 while not run.state.finished:
-                    for _ in run.train_epoch():
-                        run.save_if(sigterm)
-                    run.end_epoch(sigterm)
+                    try:
+                        for _ in run.train_epoch():
+                            run.save_if()
+                        run.end_epoch()
+                    except _Poisoned:
+                        run.go_back()
+                run.trained.wait()
             finally:
                 run.close()
         run.restore_best()
         return run.state.history(self.config.epochs)
 
 
+class _Poisoned(Exception):
+    """A gradient that was not finite has reached the tables."""
+
+
 class _Run:
     """One call of `Trainer.fit`."""
+
+    sigterm: Sigterm
 
     def __init__(self, trainer: Trainer, model: nn.Module, loader: Loader[Any], validate: Validate | None) -> None:
         self.trainer, self.config = trainer, trainer.config
         self.model, self.loader, self.validate = model, loader, validate
-        self.loss = cast(Trainable, model).loss
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.bf16 = _use_bf16(self.config.precision, self.device)
         if self.config.compile:
             _compile(model)
-        self.optimizers = Optimizers(self.config.optimizer, model)
-        self.checkpoints = Checkpoints(trainer.run_dir / "checkpoints", self.config.checkpoint.keep, self._identity())
+        self.trained = self._trained()
+        self.optimizers, self.world = self.trained.optimizers, self.trained.world
         self.state = TrainState()
+        self.stop = self.due = False
+        self.spikes = Spikes(self.config.guards)
+        self.watchdog: Watchdog | None = None
         self.ran: set[backend.Choice] = set()
         self.ran_before: set[backend.Choice] = set()  # before this run was interrupted
         self.saved_at = time.monotonic()
+
+    def _trained(self) -> Trained:
+        config, root = self.config, self.trainer.run_dir / "checkpoints"
+        given = (self.model, config.optimizer, root, config.checkpoint.keep, self._identity())
+        return Together(*given, config.distribution) if dist.is_available() and dist.is_initialized() else Alone(*given)
 
     def _identity(self) -> dict[str, Any]:
         """What decides the course of the run, so that another one does not continue it by mistake."""
@@ -201,33 +231,57 @@ class _Run:
 
     def resume(self) -> None:
         """Go to where the newest valid checkpoint stands, or to the beginning."""
-        found = self.checkpoints.latest()
+        found = self.trained.latest()
         if found is None:
             self.loader.load_state_dict({"epoch": 0, "samples": 0})
+            if self.optimizers.has_fused:
+                self.save()  # where to go back to
         else:
-            self.state = TrainState.from_dict(found.read("progress"))
-            self.model.load_state_dict(found.read("model"))
-            self.optimizers.load_state_dict(found.read("optimizers"))
-            self.loader.load_state_dict(found.read("loader"))
-            set_random_state(found.read("random"))
+            self._load(found)
             self.ran_before = {backend.Choice(*choice) for choice in found.read("kernels")["ran"]} if "kernels" in found else set()
             logger.info("%s: going on after step %d", found.directory, self.state.step)
+        if self.world.size > 1 and self.config.guards.stuck_seconds is not None and self.watchdog is None:
+            self.watchdog = Watchdog(self.trainer.run_dir / "processes", self.world, self.config.guards.stuck_seconds)
+        self._begin_log()
+
+    def _load(self, found: Checkpoint) -> None:
+        """Go to a checkpoint, but for the steps that were found to be bad since."""
+        bad = self.state.bad_steps
+        self.state = TrainState.from_dict(found.read("progress"))
+        self.state.bad_steps = sorted({*bad, *self.state.bad_steps})
+        self.trained.load(found)
+        self.loader.load_state_dict(found.read("loader"))
+
+    def go_back(self) -> None:
+        """To the last checkpoint, from where the step that did harm is left out."""
+        self.state.bad_steps.append(self.state.step)
+        self.trainer.progress.close()
+        found = self.trained.latest()
+        if found is None:
+            raise NonFiniteError(f"step {self.state.step}: the gradient norm is not finite, and there is no checkpoint to go back to")
+        step = self.state.step
+        self._load(found)
+        logger.warning("step %d: tables have taken a gradient that is not finite: back to step %d", step, self.state.step)
+        self._begin_log()
+
+    def _begin_log(self) -> None:
         self.logged = (self.state.step, time.monotonic())
+        self.waited, self.samples = 0.0, 0
+        if self.world.rank:
+            return
         self.trainer.metrics.rewind(self.state.step)
         self.trainer.tracker.log_params({"trainer": self.config.model_dump(mode="json", exclude=_OPERATIONAL)})
 
     def save(self) -> Path:
         """Write a checkpoint of everything."""
+        self._note("saving")
         state = {
-            "model": self.model.state_dict(),
-            "optimizers": self.optimizers.state_dict(),
-            "random": random_state(),
             "loader": self.loader.state_dict(),
             "progress": self.state.as_dict(),
             "kernels": {"asked": self.config.kernels, "table": paths.fingerprint(), "ran": sorted(map(list, self.ran_before | self.ran))},
         }
-        path = self.checkpoints.save(self.state.step, state, self.state.best_step)
-        self.saved_at = time.monotonic()
+        path = self.trained.save(self.state.step, state, self.state.best_step)
+        self.saved_at, self.due = time.monotonic(), False
         return path
 
     def train_epoch(self) -> Iterator[None]:
@@ -235,32 +289,62 @@ class _Run:
         self.model.train()
         self.loader.set_epoch(self.state.epoch)
         self.trainer.progress.start_epoch(self.state.epoch + 1, self.config.epochs, len(self.loader), self.state.batch)
-        for batch in self.loader:
-            loss = self._step(batch.to(self.device) if self.device.type != "cpu" else batch)
-            self.trainer.progress.advance(self.state.step, loss, len(batch))
-            yield
+        batches = iter(self.loader)
+        try:
+            while (batch := self._next(batches)) is not None:
+                self._note("training")
+                loss = self._step(batch.to(self.device) if self.device.type != "cpu" else batch)
+                self.trainer.progress.advance(self.state.step, loss, len(batch) * self.world.size)
+                yield
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, None at the end; the time that it took counts as waiting."""
+        self._note("loading")
+        began = time.monotonic()
+        batch = next(batches, None)
+        self.waited += time.monotonic() - began
+        self.samples += 0 if batch is None else len(batch) * self.world.size
+        return batch
+
+    def _note(self, doing: Doing) -> None:
+        if self.watchdog is not None:
+            self.watchdog.note(self.state.step, doing)
 
     def _step(self, batch: Any) -> float:
         """Forward, backward, update; returns the loss."""
         factor = self.config.schedule.factor(self.state.step, self.config.epochs * len(self.loader))
         self.optimizers.begin_step(factor)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, parts = self.loss(batch)
         self.state.step += 1
         self.state.batch += 1
-        value = float(loss.detach())
+        if self.state.step in self.state.bad_steps:
+            self._skip("gradient norm", math.nan)
+            return math.nan
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss, parts = self.trained.loss(batch)
+        except DataError as error:
+            self._skip_batch(error)
+            return math.nan
+        values = {"loss": float(loss.detach())} | {name: float(part) for name, part in parts.items() if name != "loss"}
+        values, (self.stop, self.due) = self.trained.settle(values, [self.sigterm.came, self._overdue()])
+        value = values["loss"]
         if not math.isfinite(value):
             self._skip("loss", value, self._diagnose(batch))
             return value
         loss.backward()
         norm = self.optimizers.gradient_norm()
         if not math.isfinite(norm):
+            if self.optimizers.has_fused:
+                raise _Poisoned
             self._skip("gradient norm", norm)
             return value
+        self.state.spikes += self.spikes.look(self.state.step, norm)
         if self.config.clip_norm is not None:
             self.optimizers.clip(self.config.clip_norm, norm)
         self.optimizers.step()
-        values = {"loss": value} | {name: float(part) for name, part in parts.items() if name != "loss"}
         self.state.count(values)
         if self.state.step % self.config.log_every == 0:
             self._log_step(values, norm, factor)
@@ -280,12 +364,21 @@ class _Run:
                 f"(max_skipped is {self.config.max_skipped}); {why or 'a lower learning rate, clip_norm or precision fp32 may help'}"
             )
 
-    def save_if(self, sigterm: Sigterm) -> None:
+    def _skip_batch(self, error: DataError) -> None:
+        self.state.skipped += 1
+        logger.warning("step %d: left out: %s", self.state.step, error)
+        if self.state.skipped > self.config.max_skipped:
+            before = self.state.skipped - 1
+            raise DataError(
+                f"step {self.state.step}: {error}; {before} steps before it were left out (max_skipped is {self.config.max_skipped})"
+            ) from error
+
+    def save_if(self) -> None:
         """After a step: save and end if asked to, or save if it is time.
 
         Not after the last step of an epoch: its validation comes first.
         """
-        if sigterm.came:
+        if self.stop:
             self._preempt()
         if self.state.batch < len(self.loader) and self._is_time():
             self.save()
@@ -293,14 +386,19 @@ class _Run:
     def _is_time(self) -> bool:
         every = self.config.checkpoint
         by_steps = every.every_steps is not None and self.state.step % every.every_steps == 0
-        return by_steps or (every.every_seconds is not None and time.monotonic() - self.saved_at >= every.every_seconds)
+        return by_steps or self.due
+
+    def _overdue(self) -> bool:
+        seconds = self.config.checkpoint.every_seconds
+        return seconds is not None and time.monotonic() - self.saved_at >= seconds
 
     def _preempt(self) -> None:
         path = self.save()
+        self.trained.wait()
         logger.warning("SIGTERM: saved %s; run again to go on", path)
         raise Preempted(path)
 
-    def end_epoch(self, sigterm: Sigterm) -> None:
+    def end_epoch(self) -> None:
         """Validate, decide whether this was the best or the last epoch, and save if so."""
         state, config = self.state, self.config
         last = state.epoch + 1 == config.epochs
@@ -313,7 +411,8 @@ class _Run:
         values = {f"train_{name}": value for name, value in record.train.items()} | record.validation
         self._log(values | {"epoch": float(record.epoch)})
         self.trainer.progress.end_epoch(values)
-        if sigterm.came:
+        _, (self.stop, self.due) = self.trained.settle({}, [self.sigterm.came, self._overdue()])
+        if self.stop:
             self._preempt()
         if improved or state.finished or self._is_time():
             self.save()
@@ -322,9 +421,10 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         if self.validate is None:
             return {}
+        self._note("validating")
         self.model.eval()
         with torch.no_grad():
-            return {name: float(value) for name, value in self.validate(self.model).items()}
+            return self.trained.agree({name: float(value) for name, value in self.validate(self.model).items()})
 
     def _judge(self, record: EpochRecord) -> bool:
         """Whether the newest record is the best."""
@@ -345,15 +445,19 @@ class _Run:
         """Put the best weights into the model, which may have trained on since."""
         best = self.state.best_step
         if best is not None and best != self.state.step:
-            self.model.load_state_dict(self.checkpoints.at(best).read("model"))
+            self.trained.load_weights(self.trained.at(best))
         self.model.eval()
 
     def close(self) -> None:
         """Leave nothing behind that outlives the run: no bar, no gradients, no decayed learning rate."""
+        if self.watchdog is not None:
+            self.watchdog.close()
         self.trainer.progress.close()
         self.optimizers.begin_step(1.0)
 
     def _log(self, values: dict[str, float]) -> None:
+        if self.world.rank:
+            return
         self.trainer.metrics.log_metrics(values, self.state.step)
         self.trainer.tracker.log_metrics(values, self.state.step)
 
@@ -361,7 +465,10 @@ class _Run:
         (step, then), now = self.logged, time.monotonic()
         self.logged = (self.state.step, now)
         rate = {"learning_rate": self.config.optimizer.learning_rate * factor, "gradient_norm": norm}
-        speed = {"steps_per_second": (self.state.step - step) / max(now - then, 1e-9)}
+        seconds = max(now - then, 1e-9)
+        speed = {"steps_per_second": (self.state.step - step) / seconds, "samples_per_second": self.samples / seconds}
+        speed |= {"waited_for_data": self.waited / seconds, "memory_gib": _memory(self.device) / 2**30}
+        self.waited, self.samples = 0.0, 0
         self._log({f"batch_{name}": value for name, value in values.items()} | rate | speed)
 
 
@@ -370,6 +477,11 @@ def _compile(model: nn.Module) -> None:
         raise ConfigError(f"compile: {type(model).__name__} has no method compile_dense")
     torch.compiler.reset()  # it keeps at most eight variants of a forward pass, those of other models among them, and then gives up
     cast(Any, model).compile_dense()
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, or what the process holds."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def _use_bf16(precision: str, device: torch.device) -> bool:

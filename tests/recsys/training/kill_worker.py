@@ -33,6 +33,8 @@ CONFIG = Trainer.Config(
     checkpoint=Checkpointing(every_steps=2, keep=2),
 )
 
+OF_THE_MACHINE = {"steps_per_second", "samples_per_second", "waited_for_data", "memory_gib"}
+
 
 def nth_call(function: Callable, n: int, act: Callable[[], None]) -> Callable:
     """``function``, which acts before its n-th call."""
@@ -74,7 +76,7 @@ def train(directory: Path, point: str | None) -> None:
     newest = max((directory / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     files = {p.name: sha256_file(p) for p in sorted(newest.iterdir()) if p.name != "MANIFEST.json"}
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    files["metrics.jsonl"] = [{name: value for name, value in row.items() if name != "steps_per_second"} for row in metrics]
+    files["metrics.jsonl"] = [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in metrics]
     result = {"weights": sha256_json(weights), "rows": history.rows(), "best": history.best.epoch, "newest": newest.name, "files": files}
     (directory / "result.json").write_text(json.dumps(result))
 

@@ -21,7 +21,7 @@ from recsys.data.batch import RankingBatch, SequenceBatch
 from recsys.data.loader import ParquetLoader, TableLoader
 from recsys.data.sequences import SequenceData
 from recsys.data.windows import SequenceLoader
-from recsys.training.checkpoint import Checkpointing
+from recsys.training.checkpoint import Checkpointing, Checkpoints
 from recsys.training.optim import DenseOptimizer, Schedule
 from recsys.training.progress import NoProgress
 from recsys.training.trainer import Monitor, NonFiniteError, Trainer
@@ -265,16 +265,53 @@ class Poisoned(Small):
         return loss, parts
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient norm"])
-def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("where", "steps"), [("loss", [2, 9]), ("gradient norm", [2, 2, 8])])
+def test_a_step_that_is_not_finite_is_left_out_and_counted(
+    tmp_path: Path, where: str, steps: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model spoils its second and its ninth loss. A gradient goes into the tables: back to the first checkpoint, and on without it."""
     with caplog.at_level(logging.WARNING):
         torch.manual_seed(0)
         model = Poisoned({2, 9}, where)
         history = trainer(tmp_path).fit(model, make_loader())
     assert history.skipped == 2 and history.steps == 15
-    assert all(torch.isfinite(value).all() for value in model.mlp.state_dict().values())
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     assert math.isfinite(history.rows()[0]["train_loss"])
-    assert [m.split(" is")[0] for m in caplog.messages if "left out" in m] == [f"step {n}: the {where}" for n in (2, 9)]
+    assert [m.split(" is")[0] for m in caplog.messages if "left out" in m] == [f"step {n}: the {where}" for n in steps]
+
+
+def test_a_batch_that_is_not_as_it_should_be_is_left_out_until_there_are_too_many(tmp_path: Path) -> None:
+    class Strict(Small):
+        def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            if bool((batch.sparse.values() == 7).any()):
+                raise DataError("item: expected none of 7")
+            return super().loss(batch)
+
+    bad = sum(bool((batch.sparse.values() == 7).any()) for batch in make_loader())
+    assert 0 < bad < 5
+    history = trainer(tmp_path / "some", epochs=1, max_skipped=bad).fit(Strict(), make_loader())
+    assert history.skipped == bad
+    with pytest.raises(DataError, match=rf"step \d: item: expected none of 7; {bad - 1} steps before it were left out"):
+        trainer(tmp_path / "too many", epochs=1, max_skipped=bad - 1).fit(Strict(), make_loader())
+
+
+def test_a_gradient_far_above_those_before_is_told_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Jumps(Small):
+        calls = 0
+
+        def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            self.calls += 1
+            loss, parts = super().loss(batch)
+            return (loss * 1000 if self.calls == 14 else loss), parts
+
+    with caplog.at_level(logging.WARNING):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, checkpoint=Checkpointing(every_steps=1))
+        run.fit(Jumps(), make_loader())
+    told = [message for message in caplog.messages if "times the median" in message]
+    assert len(told) == 1 and told[0].startswith("step 14: the gradient norm is")
+    newest = Checkpoints(tmp_path / "checkpoints", 3, {}).at(15)
+    assert newest.read("progress")["spikes"] == 1
 
 
 def test_a_loss_that_is_not_finite_moves_no_weight(tmp_path: Path) -> None:
@@ -331,7 +368,8 @@ def test_trackers_hear_of_steps_and_epochs(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 10]
     assert {"step", "epoch", "train_loss", "train_bce", "loss", "distance"} == set(lines[2])
-    assert {"step", "batch_loss", "batch_bce", "learning_rate", "gradient_norm", "steps_per_second"} == set(lines[0])
+    of_the_machine = {"steps_per_second", "samples_per_second", "waited_for_data", "memory_gib"}
+    assert {"step", "batch_loss", "batch_bce", "learning_rate", "gradient_norm"} | of_the_machine == set(lines[0])
 
 
 def test_the_learning_rate_of_fused_tables_is_whole_again_after_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start a training in several processes by torchrun, and what each of them does first and last."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from recsys.core.errors import ConfigError, RecsysError
+from recsys.core.files import read_json, write_json
+from recsys.data.world import World
+
+FAILED = 2  # the exit status of an error that another attempt would meet again
+
+
+def command(program: Sequence[str], processes: int, restarts: int = 0) -> list[str]:
+    """The command line that runs ``program`` in so many processes of this machine.
+
+    Args:
+        program: a Python file, or ``-m`` and a module, and its arguments.
+        processes: how many.
+        restarts: how often all are started anew after one was lost.
+
+    Raises:
+        ConfigError: not a number of processes or restarts.
+    """
+    if processes < 1 or restarts < 0:
+        raise ConfigError(f"expected at least 1 process and 0 restarts, got {processes} and {restarts}")
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.5"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, *program]
+
+
+def environment() -> Mapping[str, str]:
+    """That of the command: one thread for each process, unless said otherwise, as many processes share a machine."""
+    # So that the processes meet at another port each time they are started.
+    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def join(timeout: timedelta = timedelta(minutes=60)) -> World:
+    """Join the processes that torchrun has started: gloo on the CPU, and NCCL besides where there are GPUs, one for each process.
+
+    Args:
+        timeout: of a collective; `recsys.training.guards.Guards.stuck_seconds` is to be less.
+
+    Raises:
+        ConfigError: torchrun has not started this process.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ConfigError("expected to be started by torchrun: see `recsys train --nproc`")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # The launcher may keep its store over a restart, with the addresses of the processes that were lost: a name of its own for every start.
+    started = f"{os.environ['TORCHELASTIC_RESTART_COUNT']}-{os.environ['MASTER_PORT']}"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=PrefixStore(started, store), rank=rank, world_size=size, timeout=timeout)
+    return World.current()
+
+
+class Attempts:
+    """An error that every attempt would meet is met once: the processes that torchrun starts after it end at once.
+
+    Args:
+        folder: seen by all processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"failed-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}.json"
+
+    def __enter__(self) -> "Attempts":
+        if self._path.exists():
+            self._end(str(read_json(self._path)["error"]))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, RecsysError):
+            write_json(self._path, {"error": str(error)})
+            self._end(str(error))
+
+    def _end(self, message: str) -> None:
+        print(json.dumps({"error": message}, ensure_ascii=False), file=sys.stderr, flush=True)
+        os._exit(FAILED)  # without waiting for collectives that the others will not join

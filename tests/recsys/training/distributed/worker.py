@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of a training, as torchrun starts it: a ranker with tables of every kind, and whatever is to go wrong."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recsys.core.config import validate
+from recsys.data.batch import RankingBatch
+from recsys.data.loader import TableLoader
+from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
+from recsys.data.world import World
+from recsys.embedding.sharding import full_state
+from recsys.ranking.models import DCNv2
+from recsys.training.launch import Attempts, join
+from recsys.training.progress import NoProgress
+from recsys.training.trainer import Trainer
+
+SPEC = InputSpec(
+    tables=(
+        TableSpec(name="genre", rows=12, bags=("genres",)),
+        TableSpec(name="item", rows=30, sequences=("history", "target")),
+        TableSpec(name="city", rows=24, bags=("city",)),
+    ),
+    sequences=(SequenceSpec(name="h", keys=("history",), target="target"),),
+    dense=("x",),
+    tasks=("click", "like"),
+)
+ROWS = 101  # with batches of 12 the last one has five rows, fewer than six processes
+
+
+def data(rows: int = ROWS, seed: int = 0) -> pa.Table:
+    rng = np.random.default_rng(seed)
+
+    def ragged(high: int, least: int) -> list[list[int]]:
+        return [rng.integers(0, high, rng.integers(least, 5)).tolist() for _ in range(rows)]
+
+    item, x = rng.integers(0, 30, rows), rng.normal(size=rows)
+    click = (x + item % 3 - 1 + rng.normal(size=rows) > 0).astype(float)
+    like = np.where(rng.random(rows) < 0.4, np.nan, (item % 2).astype(float))
+    columns = {"row": np.arange(rows), "genres": ragged(12, 0), "history": ragged(30, 0), "target": item, "city": rng.integers(0, 24, rows)}
+    return pa.table(columns | {"x": x, "click": click, "like": like})
+
+
+def to_batch(table: pa.Table) -> RankingBatch:
+    def keyed(keys: tuple[str, ...]) -> KeyedJaggedTensor:
+        lists = {key: [v if isinstance(v, list) else [v] for v in table[key].to_pylist()] for key in keys}
+        values = [value for key in keys for bag in lists[key] for value in bag]
+        lengths = [len(bag) for key in keys for bag in lists[key]]
+        return KeyedJaggedTensor(
+            keys=list(keys), values=torch.tensor(values, dtype=torch.int64), lengths=torch.tensor(lengths, dtype=torch.int32)
+        )
+
+    labels = np.stack([table[task].to_numpy() for task in SPEC.tasks], 1).astype(np.float32)
+    dense = torch.from_numpy(table["x"].to_numpy().astype(np.float32))[:, None]
+    return RankingBatch(keyed(SPEC.bag_keys), keyed(SPEC.sequence_keys), dense, torch.from_numpy(labels))
+
+
+def model(dropout: float = 0.0) -> DCNv2:
+    torch.manual_seed(7)
+    settings = {
+        "name": "dcnv2",
+        "hidden": [16],
+        "dropout": dropout,
+        "embedding": {"dim": 8, "dims": {"city": 4}, "learning_rate": 0.1, "init_std": 0.3},
+        "history": {"name": "target_attention", "unit": "mlp", "hidden": [8]},
+    }
+    return DCNv2(validate(DCNv2.Config, settings), SPEC)
+
+
+class Recorded(TableLoader[RankingBatch]):
+    """Writes which rows were trained on; does something at chosen steps."""
+
+    def __init__(self, folder: Path, world: World, attempt: str, faults: dict[int, Callable[[RankingBatch], None]]) -> None:
+        self.folder, self.attempt, self.faults = folder, attempt, faults
+        self._seen: list[list[int]] = []
+        super().__init__(data(), self._remembered, batch_size=12, seed=3, world=world, prefetch=2)
+
+    def _remembered(self, table: pa.Table) -> RankingBatch:
+        self._seen.append(table["row"].to_pylist())
+        return to_batch(table)
+
+    def __iter__(self) -> Iterator[RankingBatch]:
+        self._seen.clear()
+        for place, batch in enumerate(super().__iter__()):
+            step = self._epoch * len(self) + -(-self._samples // self.batch_size)
+            if step in self.faults:
+                self.faults[step](batch)
+            yield batch
+            line = {"attempt": self.attempt, "step": step, "epoch": self._epoch, "rows": _real(self._seen[place], batch)}
+            with (self.folder / f"rows-{self.world.rank}.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+def _real(rows: list[int], batch: RankingBatch) -> list[int]:
+    """The rows that weigh something: the others are there so that all processes have as many."""
+    return rows if batch.weights is None else [row for row, weight in zip(rows, batch.weights.tolist(), strict=True) if weight]
+
+
+def poisoned(batch: RankingBatch) -> None:
+    """A label of infinity makes the loss infinite."""
+    assert batch.labels is not None
+    batch.labels[0, 0] = torch.inf
+
+
+def main(folder: Path, job: dict[str, Any]) -> None:
+    world = join()
+    faults: dict[int, Callable[[RankingBatch], None]] = {}
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    for fault in job.get("faults", ()):
+        if fault.get("rank", world.rank) == world.rank and fault.get("attempt", attempt) == attempt:
+            acts: dict[str, Callable[[RankingBatch], None]] = {
+                "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+                "kill_all": lambda _: os.killpg(os.getpgrp(), signal.SIGKILL),
+                "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+                "hang": lambda _: time.sleep(3600),
+                "poison": poisoned,
+            }
+            faults[fault["at"]] = acts[fault["what"]]
+    ranker = model(job.get("dropout", 0.0))
+    check = to_batch(data(40, seed=1))
+
+    def valid(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, DCNv2)
+        return {"loss": float(module.loss(check)[0])}
+
+    trainer = Trainer(validate(Trainer.Config, job["trainer"]), folder / "run", progress=NoProgress(), context={"seed": 7})
+    history = trainer.fit(ranker, Recorded(folder, world, f"{job.get('launch', 0)}.{attempt}", faults), valid)
+    state = full_state(ranker)
+    if world.rank == 0:
+        digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+        torch.save(state, folder / "weights.pt")
+        (folder / "result.json").write_text(json.dumps({"rows": history.rows(), "skipped": history.skipped, "weights": digest}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with Attempts(Path(sys.argv[1])):
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]))
