@@ -20,6 +20,7 @@ from recsys.core.memory import resident_bytes
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, TableSpec
 from recsys.data.world import World
+from recsys.embedding.tables import dense_parameters
 from recsys.ranking.models import TokenMixerLarge
 from recsys.training.launch import Attempts, join
 from recsys.training.progress import NoProgress
@@ -94,8 +95,8 @@ class Steps:
         return RankingBatch(sparse, none, dense[chosen].contiguous(), labels[chosen].contiguous())
 
 
-def communication(steps: Steps) -> tuple[float, float]:
-    """The share of the profiled time in which a collective was under way, and megabytes given to collectives in a step."""
+def communication(steps: Steps) -> tuple[float, dict[str, float]]:
+    """The share of the profiled time in which a collective was under way, and the numbers given to each kind of them in a step."""
     events = [event for event in steps.profile.events() if event.name.startswith("gloo:")]
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     busy, until = 0.0, 0.0
@@ -103,8 +104,11 @@ def communication(steps: Steps) -> tuple[float, float]:
         busy += max(0.0, end - max(begin, until))
         until = max(until, end)
     elapsed = (time.perf_counter() - steps.asked[-PROFILED]) * 1e6
-    given = sum(_numbers(event.input_shapes) for event in events) * 4
-    return busy / elapsed, given / PROFILED / 1e6
+    given: dict[str, float] = {}
+    for event in events:
+        kind = event.name.removeprefix("gloo:")
+        given[kind] = given.get(kind, 0.0) + _numbers(event.input_shapes) / PROFILED
+    return busy / elapsed, given
 
 
 def _numbers(shapes: Any) -> int:
@@ -114,20 +118,23 @@ def _numbers(shapes: Any) -> int:
     return sum(_numbers(shape) for shape in shapes or () if isinstance(shape, list | tuple))
 
 
-def main(folder: Path, job: dict[str, int]) -> None:
+def main(folder: Path, job: dict[str, Any]) -> None:
     """Train, and write what came out."""
     world = join()
     torch.manual_seed(0)
     ranker = TokenMixerLarge(validate(TokenMixerLarge.Config, MODEL), spec())
     steps = Steps(job["batch"], WARM + job["steps"] + PROFILED, world)
-    Trainer(validate(Trainer.Config, TRAINER), folder / "run", progress=NoProgress()).fit(ranker, steps)
+    placements = dict.fromkeys((f"c{i}" for i in range(TABLES)), job["placement"]) if job["placement"] else {}
+    trainer = validate(Trainer.Config, TRAINER | {"distribution": {"placements": placements}})
+    Trainer(trainer, folder / "run", progress=NoProgress()).fit(ranker, steps)
     taken = [after - before for before, after in zip(steps.asked, steps.asked[1:], strict=False)][WARM : WARM + job["steps"]]
-    share, megabytes = communication(steps)
+    share, given = communication(steps)
     if world.rank == 0:
         losses = [
             json.loads(line)["batch_loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines() if "batch_loss" in line
         ]
-        about = {"communication": share, "megabytes": megabytes, "gib": resident_bytes() / 2**30}
+        dense = sum(parameter.numel() for parameter in dense_parameters(ranker))
+        about = {"communication": share, "given": given, "dense": dense, "gib": resident_bytes() / 2**30}
         write_json(folder / "result.json", {"seconds": statistics.median(taken), "losses": losses} | about)
     dist.barrier()
     dist.destroy_process_group()

@@ -40,8 +40,10 @@ def main(argv: list[str]) -> int:
 
 def _paper(name: str, overrides: list[str]) -> int:
     from recsys.core.config import load_recipe
-    from recsys.scaling.paper import PaperRecipe, on_paper, page
+    from recsys.scaling.communication import PLACEMENTS, table
+    from recsys.scaling.paper import PaperRecipe, on_paper, page, workload
 
     recipe = load_recipe(PaperRecipe, name, overrides)
-    print(page({recipe.name: (recipe, on_paper(recipe))}), end="")
+    print(page({recipe.name: (recipe, on_paper(recipe))}))
+    print(table(workload(recipe), tuple(2**n for n in range(3, 11)), PLACEMENTS), end="")
     return 0

@@ -11,6 +11,7 @@ from recsys.core import components
 from recsys.core.config import Config, validate
 from recsys.data.spec import InputSpec, TableSpec
 from recsys.ranking.model import Costs, Ranker
+from recsys.scaling.communication import Workload
 
 _BF16, _FP32 = 2, 4
 
@@ -115,6 +116,21 @@ def on_paper(recipe: PaperRecipe) -> Paper:
         gradients=costs.dense * _BF16 * share,
         activations=kept_per_row(model) * _BF16 * cluster.batch * share,
         step_seconds=3 * costs.flops * cluster.batch * share / (cluster.peak_tflops * 1e12 * cluster.mfu),
+    )
+
+
+def workload(recipe: PaperRecipe) -> Workload:
+    """The recipe's step as one rank sees it."""
+    model, fields, cluster = build_on_meta(recipe), recipe.fields, recipe.cluster
+    costs = model.costs()
+    return Workload(
+        rows=fields.rows * fields.groups * fields.per_group,
+        fields=fields.groups * fields.per_group,
+        width=model.config.embedding.dim,
+        flops=costs.flops,
+        dense=costs.dense,
+        batch=cluster.batch // cluster.ranks,
+        kept=kept_per_row(model),
     )
 
 

@@ -97,12 +97,12 @@ class Recorded(TableLoader[RankingBatch]):
         self._seen.clear()
         for place, batch in enumerate(super().__iter__()):
             step = self._epoch * len(self) + -(-self._samples // self.batch_size)
-            if step in self.faults:
-                self.faults[step](batch)
-            yield batch
             line = {"attempt": self.attempt, "step": step, "epoch": self._epoch, "rows": _real(self._seen[place], batch)}
             with (self.folder / f"rows-{self.world.rank}.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
+            if step in self.faults:
+                self.faults[step](batch)
+            yield batch
 
 
 def _real(rows: list[int], batch: RankingBatch) -> list[int]:
