@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.config import validate
@@ -24,6 +25,7 @@ from recsys.data.loader import TableLoader
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
 from recsys.data.world import World
 from recsys.embedding.sharding import full_state
+from recsys.evaluation.together import predictions
 from recsys.ranking.models import DCNv2
 from recsys.training.launch import Attempts, join
 from recsys.training.progress import NoProgress
@@ -131,11 +133,14 @@ def main(folder: Path, job: dict[str, Any]) -> None:
             }
             faults[fault["at"]] = acts[fault["what"]]
     ranker = model(job.get("dropout", 0.0))
-    check = to_batch(data(40, seed=1))
+    table = data(41, seed=1)
+    check = list(TableLoader(table, to_batch, batch_size=12, shuffle=False, world=world))
+    labels = torch.from_numpy(table["click"].to_numpy())
 
     def valid(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, DCNv2)
-        return {"loss": float(module.loss(check)[0])}
+        probability = predictions(lambda batch: module.predict(batch)[:, 0].numpy(), check, table.num_rows, 12)
+        return {"loss": float(functional.binary_cross_entropy(torch.from_numpy(probability).double(), labels))}
 
     trainer = Trainer(validate(Trainer.Config, job["trainer"]), folder / "run", progress=NoProgress(), context={"seed": 7})
     history = trainer.fit(ranker, Recorded(folder, world, f"{job.get('launch', 0)}.{attempt}", faults), valid)
