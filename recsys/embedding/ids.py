@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Managed ids: raw 64-bit ids go in with the batch, rows come out; ids that are no longer seen give their rows to new ones."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 from torchrec.modules.hash_mc_modules import HashZchManagedCollisionModule
 from torchrec.modules.mc_modules import (
@@ -17,13 +18,16 @@ from torchrec.modules.mc_modules import (
     MCHEvictionPolicy,
     MCHManagedCollisionModule,
 )
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.config import Config as BaseConfig
-from recsys.core.errors import ConfigError, unknown
+from recsys.core.errors import CheckpointError, ConfigError, unknown
 from recsys.data.batch import RankingBatch
-from recsys.data.encoding.coders import FIRST, NO_VALUE, UNKNOWN
+from recsys.data.encoding.coders import FIRST, NO_VALUE
 from recsys.data.spec import InputSpec, TableSpec
+from recsys.data.world import World
+from recsys.embedding.buckets import EXTRA, Bucket, Gone, mix
+from recsys.embedding.exchange import Asked, exchange
 
 
 class ManagedTableConfig(BaseConfig):
@@ -36,102 +40,69 @@ class ManagedTableConfig(BaseConfig):
             ``hash_zch`` is TorchRec's hash table, which gives a row at once and never takes one away; it trains on a GPU alone.
         interval: batches between two rounds of admission and eviction. Until its first round an id has the row of the unknown.
         decay: the exponent of ``distance_lfu``.
+        buckets: the table's rows are split into so many equal ranges, and the ids between them. Where several processes train, their
+            number divides it: 12 buckets serve 1, 2, 3, 4, 6 or 12 processes.
     """
 
     policy: Literal["lfu", "lru", "distance_lfu", "hash_zch"] = "distance_lfu"
     interval: int = Field(100, ge=1)
     decay: PositiveFloat = 1.0
+    buckets: int = Field(1, ge=1)
+
+    @model_serializer(mode="wrap")
+    def _without_one_bucket(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As it was when there was only one bucket, so that a run of that time goes on."""
+        dumped: dict[str, Any] = dump(self)
+        if dumped.get("buckets") == 1:
+            del dumped["buckets"]
+        return dumped
 
 
-class _ManagedTable(nn.Module):
-    """One table's map from ids to rows, over TorchRec's `MCHManagedCollisionModule`.
-
-    TorchRec's state dict holds the map and the counts, not the ids seen since the last round; they are the extra state here, so that
-    a resumed run goes on as it would have.
-    """
-
-    def __init__(self, table: TableSpec, config: ManagedTableConfig, device: torch.device) -> None:
-        super().__init__()
-        self.name, self.config = table.name, config
-        self._shared = table.rows - FIRST  # TorchRec's last slot is that of all ids without one
-        self.map = _collision_module(table, config, device)
-
-    def forward(self, values_n: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows of raw ids, int64 ``[N]``, and the rows that have changed hands, in training mode alone."""
-        present = values_n != NO_VALUE
-        ids = values_n[present]
-        if self.training and isinstance(self.map, MCHManagedCollisionModule):
-            _make_room(self.map, ids.numel())
-        lengths = torch.tensor([ids.numel()], device=ids.device)
-        slots = self.map({self.name: JaggedTensor(values=ids, lengths=lengths)})[self.name].values()
-        rows_n = torch.zeros_like(values_n)
-        rows_n[present] = torch.where(slots == self._shared, UNKNOWN, slots + FIRST)
-        evicted = self.map.evict() if self.training else None
-        return rows_n, None if evicted is None else evicted[evicted != self._shared] + FIRST
-
-    def get_extra_state(self) -> Tensor:
-        """Counters, then the ids since the last round with what the policy remembers of each: int64 ``[3 + seen · (1 + memories)]``."""
-        if not isinstance(self.map, MCHManagedCollisionModule):
-            return torch.empty(0, dtype=torch.int64)
-        seen = self.map._current_history_buffer_offset
-        counters = torch.tensor([self.map._current_iter, self.map._last_eviction_iter, seen])
-        memories = [] if seen == 0 else [self.map._history_accumulator, *self.map._history_metadata.values()]
-        return torch.cat([counters, *(memory[:seen].cpu() for memory in memories)])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Go on where `get_extra_state` was called."""
-        if not isinstance(self.map, MCHManagedCollisionModule):
-            return
-        current, last, seen = state[:3].tolist()
-        self.map._current_iter, self.map._last_eviction_iter, self.map._current_history_buffer_offset = current, last, 0
-        self.map._evicted = False
-        if seen:
-            _make_room(self.map, seen)
-            memories = [self.map._history_accumulator, *self.map._history_metadata.values()]
-            for memory, saved in zip(memories, state[3:].view(len(memories), seen), strict=True):
-                memory[:seen] = saved.to(memory.device)
-        self.map._current_history_buffer_offset = seen
+def _bucket(table: TableSpec, config: ManagedTableConfig, number: int, seed: int, device: torch.device) -> Bucket:
+    """One of the equal ranges of a table's rows."""
+    slots = (table.rows - FIRST) // config.buckets
+    return Bucket(table.name, _collision_module(config, slots, device), FIRST + number * slots, slots, seed)
 
 
-def _make_room(collisions: MCHManagedCollisionModule, ids: int) -> None:
-    """Let the module remember ``ids`` more: TorchRec sizes its memory by the first batch, and cuts off what a longer one has beyond it."""
-    seen, size = collisions._current_history_buffer_offset, collisions._input_history_buffer_size
-    if seen + ids <= size:
-        return
-    size = max(2 * (seen + ids), 1)
-    old = [collisions._history_accumulator, *collisions._history_metadata.values()] if seen else []
-    memories = [torch.zeros(size, dtype=torch.int64, device=collisions.device) for _ in range(1 + len(_remembered(collisions)))]
-    for memory, before in zip(memories, old, strict=False):
-        memory[:seen] = before[:seen]
-    collisions._input_history_buffer_size, collisions._history_accumulator = size, memories[0]
-    for name, memory in zip(_remembered(collisions), memories[1:], strict=True):
-        collisions.register_buffer(f"_history_{name}", memory, persistent=False)
-        collisions._history_metadata[name] = memory
-
-
-def _remembered(collisions: MCHManagedCollisionModule) -> list[str]:
-    """What the policy remembers of each sighting since the last round."""
-    return [info.metadata_name for info in collisions._eviction_policy.metadata_info if info.is_history_metadata]
-
-
-def _collision_module(table: TableSpec, config: ManagedTableConfig, device: torch.device) -> ManagedCollisionModule:
-    if table.rows < FIRST + 2:
-        raise ConfigError(f"embedding.managed.{table.name}: expected a table of at least {FIRST + 2} rows, got {table.rows}")
+def _collision_module(config: ManagedTableConfig, slots: int, device: torch.device) -> ManagedCollisionModule:
     if config.policy == "hash_zch":
-        if device.type != "cuda":
-            raise ConfigError(
-                f"embedding.managed.{table.name}.policy: 'hash_zch' trains on a GPU alone, and this table is on {device}; "
-                "expected lfu, lru or distance_lfu"
-            )
-        return HashZchManagedCollisionModule(zch_size=table.rows - FIRST, device=device, total_num_buckets=1)
+        return HashZchManagedCollisionModule(zch_size=slots, device=device, total_num_buckets=1)
     policies: dict[str, MCHEvictionPolicy] = {
         "lfu": LFU_EvictionPolicy(),
         "lru": LRU_EvictionPolicy(),
         "distance_lfu": DistanceLFU_EvictionPolicy(decay_exponent=config.decay),
     }
     return MCHManagedCollisionModule(
-        zch_size=table.rows - FIRST + 1, device=device, eviction_policy=policies[config.policy], eviction_interval=config.interval
+        zch_size=slots + 1,  # TorchRec's last slot is that of all ids without one
+        device=device,
+        eviction_policy=policies[config.policy],
+        eviction_interval=config.interval,
     )
+
+
+def _check(table: TableSpec, config: ManagedTableConfig, device: torch.device) -> None:
+    name, own, buckets = f"embedding.managed.{table.name}", table.rows - FIRST, config.buckets
+    if table.rows < FIRST + 2 * buckets:
+        raise ConfigError(f"{name}: expected a table of at least {FIRST + 2 * buckets} rows, got {table.rows}")
+    if own % buckets:
+        more = FIRST + -(-own // buckets) * buckets
+        raise ConfigError(
+            f"{name}.buckets: {table.rows} rows, but for the first {FIRST}, do not divide into {buckets} buckets; {more} rows would"
+        )
+    if config.policy != "hash_zch":
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"{name}.policy: 'hash_zch' trains on a GPU alone, and this table is on {device}; expected lfu, lru or distance_lfu"
+        )
+    if buckets > 1:
+        raise ConfigError(f"{name}.buckets: expected 1 with the policy 'hash_zch', got {buckets}")
+
+
+def _seed(table: str) -> int:
+    """Of the vectors of rows that change hands: another for every table and every seed of torch."""
+    text = f"{torch.initial_seed()} {table}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 class ManagedIds(nn.Module):
@@ -139,7 +110,11 @@ class ManagedIds(nn.Module):
 
     In the keys of a managed table, 0 is "no value" (row 0) and any other id is between 1 and 2⁶³ − 2, as
     `recsys.data.encoding.hashing.raw_ids` makes them. Row 1 is that of every id without a row of its own. Only training mode counts ids and
-    moves rows.
+    moves rows; what a row of weight 0 holds does not count.
+
+    The rows behind the first two are split into ``buckets`` equal ranges, each with a map of its own, and an id belongs to bucket
+    ``mix(id) mod buckets``. After `share` each process owns a range of the buckets and asks the others for the rows of theirs
+    (`recsys.embedding.exchange`); so it makes no difference how many processes there are.
 
     Args:
         spec: the tables and their keys.
@@ -147,7 +122,8 @@ class ManagedIds(nn.Module):
         device: where the maps live.
 
     Raises:
-        ConfigError: an unknown table, one too small, one whose keys hold no raw ids, or a policy that the device does not have.
+        ConfigError: an unknown table, one too small or that does not divide into its buckets, one whose keys hold no raw ids, or a policy
+            that the device does not have.
     """
 
     def __init__(self, spec: InputSpec, configs: Mapping[str, ManagedTableConfig], device: torch.device) -> None:
@@ -160,23 +136,153 @@ class ManagedIds(nn.Module):
                 f"embedding.managed: table {ready[0]!r} is given rows, by a vocabulary or by hashing; expected raw ids: "
                 "say `ids: raw` and `rows` of its feature in the encoder"
             )
-        self._keys = {name: (*tables[name].bags, *tables[name].sequences) for name in configs}
-        self._pooled = {name: bool(tables[name].bags) for name in configs}
-        self.tables = nn.ModuleDict({name: _ManagedTable(tables[name], config, device) for name, config in configs.items()})
+        for name, config in configs.items():
+            _check(tables[name], config, device)
+        self._specs, self._configs, self._device = {name: tables[name] for name in configs}, dict(configs), device
+        self._world, self._shared = World(), False
+        self._owned = {name: {number: self._build(name, number) for number in range(config.buckets)} for name, config in configs.items()}
+        # One bucket has the names that it had when there was only one.
+        self.tables = nn.ModuleDict(
+            {name: owned[0] if len(owned) == 1 else nn.ModuleList(owned.values()) for name, owned in self._owned.items()}
+        )
+
+    def _build(self, name: str, number: int) -> Bucket:
+        return _bucket(self._specs[name], self._configs[name], number, _seed(name), self._device)
+
+    def train(self, mode: bool = True) -> Self:
+        """See `torch.nn.Module.train`; buckets of `share` are no submodules."""
+        for owned in self._owned.values():
+            for bucket in owned.values():
+                bucket.train(mode)
+        return super().train(mode)
 
     @torch.no_grad()
-    def forward(self, batch: RankingBatch) -> tuple[RankingBatch, dict[str, Tensor]]:
-        """The batch with rows, and by table the rows that have changed hands, whose vectors are to be drawn anew."""
+    def forward(self, batch: RankingBatch) -> tuple[RankingBatch, dict[str, Gone]]:
+        """The batch with rows, and by table the rows that have changed hands, whose vectors are to be drawn anew.
+
+        After `share` a collective call.
+        """
+        raw = {name: self._raw(batch, name) for name in self._configs}
+        asked = [Asked(ids[ids != NO_VALUE], None if counts is None else counts[ids != NO_VALUE]) for ids, counts in raw.values()]
+        if self._world.size == 1:
+            found, gone = self._answer(asked)
+        else:
+            owners = [self._owners(name, one.ids) for name, one in zip(self._configs, asked, strict=True)]
+            found, gone = exchange(self._world, asked, owners, self._answer)
         values: dict[str, Tensor] = {}
-        evicted: dict[str, Tensor] = {}
-        for name, table in self.tables.items():
-            jagged = batch.sparse if self._pooled[name] else batch.sequences
-            parts = [jagged[key].values() for key in self._keys[name]]
-            rows, gone = table(torch.cat(parts))
-            values |= dict(zip(self._keys[name], rows.split([len(part) for part in parts]), strict=True))
-            if gone is not None and gone.numel():
-                evicted[name] = gone
-        return replace(batch, sparse=_replace(batch.sparse, values), sequences=_replace(batch.sequences, values)), evicted
+        for (name, (ids, _)), own in zip(raw.items(), found, strict=True):
+            rows = torch.full_like(ids, NO_VALUE)
+            rows[ids != NO_VALUE] = own
+            jagged, keys = self._jagged(batch, name)
+            values |= dict(zip(keys, rows.split([len(jagged[key].values()) for key in keys]), strict=True))
+        renewed = {name: one for name, one in zip(self._configs, gone, strict=True) if one is not None and len(one.rows)}
+        return replace(batch, sparse=_replace(batch.sparse, values), sequences=_replace(batch.sequences, values)), renewed
+
+    def _jagged(self, batch: RankingBatch, name: str) -> tuple[KeyedJaggedTensor, list[str]]:
+        """Where a table's ids are, and in which keys."""
+        table = self._specs[name]
+        return (batch.sparse if table.bags else batch.sequences), [*table.bags, *table.sequences]
+
+    def _raw(self, batch: RankingBatch, name: str) -> tuple[Tensor, Tensor | None]:
+        """All ids of a table, one key after another, and which of them count."""
+        jagged, keys = self._jagged(batch, name)
+        ids = torch.cat([jagged[key].values() for key in keys])
+        if not self.training or batch.weights is None:
+            return ids, None
+        return ids, torch.cat([(batch.weights > 0).repeat_interleave(jagged[key].lengths().long()) for key in keys])
+
+    def _number(self, name: str, ids: Tensor) -> Tensor:
+        """The bucket of each id."""
+        return mix(ids) % self._configs[name].buckets
+
+    def _owners(self, name: str, ids: Tensor) -> Tensor:
+        return self._number(name, ids) // (self._configs[name].buckets // self._world.size)
+
+    def _answer(self, asked: Sequence[Asked]) -> tuple[list[Tensor], list[Gone | None]]:
+        """See `recsys.embedding.exchange.Answer`."""
+        answers = [self._rows(name, one) for name, one in zip(self._configs, asked, strict=True)]
+        return [rows for rows, _ in answers], [gone for _, gone in answers]
+
+    def _rows(self, name: str, asked: Asked) -> tuple[Tensor, Gone | None]:
+        """Rows of ids of the buckets that are here. Every bucket is asked, since an empty batch is a batch too."""
+        buckets = self._configs[name].buckets
+        if buckets == 1:
+            rows, left = self._owned[name][0](asked.ids, asked.counts)
+            return rows, left
+        numbers = self._number(name, asked.ids)
+        places = numbers.argsort(stable=True).split(torch.bincount(numbers, minlength=buckets).tolist())
+        rows, gone = torch.empty_like(asked.ids), []
+        for number, bucket in self._owned[name].items():
+            place = places[number]
+            rows[place], left = bucket(asked.ids[place], None if asked.counts is None else asked.counts[place])
+            gone += [] if left is None else [left]
+        return rows, Gone(torch.cat([g.rows for g in gone]), torch.cat([g.keys for g in gone])) if gone else None
+
+    def check_world(self, world: World) -> None:
+        """Whether so many processes can share the buckets.
+
+        Raises:
+            ConfigError: their number does not divide that of a table's buckets.
+        """
+        for name, config in self._configs.items():
+            if config.buckets % world.size:
+                raise ConfigError(
+                    f"embedding.managed.{name}.buckets: {config.buckets} buckets cannot be shared by {world.size} processes; "
+                    f"expected a multiple of {world.size}"
+                )
+
+    def share(self, world: World, device: torch.device) -> None:
+        """Keep this process's buckets alone, the r-th of ``world.size`` equal ranges, on ``device``. Part of `sharding.shard`.
+
+        They leave the state dict, in which all processes would have to have the same names: see `shard_state`.
+
+        Raises:
+            ConfigError: see `check_world`.
+        """
+        self.check_world(world)
+        before, self._device, self._world, self._shared = self._owned, device, world, True
+        self._owned, self.tables = {}, nn.ModuleDict()
+        for name, config in self._configs.items():
+            each = config.buckets // world.size
+            numbers = range(world.rank * each, (world.rank + 1) * each)
+            self._owned[name] = {number: self._moved(before[name][number], name, number) for number in numbers}
+        self.train(self.training)
+
+    def _moved(self, bucket: Bucket, name: str, number: int) -> Bucket:
+        """A bucket on this device; a new one for one of the meta device."""
+        if bucket.map.device == self._device:
+            return bucket
+        moved = self._build(name, number)
+        if bucket.map.device.type != "meta":
+            moved.load_state_dict(bucket.state_dict())
+        return moved
+
+    def _shares(self) -> Iterator[tuple[str, Bucket]]:
+        """The buckets that are here, and what the names of their state begin with where they are not shared."""
+        for name, owned in self._owned.items():
+            for number, bucket in owned.items():
+                yield f"tables.{name}." if self._configs[name].buckets == 1 else f"tables.{name}.{number}.", bucket
+
+    def shard_state(self) -> dict[str, Tensor]:
+        """See `recsys.embedding.sharding.HoldsShards`. One of a bucket's tensors is longer the more ids came since the last round."""
+        if not self._shared:
+            return {}
+        return {prefix + key: tensor for prefix, bucket in self._shares() for key, tensor in bucket.state_dict().items()}
+
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `recsys.embedding.sharding.HoldsShards`.
+
+        Raises:
+            CheckpointError: a bucket is absent or has another size.
+        """
+        for prefix, bucket in self._shares():
+            for key, tensor in bucket.state_dict().items():
+                found = state.get(prefix + key)
+                if found is None or (found.shape != tensor.shape and key != EXTRA):
+                    shapes = tuple(tensor.shape), None if found is None else tuple(found.shape)
+                    raise CheckpointError(f"managed ids: {prefix}{key}: expected {shapes[0]}, got {shapes[1]}")
+        for prefix, bucket in self._shares():
+            bucket.load_state_dict({key: state[prefix + key] for key in bucket.state_dict()})
 
 
 def _replace(jagged: KeyedJaggedTensor, values: Mapping[str, Tensor]) -> KeyedJaggedTensor:

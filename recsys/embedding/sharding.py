@@ -2,7 +2,7 @@
 """Embedding tables over several processes: TorchRec's planner and its `DistributedModelParallel`, on the CPU (gloo) too."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from recsys.core.errors import ConfigError, unknown
+from recsys.data.world import World
+from recsys.embedding.exchange import gathered
 from recsys.embedding.tables import EmbeddingTables
 from recsys.embedding.unpooled import UnpooledTables
 
@@ -181,6 +183,9 @@ def shard(
     `torch.distributed.checkpoint` saves it together with ``state_dict()`` in a form that any number of processes can load. The dense
     optimizer takes `recsys.embedding.tables.dense_parameters`.
 
+    Of the maps of managed ids each process keeps its buckets (`recsys.embedding.ids.ManagedIds.share`), wherever the rows are. They are
+    not in ``state_dict()``: see `HoldsShards`.
+
     Args:
         module: holds one or more `EmbeddingTables`.
         plan: the result of `plan`, the same in every process; the planner's choice under ``constraints`` by default.
@@ -188,17 +193,18 @@ def shard(
         device: of this process, the CPU by default.
 
     Raises:
-        ConfigError: both a plan and constraints; or a table has managed ids, whose maps would differ between the processes.
+        ConfigError: both a plan and constraints; or the number of processes does not divide that of a table's buckets.
     """
     if plan is not None and constraints:
         raise ConfigError("expected a plan or constraints, got both")
     tables = {name: m for name, m in module.named_modules() if isinstance(m, EmbeddingTables)}
-    if managed := [table for m in tables.values() for table in m.config.managed]:
-        raise ConfigError(
-            f"embedding.managed.{managed[0]}: a table with managed ids cannot be sharded: processes would map ids differently"
-        )
+    managed = [m.ids for m in tables.values() if m.config.managed]
+    for ids in managed:
+        ids.check_world(World.current())
     device = device or torch.device("cpu")
     plan = plan or _plan(module, dist.get_world_size(), constraints, device.type)
+    for ids in managed:
+        ids.share(World.current(), device)
     unborn = {name: m.config.init_std for name, m in tables.items() if any(weight.is_meta for weight in m.parameters())}
     model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders(), data_parallel_wrapper=_Averaged(**AVERAGING))
     for name, std in unborn.items():
@@ -217,8 +223,29 @@ def _draw(tables: nn.Module, std: float) -> None:
             part.tensor.detach().copy_(torch.randn(part.tensor.shape, generator=generator) * std)
 
 
+@runtime_checkable
+class HoldsShards(Protocol):
+    """A module that holds a part of a state of which ``state_dict`` has nothing, since names and shapes differ between the processes."""
+
+    def shard_state(self) -> dict[str, Tensor]:
+        """This process's part; no name is in two processes. Empty where the module is not shared between processes."""
+        ...
+
+    def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take what all names of `shard_state` had in the processes that saved them, however many; there may be others beside them."""
+        ...
+
+
+def holders(model: nn.Module) -> dict[str, HoldsShards]:
+    """The modules of ``model`` that hold such parts, by the names that they have in its state dict."""
+    root = model.module if isinstance(model, DistributedModelParallel) else model
+    return {name: module for name, module in root.named_modules() if isinstance(module, HoldsShards)}
+
+
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tables, in every process, for the unsharded model to load. A collective call: every process makes it.
+    """The state dict with whole tables and all maps of managed ids, in every process, for the unsharded model to load.
+
+    A collective call: every process makes it.
 
     Args:
         model: the result of `shard`, or what was given to it.
@@ -235,6 +262,8 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
             whole[row : row + rows, column : column + columns] = part.tensor.detach()
         dist.all_reduce(whole)
         state[name] = whole
+    for name, module in holders(model).items():
+        state |= {f"{name}.{key}": tensor for key, tensor in gathered(module.shard_state(), _device(model)).items()}
     return state
 
 

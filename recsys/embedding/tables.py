@@ -23,6 +23,7 @@ from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec
 from recsys.data.world import average
 from recsys.embedding.ids import ManagedIds, ManagedTableConfig
+from recsys.embedding.renewal import renew
 from recsys.embedding.unpooled import UnpooledTables
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -179,8 +180,9 @@ class EmbeddingTables(nn.Module):
 
     def _look_up(self, batch: RankingBatch) -> Embedded:
         if self.config.managed:
-            batch, evicted = self.ids(batch)
-            self._renew(evicted)
+            batch, gone = self.ids(batch)
+            if gone:
+                renew(self._collections().values(), self.fused_optimizers(), gone, self.config.init_std)
         pooled = self.pooled(batch.sparse) if self.pooled is not None else keyed({}, len(batch), self._device)
         if tuple(pooled.keys()) != self.spec.bag_keys:  # a sharded collection orders its values by shard
             parts = pooled.to_dict()
@@ -199,19 +201,6 @@ class EmbeddingTables(nn.Module):
         vectors = [embedded.pooled.values(), *(jagged.values() for jagged in embedded.sequences.values())]
         squares = torch.stack([v.float().square().sum() for v in vectors]).sum()
         return 0.5 * self.config.l2 * squares / average(squares.new_tensor(max(1, len(vectors[0]))))
-
-    @torch.no_grad()
-    def _renew(self, evicted: Mapping[str, Tensor]) -> None:
-        """Draw the rows anew that went from one id to another, and forget their accumulators. TorchRec leaves both as they were."""
-        if not evicted:
-            return
-        weights = {name.split(".")[-2]: weight for name, weight in self.named_parameters() if name.endswith(".weight")}
-        for table, rows in evicted.items():
-            # .data, so that a forward pass whose backward pass is still to come does not object; FBGEMM's own updates do the same.
-            weights[table].data[rows] = torch.randn(len(rows), weights[table].shape[1], device=self._device) * self.config.init_std
-            for name, accumulator in self._accumulators().items():
-                if name.split(".")[1] == table:
-                    accumulator.data[rows] = 0.0
 
     def fused_optimizers(self) -> list[KeyedOptimizer]:
         """The optimizers that run inside the backward pass.

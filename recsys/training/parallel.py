@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recsys.core.config import Config
 from recsys.core.errors import CheckpointError, DataError
 from recsys.data.world import World
-from recsys.embedding.sharding import AVERAGING, Placement, shard
+from recsys.embedding.sharding import AVERAGING, Placement, holders, shard
 from recsys.embedding.tables import EmbeddingTables
 from recsys.training.checkpoint import Checkpoint, Checkpoints
 from recsys.training.optim import DenseOptimizer, Optimizers
@@ -22,7 +22,7 @@ from recsys.training.randomness import random_state, set_random_state
 from recsys.training.shards import INDEX, load_shards, shapes
 from recsys.training.shared_checkpoint import SharedCheckpoints
 
-_DENSE, _RANDOM = "dense", "random"
+_DENSE, _HELD, _RANDOM = "dense", "held", "random"
 
 
 class Distribution(Config):
@@ -199,9 +199,8 @@ class Together:
     def load(self, found: Checkpoint) -> None:
         """See `Trained`."""
         self._check(found)
-        state = {"model": self._model.state_dict(), "fused": self._fused()} | self._dense_as_saved(found)
-        load_shards(found.directory, state)
-        self._model.load_state_dict(state["model"])
+        state = {"fused": self._fused()} | self._dense_as_saved(found)
+        self._load_model(found, state)
         self.optimizers.load_dense(state.get(_DENSE, {}))
         own = f"{_RANDOM}-{self.world.rank}"
         if own in found:
@@ -212,13 +211,19 @@ class Together:
     def load_weights(self, found: Checkpoint) -> None:
         """See `Trained`."""
         self._check(found)
-        state = {"model": self._model.state_dict()}
+        self._load_model(found, {})
+
+    def _load_model(self, found: Checkpoint, state: dict[str, Any]) -> None:
+        """Take the weights, and fill the rest of ``state``."""
+        state |= {"model": self._model.state_dict()} | self._held_as_saved(found)
         load_shards(found.directory, state)
         self._model.load_state_dict(state["model"])
+        for name, held in state.get(_HELD, {}).items():
+            holders(self._model)[name].load_shard_state(held)
 
     def save(self, step: int, state: Mapping[str, Any], best: int | None) -> Path:
         """See `Trained`."""
-        shards = {"model": self._model.state_dict(), "fused": self._fused(), _DENSE: self.optimizers.dense_state()}
+        shards = {"model": self._model.state_dict(), "fused": self._fused(), _DENSE: self.optimizers.dense_state()} | self._held()
         return self._checkpoints.save(step, state, {_RANDOM: random_state()}, shards, best)
 
     def latest(self) -> Checkpoint | None:
@@ -237,6 +242,20 @@ class Together:
         """The state of the tables' optimizers, in parts; loading fills it in place."""
         optimizer = getattr(self._wrapped, "fused_optimizer", None)
         return {} if optimizer is None else optimizer.state_dict()["state"]
+
+    def _held(self) -> dict[str, Any]:
+        """What modules hold in parts besides, such as maps of managed ids."""
+        held = {name: module.shard_state() for name, module in holders(self._model).items()}
+        return {_HELD: held} if any(held.values()) else {}
+
+    def _held_as_saved(self, found: Checkpoint) -> dict[str, Any]:
+        """Empty tensors for that: some are as long as they were when they were saved."""
+        saved, state = shapes(found.directory), self._held()
+        for name, held in state.get(_HELD, {}).items():
+            for key, tensor in held.items():
+                shape, dtype = saved.get(f"{_HELD}.{name}.{key}", (tuple(tensor.shape), tensor.dtype))
+                held[key] = torch.empty(shape, dtype=dtype, device=tensor.device)
+        return state
 
     def _dense_as_saved(self, found: Checkpoint) -> dict[str, Any]:
         """Empty tensors for the dense optimizer's state, which it has not before its first step."""

@@ -15,12 +15,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recsys.core.config import validate
 from recsys.core.errors import CheckpointError, ConfigError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
-from recsys.embedding.ids import ManagedTableConfig
 from recsys.embedding.sharding import full_state, placements, plan, shard
-from recsys.embedding.tables import EmbeddingTables, dense_parameters
+from recsys.embedding.tables import Embedded, EmbeddingTables, dense_parameters
 
 WORLD, ROWS = 2, 4  # processes, and impressions of each
 SPEC = InputSpec(
@@ -147,10 +147,115 @@ def unborn() -> None:
         assert 0.5 < float(weight.std()) < 1.5 and not torch.equal(weight[: len(weight) - half], weight[half:])
 
 
+MANAGED = InputSpec(
+    tables=(
+        TableSpec(name="user", rows=2 + 6 * 2, bags=("user", "friends"), ids="raw"),
+        TableSpec(name="city", rows=5, bags=("city",)),
+        TableSpec(name="item", rows=2 + 2 * 4, sequences=("history", "target"), ids="raw"),
+    ),
+    sequences=(SequenceSpec(name="h", keys=("history",), target="target"),),
+    tasks=(),
+)
+
+
+def managed_batches(step: int) -> list[RankingBatch]:
+    """One for each process; at times the first has no ids, or a row of the second weighs nothing. 0 is no value."""
+    generator = torch.Generator().manual_seed(step)
+
+    def keyed(keys: tuple[str, ...], most: int) -> KeyedJaggedTensor:
+        lengths = torch.randint(0, most, (len(keys), ROWS), generator=generator)
+        values = [
+            torch.randint(0, 5 if key == "city" else 40, (int(n.sum()),), generator=generator) * (1 if key == "city" else 3 * 2**50)
+            for key, n in zip(keys, lengths, strict=True)
+        ]
+        return KeyedJaggedTensor(keys=list(keys), values=torch.cat(values), lengths=lengths.flatten())
+
+    made = []
+    for rank in range(WORLD):
+        most = 1 if rank == 0 and step % 4 == 1 else 4
+        batch = RankingBatch(
+            keyed(MANAGED.bag_keys, most), keyed(MANAGED.sequence_keys, most), torch.empty(ROWS, 0), None, torch.ones(ROWS)
+        )
+        made.append(batch.muted(1) if rank and step % 3 == 0 else batch)
+    return made
+
+
+def summed(embedded: Embedded, weights: Tensor) -> Tensor:
+    """Of everything that a batch looks up, each row as it weighs."""
+    vectors = embedded.pooled.values().sin().sum(1)
+    for jagged in embedded.sequences.values():
+        vectors = vectors.index_add(0, torch.repeat_interleave(jagged.lengths().long()), jagged.values().cos().sum(1))
+    return (vectors * weights).sum() / ROWS
+
+
+def managed(case: str, optimizer: str, dims: dict[str, int]) -> None:
+    """Tables of two processes against one that sees both batches: ids get the same rows, rows the same vectors and accumulators."""
+    rank, placement = dist.get_rank(), {"rows": "row_wise", "tables": "table_wise"}[case]
+    ids = {"user": {"policy": "lru", "interval": 1, "buckets": 6}, "item": {"policy": "distance_lfu", "interval": 3, "buckets": 2}}
+    config = validate(EmbeddingTables.Config, {"dim": 8, "dims": dims, "optimizer": optimizer, "init_std": 1.0, "managed": ids})
+    torch.manual_seed(0)
+    whole = EmbeddingTables(MANAGED, config)
+    wrapped = shard(nn.ModuleDict({"tables": copy.deepcopy(whole)}), constraints=dict.fromkeys(("user", "city", "item"), placement))
+    tables = wrapped.module["tables"]
+    torch.manual_seed(5 + rank)  # what is drawn anew does not come from here
+    evictions: list[int] = []
+    whole.ids.register_forward_hook(lambda module, given, result: evictions.extend(len(gone.rows) for gone in result[1].values()))
+    for step in range(20):
+        parts = managed_batches(step)
+        both = joined(parts)
+        both.weights = torch.cat([part.weights for part in parts])
+        expected = whole(both)
+        found = tables(parts[rank])
+        for key, vectors in found.pooled.to_dict().items():
+            torch.testing.assert_close(vectors, expected.pooled[key][rank * ROWS : (rank + 1) * ROWS], rtol=1e-5, atol=1e-5)
+        (summed(expected, both.weights) / WORLD).backward()
+        summed(found, parts[rank].weights).backward()
+    assert sum(evictions) > 3 * 20
+    state = full_state(wrapped)
+    assert state.keys() == {f"tables.{name}" for name in whole.state_dict()}
+    for name, tensor in whole.state_dict().items():
+        other = state[f"tables.{name}"]
+        if name.endswith("_extra_state"):  # the order of what was seen is that of the processes
+            assert other[:3].tolist() == tensor[:3].tolist() and other.sort()[0].tolist() == tensor.sort()[0].tolist()
+        else:
+            torch.testing.assert_close(other, tensor, rtol=0 if tensor.dtype == torch.int64 else 1e-4, atol=1e-5, msg=name)
+    compared = 0
+    for name, accumulator in whole.fused_state().items():
+        if name != "learning_rate":
+            kind, table, *_ = name.split(".")
+            collection = "pooled.embedding_bags" if kind == "pooled" else "unpooled.embeddings"
+            sharded = wrapped.fused_optimizer.state_dict()["state"].get(f"tables.{collection}.{table}.weight", {})
+            for part in [part for tensor in sharded.values() for part in tensor.local_shards()]:
+                first = part.metadata.shard_offsets[0]
+                torch.testing.assert_close(part.tensor, accumulator[first : first + len(part.tensor)], rtol=1e-4, atol=1e-6, msg=name)
+                compared += 1
+    assert compared
+    before = state
+    for step in range(20, 23):
+        parts = managed_batches(step)
+        rows = [module.eval().ids(batch)[0] for module, batch in ((whole, joined(parts)), (tables, parts[rank]))]
+        for key in ("user", "friends"):
+            bags = [each.sparse[key].to_dense() for each in rows]
+            assert [bag.tolist() for bag in bags[0][rank * ROWS : (rank + 1) * ROWS]] == [bag.tolist() for bag in bags[1]]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in full_state(wrapped).items())
+
+
+def unborn_managed() -> None:
+    """Maps of tables of the meta device are built by the processes that own their buckets."""
+    config = validate(EmbeddingTables.Config, {"dim": 8, "managed": {"user": {"interval": 1, "buckets": 6}, "item": {"buckets": 2}}})
+    with torch.device("meta"):
+        module = nn.ModuleDict({"tables": EmbeddingTables(MANAGED, config, torch.device("meta"))})
+    tables = shard(module).module["tables"]
+    tables(managed_batches(2)[dist.get_rank()])
+    rows = tables.eval().ids(managed_batches(2)[dist.get_rank()])[0].sparse["user"].values()
+    assert int(rows.max()) > 1
+
+
 def main(rank: int, directory: Path, jobs: list[list]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
     for name, *arguments in jobs:
-        {"compare": compare, "reload": lambda: reload(directory), "unborn": unborn}[name](*arguments)
+        jobs_by_name = {"compare": compare, "reload": lambda: reload(directory), "unborn": unborn}
+        (jobs_by_name | {"managed": managed, "unborn_managed": unborn_managed})[name](*arguments)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -176,6 +281,11 @@ def run(tmp_path: Path) -> Callable[..., None]:
 def test_sharded_tables_equal_unsharded_ones(run) -> None:
     mixed = {"rating": 4, "city": 16}
     run(*(["compare", case, "rowwise_adagrad", mixed] for case in CASES), ["compare", "mixed", "sgd", {}], ["reload"], ["unborn"])
+
+
+def test_sharded_tables_with_managed_ids_equal_unsharded_ones(run) -> None:
+    mixed = {"item": 4, "city": 16}
+    run(["managed", "rows", "rowwise_adagrad", mixed], ["managed", "tables", "adagrad", {}], ["unborn_managed"])
 
 
 @pytest.mark.slow
@@ -207,11 +317,6 @@ def test_bad_constraints_are_config_errors() -> None:
         plan(model, 2, {"genre": "data_parallel"})
     with pytest.raises(ConfigError, match="got both"):
         shard(model, plan=plan(model, 2), constraints={"genre": "row_wise"})
-    tables = tuple(table.model_copy(update={"ids": "raw" if table.name == "item" else "rows"}) for table in SPEC.tables)
-    spec = SPEC.model_copy(update={"tables": tables})
-    managed = EmbeddingTables(spec, EmbeddingTables.Config(dim=8, managed={"item": ManagedTableConfig()}))
-    with pytest.raises(ConfigError, match=r"embedding.managed.item: a table with managed ids cannot be sharded"):
-        shard(managed)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from recsys.core.config import validate
 from recsys.core.errors import CheckpointError
@@ -184,14 +183,8 @@ def test_one_process_alone_comes_to_the_same(three: Launched, tmp_path: Path) ->
     """The trainer without a process group."""
     ranker = worker.model()
     trainer = Trainer(validate(Trainer.Config, TRAINER), tmp_path, progress=NoProgress())
-    table = worker.data(41, seed=1)
-    check, labels = worker.to_batch(table), torch.from_numpy(table["click"].to_numpy())
     loader = TableLoader(worker.data(), worker.to_batch, batch_size=12, seed=3)
-
-    def valid(module: Any) -> dict[str, float]:
-        return {"loss": float(functional.binary_cross_entropy(module.predict(check)[:, 0].double(), labels))}
-
-    history = trainer.fit(ranker, loader, valid)
+    history = trainer.fit(ranker, loader, worker.validation(worker.data(41, seed=1)))
     for name, weight in ranker.state_dict().items():
         torch.testing.assert_close(weight, three.weights[name], rtol=1e-4, atol=2e-5, msg=name)
     for mine, theirs in zip(history.rows(), three.result["rows"], strict=True):

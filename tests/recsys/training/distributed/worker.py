@@ -41,6 +41,18 @@ SPEC = InputSpec(
     dense=("x",),
     tasks=("click", "like"),
 )
+MANAGED = InputSpec(
+    tables=(
+        SPEC.tables[0],
+        TableSpec(name="item", rows=2 + 12 * 3, sequences=("history", "target"), ids="raw"),
+        TableSpec(name="city", rows=2 + 12 * 2, bags=("city",), ids="raw"),
+    ),
+    sequences=SPEC.sequences,
+    dense=SPEC.dense,
+    tasks=SPEC.tasks,
+)
+"""With raw ids, of which there are far more than rows."""
+RAW = {"history": 150, "target": 150, "city": 60}  # how many ids there are
 ROWS = 101  # with batches of 12 the last one has five rows, fewer than six processes
 
 
@@ -71,25 +83,43 @@ def to_batch(table: pa.Table) -> RankingBatch:
     return RankingBatch(keyed(SPEC.bag_keys), keyed(SPEC.sequence_keys), dense, torch.from_numpy(labels))
 
 
-def model(dropout: float = 0.0) -> DCNv2:
+def managed_data(rows: int = ROWS, seed: int = 0) -> pa.Table:
+    """Some ids are frequent, and others become so as the rows go on."""
+    table, rng = data(rows, seed), np.random.default_rng(seed + 100)
+
+    def drawn(key: str, lengths: list[int]) -> list[list[int]]:
+        return [((rng.geometric(0.03, n) + row // 3) % RAW[key] * 12 * 2**40).tolist() for row, n in enumerate(lengths)]
+
+    columns = {"history": drawn("history", [3] * rows)} | {key: [i for (i,) in drawn(key, [1] * rows)] for key in ("target", "city")}
+    for key, values in columns.items():
+        table = table.set_column(table.column_names.index(key), key, pa.array(values))
+    return table
+
+
+def model(dropout: float = 0.0, managed: bool = False) -> DCNv2:
     torch.manual_seed(7)
-    settings = {
+    settings: dict[str, Any] = {
         "name": "dcnv2",
         "hidden": [16],
         "dropout": dropout,
         "embedding": {"dim": 8, "dims": {"city": 4}, "learning_rate": 0.1, "init_std": 0.3},
         "history": {"name": "target_attention", "unit": "mlp", "hidden": [8]},
     }
-    return DCNv2(validate(DCNv2.Config, settings), SPEC)
+    if managed:
+        policies = {"item": {"policy": "distance_lfu", "interval": 2}, "city": {"policy": "lru", "interval": 5}}
+        settings["embedding"]["managed"] = {table: policy | {"buckets": 12} for table, policy in policies.items()}
+    return DCNv2(validate(DCNv2.Config, settings), MANAGED if managed else SPEC)
 
 
 class Recorded(TableLoader[RankingBatch]):
     """Writes which rows were trained on; does something at chosen steps."""
 
-    def __init__(self, folder: Path, world: World, attempt: str, faults: dict[int, Callable[[RankingBatch], None]]) -> None:
+    def __init__(
+        self, folder: Path, world: World, attempt: str, faults: dict[int, Callable[[RankingBatch], None]], table: pa.Table
+    ) -> None:
         self.folder, self.attempt, self.faults = folder, attempt, faults
         self._seen: list[list[int]] = []
-        super().__init__(data(), self._remembered, batch_size=12, seed=3, world=world, prefetch=2)
+        super().__init__(table, self._remembered, batch_size=12, seed=3, world=world, prefetch=2)
 
     def _remembered(self, table: pa.Table) -> RankingBatch:
         self._seen.append(table["row"].to_pylist())
@@ -118,6 +148,19 @@ def poisoned(batch: RankingBatch) -> None:
     batch.labels[0, 0] = torch.inf
 
 
+def validation(table: pa.Table) -> Callable[[nn.Module], dict[str, float]]:
+    """The loss of the clicks of a table, which all processes of the group predict together."""
+    check = list(TableLoader(table, to_batch, batch_size=12, shuffle=False, world=World.current()))
+    labels = torch.from_numpy(table["click"].to_numpy())
+
+    def valid(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, DCNv2)
+        probability = predictions(lambda batch: module.predict(batch)[:, 0].numpy(), check, table.num_rows, 12)
+        return {"loss": float(functional.binary_cross_entropy(torch.from_numpy(probability).double(), labels))}
+
+    return valid
+
+
 def main(folder: Path, job: dict[str, Any]) -> None:
     world = join()
     faults: dict[int, Callable[[RankingBatch], None]] = {}
@@ -132,18 +175,12 @@ def main(folder: Path, job: dict[str, Any]) -> None:
                 "poison": poisoned,
             }
             faults[fault["at"]] = acts[fault["what"]]
-    ranker = model(job.get("dropout", 0.0))
-    table = data(41, seed=1)
-    check = list(TableLoader(table, to_batch, batch_size=12, shuffle=False, world=world))
-    labels = torch.from_numpy(table["click"].to_numpy())
-
-    def valid(module: nn.Module) -> dict[str, float]:
-        assert isinstance(module, DCNv2)
-        probability = predictions(lambda batch: module.predict(batch)[:, 0].numpy(), check, table.num_rows, 12)
-        return {"loss": float(functional.binary_cross_entropy(torch.from_numpy(probability).double(), labels))}
-
+    made = managed_data if job.get("managed") else data
+    ranker = model(job.get("dropout", 0.0), job.get("managed", False))
     trainer = Trainer(validate(Trainer.Config, job["trainer"]), folder / "run", progress=NoProgress(), context={"seed": 7})
-    history = trainer.fit(ranker, Recorded(folder, world, f"{job.get('launch', 0)}.{attempt}", faults), valid)
+    history = trainer.fit(
+        ranker, Recorded(folder, world, f"{job.get('launch', 0)}.{attempt}", faults, made()), validation(made(41, seed=1))
+    )
     state = full_state(ranker)
     if world.rank == 0:
         digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
