@@ -16,6 +16,7 @@ NAMES = (
     "distributed",
     "feature_store",
     "kernels",
+    "loader",
     "ranking_depth",
     "ranking_growth",
     "ranking_mfu",

@@ -231,7 +231,7 @@ def _loader_cpu() -> float:
         frame = pl.DataFrame(columns).with_columns(pl.col(c).cast(pl.String) for c in CATEGORICAL)
         frame.write_parquet(path, row_group_size=4 * ROWS)
         encoder = Encoder.fit(config, frame.to_arrow())
-        loader: ParquetLoader[RankingBatch] = ParquetLoader([path], encoder.transform, batch_size=ROWS)
+        loader: ParquetLoader[RankingBatch] = ParquetLoader([path], encoder, batch_size=ROWS)
         for _ in loader:
             pass
         started = time.process_time()

@@ -37,6 +37,11 @@ class Worker:
             [str(python), str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables, bufsize=1
         )
 
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
+        return self._process.pid
+
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer.
 

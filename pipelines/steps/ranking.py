@@ -87,7 +87,7 @@ def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Pa
     training = recipe.ranker.training
     labels = {part: _labels(batches[part]) for part in PARTS}
     path = _sample_negatives(frames, labels["train"], recipe)
-    loader = ParquetLoader([path], encoder.transform, batch_size=training.batch_size, seed=recipe.seed)
+    loader: ParquetLoader[RankingBatch] = ParquetLoader([path], encoder, batch_size=training.batch_size, seed=recipe.seed)
 
     def validate(model: nn.Module) -> dict[str, float]:
         predicted = undersampling_correction(_predict(model, batches["valid"]), recipe.ranker.negatives)

@@ -12,12 +12,12 @@ from typing import Literal, Self
 import numpy as np
 import pyarrow as pa
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.errors import DataError, SchemaError
 from recsys.data.batch import RankingBatch
+from recsys.data.encoded import EncodedRows, KeyedRows, is_wide, matrix
 from recsys.data.encoding import fitted as state
-from recsys.data.encoding.coders import NO_VALUE, BucketCoder, Coder, NumberCoder, StringCoder
+from recsys.data.encoding.coders import NO_VALUE, BucketCoder, Coder, NumberCoder, StringCoder, look_up
 from recsys.data.encoding.columns import Columns, Lists, Scalars
 from recsys.data.encoding.config import (
     Bag,
@@ -25,6 +25,7 @@ from recsys.data.encoding.config import (
     Categorical,
     Dense,
     EncoderConfig,
+    Feature,
     Identifiers,
     Sequence,
     SequenceExtra,
@@ -33,10 +34,11 @@ from recsys.data.encoding.config import (
     pooled_table,
 )
 from recsys.data.encoding.hashing import HashCoder, RawCoder
+from recsys.data.jagged import Jagged
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq}
-_Jagged = tuple[np.ndarray, np.ndarray]  # int64 values [N], int64 lengths [B]
+_Ids = np.ndarray | Jagged  # int64 [B], or a list of them for each row
 
 
 class Encoder:
@@ -151,6 +153,11 @@ class Encoder:
         """The column of the rows' weights, which is read where there are labels."""
         return self.config.weight
 
+    @property
+    def list_keys(self) -> frozenset[str]:
+        """The keys that have any number of ids for a row."""
+        return frozenset(key for f in self.config.features for key in _keys_of_lists(f))
+
     def transform(self, table: pa.Table | pa.RecordBatch) -> RankingBatch:
         """Encode B ≥ 1 rows.
 
@@ -162,28 +169,36 @@ class Encoder:
             SchemaError: a column is absent or of another type than its encoding expects.
             DataError: no rows; a null or infinite label; a null, infinite or negative weight; aligned lists of different lengths.
         """
-        columns = Columns(table)
+        return self.rows(table).batch()
+
+    def rows(self, table: pa.Table | pa.RecordBatch) -> EncodedRows:
+        """Encode many rows, of which batches are gathered later; see `transform` for arguments and errors.
+
+        Strings that come as a dictionary are looked up once for each of its values.
+        """
+        columns = Columns(table, dictionaries=True)
         if len(columns) == 0:
             raise DataError("expected at least one row to encode, got none")
-        jagged: dict[str, _Jagged] = {}
+        ids: dict[str, _Ids] = {}
         dense: list[np.ndarray] = []
         for feature in self.config.features:
             match feature:
                 case Categorical():
-                    jagged[feature.feature] = _single(columns.strings(feature.feature), self._coders[pooled_table(feature)])
+                    ids[feature.feature] = _single(columns.strings(feature.feature), self._coders[pooled_table(feature)])
                 case Bag():
-                    jagged[feature.feature] = _bag(columns.string_lists(feature.feature), self._coders[pooled_table(feature)])
+                    ids[feature.feature] = _bag(columns.string_lists(feature.feature), self._coders[pooled_table(feature)])
                 case Bucket():
-                    jagged[feature.feature] = _single(columns.numbers(feature.feature), self._coders[feature.feature])
+                    ids[feature.feature] = _single(columns.numbers(feature.feature), self._coders[feature.feature])
                 case Dense():
                     dense += self._dense(feature, columns.numbers(feature.feature))
                 case Sequence():
-                    jagged |= self._sequence(feature, columns)
+                    ids |= self._sequence(feature, columns)
         labels = self._labels(columns)
-        return RankingBatch(
-            sparse=_keyed(self.spec.bag_keys, jagged, len(columns)),
-            sequences=_keyed(self.spec.sequence_keys, jagged, len(columns)),
-            dense=_matrix(dense, len(columns)),
+        wide = is_wide(self.spec)
+        return EncodedRows(
+            sparse=KeyedRows.make(self.spec.bag_keys, ids, len(columns), wide=wide),
+            sequences=KeyedRows.make(self.spec.sequence_keys, ids, len(columns), wide=wide),
+            dense=matrix(dense, len(columns), np.float32),
             labels=labels,
             weights=None if labels is None or self.config.weight is None else _weights(self.config.weight, columns),
         )
@@ -194,20 +209,21 @@ class Encoder:
         values = np.where(column.present, scaled, 0.0)
         return [values, ~column.present] if feature.indicator else [values]
 
-    def _sequence(self, feature: Sequence, columns: Columns) -> dict[str, _Jagged]:
+    def _sequence(self, feature: Sequence, columns: Columns) -> dict[str, _Ids]:
         """The target, the items and what is aligned with them; the lengths of the items are those of every extra."""
         items = columns.string_lists(feature.items)
         kept = items.last(feature.max_length)
         coder = self._coders[item_table(feature)]
-        encoded = {
-            feature.items: (coder.encode(kept.flatten()), kept.lengths),
+        offsets = _offsets(kept.lengths)
+        encoded: dict[str, _Ids] = {
+            feature.items: Jagged(look_up(coder, kept.flatten()), offsets),
             feature.target: _single(columns.strings(feature.target), coder),
         }
         for extra in feature.extra:
             lists = self._aligned(extra, feature, items, columns)
-            rows = np.zeros(len(encoded[feature.items][0]), dtype=np.int64)
-            rows[np.repeat(lists.present, kept.lengths)] = self._coders[extra.feature].encode(lists.last(feature.max_length).flatten())
-            encoded[extra.feature] = (rows, kept.lengths)
+            rows = np.full(offsets[-1], NO_VALUE, dtype=np.int64)
+            rows[np.repeat(lists.present, kept.lengths)] = look_up(self._coders[extra.feature], lists.last(feature.max_length).flatten())
+            encoded[extra.feature] = Jagged(rows, offsets)
         return encoded
 
     def _aligned(self, extra: SequenceExtra, feature: Sequence, items: Lists, columns: Columns) -> Lists:
@@ -229,21 +245,34 @@ class Encoder:
             return None
         if absent:
             raise SchemaError(f"missing label column {absent[0]!r}: expected all of {list(self.label_columns)} or none")
-        return _matrix([_label(task, columns.numbers(task.feature)) for task in self.config.tasks], len(columns))
+        return matrix([_label(task, columns.numbers(task.feature)) for task in self.config.tasks], len(columns), np.float32)
 
 
-def _single(column: Scalars, coder: Coder) -> _Jagged:
+def _keys_of_lists(feature: Feature) -> tuple[str, ...]:
+    match feature:
+        case Bag():
+            return (feature.feature,)
+        case Sequence():
+            return feature.keys
+        case _:
+            return ()
+
+
+def _single(column: Scalars, coder: Coder) -> np.ndarray:
     """One row per value."""
-    rows = np.where(column.present, coder.encode(column.values), NO_VALUE)
-    return rows, np.ones(len(rows), dtype=np.int64)
+    return np.where(column.present, look_up(coder, column.values), NO_VALUE)
 
 
-def _bag(lists: Lists, coder: Coder) -> _Jagged:
+def _bag(lists: Lists, coder: Coder) -> Jagged:
     """The rows of every element; row 0 alone where there is no list."""
     lengths = np.where(lists.present, lists.lengths, 1)
     rows = np.full(lengths.sum(), NO_VALUE, dtype=np.int64)
-    rows[np.repeat(lists.present, lengths)] = coder.encode(lists.flatten())
-    return rows, lengths
+    rows[np.repeat(lists.present, lengths)] = look_up(coder, lists.flatten())
+    return Jagged(rows, _offsets(lengths))
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _label(task: Task, column: Scalars) -> np.ndarray:
@@ -266,18 +295,3 @@ def _weights(name: str, columns: Columns) -> torch.Tensor:
         found = f"{column.numbers()[row]:g}" if column.present[row] else "null, not PRESENT or not finite"
         raise DataError(f"weight {name!r}: row {row} is {found}; expected a finite number of at least 0")
     return torch.from_numpy(column.numbers().astype(np.float32))
-
-
-def _matrix(columns: list[np.ndarray], rows: int) -> torch.Tensor:
-    """float32 ``[rows, len(columns)]``."""
-    matrix = np.empty((rows, len(columns)), dtype=np.float32)
-    for position, column in enumerate(columns):
-        matrix[:, position] = column
-    return torch.from_numpy(matrix)
-
-
-def _keyed(keys: tuple[str, ...], jagged: dict[str, _Jagged], rows: int) -> KeyedJaggedTensor:
-    """Values and lengths of the keys, one key after another: int64 values, int32 lengths."""
-    values = np.concatenate([jagged[key][0] for key in keys]) if keys else np.empty(0, dtype=np.int64)
-    lengths = np.concatenate([jagged[key][1] for key in keys]).astype(np.int32) if keys else np.empty(0, dtype=np.int32)
-    return KeyedJaggedTensor(keys=list(keys), values=torch.from_numpy(values), lengths=torch.from_numpy(lengths), stride=rows)

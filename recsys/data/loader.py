@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,35 @@ class Loader(Protocol[BatchOut]):
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go to a saved cursor: the next iteration yields exactly the batches that were left."""
+        ...
+
+
+class Rows(Protocol[BatchOut]):
+    """Encoded rows, such as `recsys.data.encoded.EncodedRows`."""
+
+    def __len__(self) -> int:
+        """How many they are."""
+        ...
+
+    def take(self, rows: np.ndarray) -> Self:
+        """A copy of some rows, by their places (int64)."""
+        ...
+
+    def concat(self, others: Sequence[Self]) -> Self:
+        """These rows and then others."""
+        ...
+
+    def batch(self) -> BatchOut:
+        """All of them as a batch."""
+        ...
+
+
+@runtime_checkable
+class RowEncoder(Protocol[BatchOut]):
+    """Encodes many rows at once, such as an `Encoder`; batches are then gathered from what it made."""
+
+    def rows(self, table: pa.Table) -> Rows[BatchOut]:
+        """Encode the rows of a table, whose strings may be dictionary-encoded."""
         ...
 
 
@@ -176,9 +205,12 @@ class ParquetLoader(_BatchLoader[Batch]):
     together. So at most ``buffer_groups`` row groups are decoded at once (beside less than one batch of rows left over from the window
     before, and the batches prepared ahead), and rows mix across as many. Write row groups of a few batches each.
 
+    Given an `Encoder` in the place of a transform, a row group is encoded as soon as it is read, and only what was encoded is kept,
+    permuted and gathered: integers in the place of strings, each distinct string of a row group looked up once. The batches are the same.
+
     Args:
         paths: Parquet files of one schema, or one folder, whose ``*.parquet`` files are read in the order of their names.
-        transform: from a table of at most ``batch_size`` rows to a batch, such as `Encoder.transform`.
+        transform: an `Encoder` or another `RowEncoder`; or a function from a table of at most ``batch_size`` rows to a batch.
         batch_size: rows per batch, of all processes together.
         seed: with the epoch, decides the order.
         shuffle: False keeps the order of the files.
@@ -196,7 +228,7 @@ class ParquetLoader(_BatchLoader[Batch]):
     def __init__(
         self,
         paths: str | Path | Sequence[str | Path],
-        transform: Callable[[pa.Table], Batch],
+        transform: Callable[[pa.Table], Batch] | RowEncoder[Batch],
         *,
         batch_size: int,
         seed: int = 0,
@@ -217,9 +249,41 @@ class ParquetLoader(_BatchLoader[Batch]):
         ]
         self._buffer_groups = buffer_groups
         rows = sum(group.rows for group in self._groups)
+        self._encoder: RowEncoder[Batch] | None = transform if isinstance(transform, RowEncoder) else None
+        whole = (lambda table: transform.rows(table).batch()) if isinstance(transform, RowEncoder) else transform
         super().__init__(
-            transform, rows, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, prefetch=prefetch, world=world
+            whole, rows, batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, prefetch=prefetch, world=world
         )
+
+    def _made(self, epoch: int, start: int) -> Generator[tuple[int, Batch], None, None]:
+        return super()._made(epoch, start) if self._encoder is None else self._encoded(self._encoder, epoch, start)
+
+    def _encoded(self, encoder: RowEncoder[Batch], epoch: int, start: int) -> Generator[tuple[int, Batch], None, None]:
+        rest: Rows[Batch] | None = None
+        for groups, order in self._windows(epoch, start):
+            parts = [] if rest is None else [rest]
+            if rest is not None:
+                order = np.concatenate([np.arange(len(rest)), order + len(rest)])
+            parts += [encoder.rows(self._read_group(group, dictionaries=True)) for group in groups if group.rows]
+            window = parts[0].concat(parts[1:])
+            del parts
+            whole = len(order) - len(order) % self.batch_size
+            for first in range(0, whole, self.batch_size):
+                yield self.batch_size, self._gathered(window, order[first : first + self.batch_size])
+            rest = window.take(order[whole:]) if whole < len(order) else None
+            del window  # before the next one is decoded
+        if rest is not None and not self._drop_last:
+            yield len(rest), self._gathered(rest, np.arange(len(rest)))
+
+    def _gathered(self, rows: Rows[Batch], places: np.ndarray) -> Batch:
+        """What this process takes of a batch, see `_share`."""
+        own, lacking = self.world.share(len(places))
+        chosen = places[own.start : own.stop]
+        if not lacking:
+            return rows.take(chosen).batch()
+        batch: Any = rows.take(np.concatenate([chosen, np.repeat(places[:1], lacking)])).batch()
+        muted: Batch = batch.muted(lacking)
+        return muted
 
     def _tables(self, epoch: int, start: int) -> Iterator[pa.Table]:
         rest: list[pa.Table] = []
@@ -251,11 +315,19 @@ class ParquetLoader(_BatchLoader[Batch]):
             done += rows
 
     def _read(self, groups: Iterable[_RowGroup]) -> pa.Table:
-        tables = []
-        for group in groups:
-            with pq.ParquetFile(group.file.path, metadata=group.file.metadata) as file:
-                tables.append(file.read_row_group(group.index, columns=self._columns))
-        return pa.concat_tables(tables)
+        return pa.concat_tables([self._read_group(group) for group in groups])
+
+    def _read_group(self, group: _RowGroup, *, dictionaries: bool = False) -> pa.Table:
+        """The rows of a group; ``dictionaries``: with strings as dictionaries."""
+        wanted = _strings(group.file.metadata) if dictionaries else None
+        with pq.ParquetFile(group.file.path, metadata=group.file.metadata, read_dictionary=wanted) as file:
+            return file.read_row_group(group.index, columns=self._columns)
+
+
+def _strings(metadata: pq.FileMetaData) -> list[str]:
+    """The paths of the columns of strings, and of lists of strings."""
+    columns = (metadata.schema.column(i) for i in range(metadata.num_columns))
+    return [column.path for column in columns if column.logical_type.type == "STRING"]
 
 
 def _expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -15,8 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.components import register
 from recsys.core.config import Config as BaseConfig
@@ -28,6 +26,7 @@ from recsys.data.datasets.frappe import FRAPPE
 from recsys.data.datasets.impressions import ImpressionSource
 from recsys.data.datasets.movielens_impressions import MOVIELENS_1M, MOVIELENS_1M_LONG, MOVIELENS_100K
 from recsys.data.encode import Encoder
+from recsys.data.encoded import EncodedColumns
 from recsys.data.loader import TableLoader
 from recsys.data.spec import InputSpec
 from recsys.data.splits import PARTS
@@ -81,12 +80,7 @@ class TableData(ABC):
 
     def batch(self, table: pa.Table) -> RankingBatch:
         """Rows as a ranker takes them."""
-        return RankingBatch(
-            _keyed(table, self.spec.bag_keys),
-            _keyed(table, self.spec.sequence_keys),
-            _dense(table, self.spec.dense),
-            _dense(table, self.spec.tasks),
-        )
+        return EncodedColumns(self.spec).transform(table)
 
     def _held_out(self, part: str, batch_size: int) -> Iterator[RankingBatch]:
         table = self.tables[part]
@@ -208,19 +202,3 @@ def _table(batch: RankingBatch, spec: InputSpec) -> pa.Table:
     for names, values_bn in ((spec.dense, batch.dense), (spec.tasks, batch.labels)):
         columns |= {name: pa.array(values_bn[:, i].numpy(), pa.float32()) for i, name in enumerate(names)}
     return pa.table(columns)
-
-
-def _keyed(table: pa.Table, keys: tuple[str, ...]) -> KeyedJaggedTensor:
-    values, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for key in keys:
-        column = table[key].combine_chunks()
-        values.append(column.flatten().to_numpy(zero_copy_only=False))
-        lengths.append(np.diff(column.offsets.to_numpy()).astype(np.int64))
-    return KeyedJaggedTensor(
-        keys=list(keys), values=torch.from_numpy(np.concatenate(values)), lengths=torch.from_numpy(np.concatenate(lengths))
-    )
-
-
-def _dense(table: pa.Table, names: tuple[str, ...]) -> torch.Tensor:
-    made: Any = np.stack([table[name].to_numpy() for name in names], axis=1) if names else np.empty((table.num_rows, 0), np.float32)
-    return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32))

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
 NO_VALUE, UNKNOWN, FIRST = 0, 1, 2
 
@@ -28,7 +29,7 @@ class StringCoder:
     """Rows of a vocabulary of strings: value i has row i + 2.
 
     pyarrow's ``index_in`` would hash the whole vocabulary at every call, which a request of a few hundred rows cannot afford. Here the
-    hashes of the vocabulary are sorted once; a call hashes its own values only, and compares the strings where hashes meet.
+    hashes of the vocabulary are put into slots once; a call hashes its own values only, and compares the strings where hashes meet.
 
     Args:
         vocabulary: large_string ``[V]``, distinct and without nulls.
@@ -36,9 +37,7 @@ class StringCoder:
 
     def __init__(self, vocabulary: pa.Array) -> None:
         self._seed, hashes = _distinct_hashes(vocabulary)
-        order = np.argsort(hashes)
-        self._hashes = hashes[order]
-        self._order = order
+        self._slots = _Slots(hashes)
         self._vocabulary = vocabulary
 
     @property
@@ -50,12 +49,59 @@ class StringCoder:
         """int64 ``[N]``: the row of each of the N strings (large_string)."""
         if len(self._vocabulary) == 0 or len(values) == 0:
             return np.where(values.is_valid().to_numpy(zero_copy_only=False), UNKNOWN, NO_VALUE)
-        places = np.searchsorted(self._hashes, _hash(values, self._seed))
-        candidates = self._order[np.minimum(places, len(self._order) - 1)]
+        candidates = self._slots.find(_hash(values, self._seed))
         same = pc.equal(self._vocabulary.take(pa.array(candidates)), values)
+        if not values.null_count:
+            return np.where(same.to_numpy(zero_copy_only=False), candidates + FIRST, UNKNOWN)
         rows = np.where(same.fill_null(False).to_numpy(zero_copy_only=False), candidates + FIRST, UNKNOWN)
         rows[values.is_null().to_numpy(zero_copy_only=False)] = NO_VALUE
         return rows
+
+
+class _Slots:
+    """Where each of some distinct hashes stands: open addressing by their upper bits, at most three quarters full.
+
+    Args:
+        hashes: uint64 ``[V]``, distinct, V ≥ 1.
+    """
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        bits = (len(hashes) * 4 // 3).bit_length()
+        self._shift, self._mask = np.uint64(64 - bits), (1 << bits) - 1
+        self._hashes = hashes
+        self._places = np.full(1 << bits, -1, dtype=np.int32 if bits < 32 else np.int64)
+        waiting, slots = np.arange(len(hashes)), self._first(hashes)
+        while len(waiting):
+            free = self._places[slots] < 0
+            self._places[slots[free]] = waiting[free]  # of several that want one slot, the last has it
+            left = self._places[slots] != waiting
+            waiting, slots = waiting[left], (slots[left] + 1) & self._mask
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """int64 ``[N]``: the place of each hash (uint64); that of some other one where it is none of them."""
+        slots = self._first(hashes)
+        found = self._places[slots]
+        left = np.flatnonzero((self._hashes[found] != hashes) & (found >= 0))
+        while len(left):
+            slots[left] = (slots[left] + 1) & self._mask
+            found[left] = self._places[slots[left]]
+            left = left[(self._hashes[found[left]] != hashes[left]) & (found[left] >= 0)]
+        return np.asarray(np.maximum(found, 0), dtype=np.int64)
+
+    def _first(self, hashes: np.ndarray) -> np.ndarray:
+        return np.asarray(hashes >> self._shift, dtype=np.int64)
+
+
+def look_up(coder: Coder, values: pa.Array) -> np.ndarray:
+    """int64 ``[N]``: the row of each value, which may be a dictionary's; each value of a dictionary is then looked up once."""
+    if not pt.is_dictionary(values.type):
+        return coder.encode(values)
+    plain = pa.large_string()
+    if len(values.dictionary) > len(values):
+        return coder.encode(values.cast(plain))
+    rows = np.append(coder.encode(values.dictionary.cast(plain)), NO_VALUE)
+    indices = values.indices if not values.indices.null_count else values.indices.cast(pa.int64()).fill_null(len(rows) - 1)
+    return np.asarray(rows[indices.to_numpy()])
 
 
 class BucketCoder:
@@ -134,7 +180,8 @@ def quantile_edges(numbers: np.ndarray, buckets: int) -> np.ndarray:
 def _hash(values: pa.Array, seed: int) -> np.ndarray:
     hashed = pl.from_arrow(values)
     assert isinstance(hashed, pl.Series)
-    return hashed.hash(seed).to_numpy()
+    # Of a frame of one column, since a series is hashed through a query, whose making takes as long as a thousand strings.
+    return hashed.to_frame().hash_rows(seed).to_numpy()
 
 
 def _distinct_hashes(vocabulary: pa.Array) -> tuple[int, np.ndarray]:

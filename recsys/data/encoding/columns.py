@@ -19,7 +19,7 @@ class Scalars:
     """One value per row.
 
     Attributes:
-        values: large_string or float64 ``[B]``.
+        values: large_string (or a dictionary of them, where `Columns` was asked for those) or float64 ``[B]``.
         present: bool ``[B]``: the status is PRESENT (where there is a status column) and the value is neither null nor NaN nor infinite.
     """
 
@@ -36,7 +36,7 @@ class Lists:
     """A list per row.
 
     Attributes:
-        elements: large_string or float64 ``[E]``, of all rows.
+        elements: large_string (or a dictionary of them, where `Columns` was asked for those) or float64 ``[E]``, of all rows.
         starts: int64 ``[B]``: where a row's elements begin.
         lengths: int64 ``[B]``: how many they are, 0 where the list is not present.
         present: bool ``[B]``: the status is PRESENT (where there is a status column) and the list is not null. It may be empty.
@@ -68,10 +68,15 @@ class Columns:
     """The columns of a table of features, each with its presence.
 
     The errors of every method: `SchemaError` where a column is absent (with the nearest name), ambiguous, or of another type.
+
+    Args:
+        table: the features.
+        dictionaries: leave strings that came as a dictionary as they are.
     """
 
-    def __init__(self, table: pa.Table | pa.RecordBatch) -> None:
+    def __init__(self, table: pa.Table | pa.RecordBatch, *, dictionaries: bool = False) -> None:
         self._table = table
+        self._dictionaries = dictionaries
         self._names = frozenset(table.schema.names)
 
     def __len__(self) -> int:
@@ -102,12 +107,12 @@ class Columns:
     def _lists(self, name: str, element: pa.DataType) -> Lists:
         column = self._read(name, pa.large_list(element))
         present = self._present(name, column)
-        offsets = column.offsets.to_numpy()
+        offsets = column.offsets.to_numpy().astype(np.int64, copy=False)
         # A list that is null or not PRESENT may still span elements: its length is set to 0 here, once.
         return Lists(column.values, offsets[:-1], np.where(present, np.diff(offsets), 0), present)
 
     def _present(self, name: str, values: pa.Array) -> np.ndarray:
-        valid: np.ndarray = values.is_valid().to_numpy(zero_copy_only=False)
+        valid: np.ndarray = values.is_valid().to_numpy(zero_copy_only=False) if values.null_count else np.ones(len(values), dtype=bool)
         status_name = status_column(name)
         if status_name not in self:
             return valid
@@ -126,7 +131,14 @@ class Columns:
         if not _readable(column.type, target):
             kind = f"lists of {_ELEMENT[target.value_type]}" if pt.is_large_list(target) else _ELEMENT[target]
             raise SchemaError(f"column {name!r}: expected {kind}, got {column.type}")
-        return column if column.type == target else column.cast(target, safe=False)
+        if column.type == target or (self._dictionaries and _is_dictionary(column.type)):
+            return column
+        return column.cast(target, safe=False)
+
+
+def _is_dictionary(given: pa.DataType) -> bool:
+    """Whether a column is a dictionary, or lists of values of one."""
+    return bool(pt.is_dictionary(given.value_type if pt.is_list(given) or pt.is_large_list(given) else given))
 
 
 def _contiguous(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -134,7 +146,8 @@ def _contiguous(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def _to_numpy(values: pa.Array) -> np.ndarray:
-    numbers: np.ndarray = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
+    filled = values.fill_null(np.nan) if values.null_count else values
+    numbers: np.ndarray = filled.to_numpy(zero_copy_only=False)
     return numbers
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from recsys.core.config import parse
 from recsys.core.errors import CheckpointError, DataError, SchemaError
@@ -226,6 +227,65 @@ def test_encoded_batches_are_those_of_the_whole_table(folder: Path) -> None:
     loader = ParquetLoader(folder, encoder.transform, batch_size=10, shuffle=False, prefetch=2)
     words = [row for batch in loader for row in batch.sparse["word"].values().tolist()]
     assert words == encoder.transform(whole()).sparse["word"].values().tolist()
+
+
+class Words:
+    """A `RowEncoder` whose rows are tables, of which it notes what it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[pa.Table] = []
+
+    def rows(self, table: pa.Table) -> "Held":
+        self.seen.append(table)
+        return Held(table)
+
+
+class Held:
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def take(self, rows: np.ndarray) -> "Held":
+        return Held(self.table.take(pa.array(rows)))
+
+    def concat(self, others: Any) -> "Held":
+        return Held(pa.concat_tables([self.table, *(other.table for other in others)]))
+
+    def batch(self) -> pa.Table:
+        return self.table
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"prefetch": 2}, {"drop_last": True}, {"shuffle": False}, {"buffer_groups": 1}, {"batch_size": 100}]
+)
+@pytest.mark.parametrize("samples", [0, 8, 24, 50, ROWS])
+def test_a_row_encoder_changes_neither_order_nor_cursor(folder: Path, changes: dict[str, Any], samples: int) -> None:
+    options = {"batch_size": 8, "seed": 3, "buffer_groups": 2} | changes
+    plain, encoded = ParquetLoader(folder, identity, **options), ParquetLoader(folder, Words(), **options)
+    for loader in (plain, encoded):
+        loader.load_state_dict({"epoch": 1, "samples": samples})
+    assert ids(encoded) == ids(plain)
+    assert encoded.state_dict() == plain.state_dict()
+
+
+def test_a_row_encoder_gets_a_row_group_at_a_time_with_strings_as_dictionaries(folder: Path) -> None:
+    words = Words()
+    list(ParquetLoader(folder, words, batch_size=8))
+    assert sorted(table.num_rows for table in words.seen) == sorted([4, 4, 4, 4, 1, 3, 30, 3])
+    kinds = {(str(table["word"].type), str(table["tags"].type.value_type)) for table in words.seen}
+    assert kinds == {("dictionary<values=string, indices=int32, ordered=0>",) * 2}
+
+
+def test_an_encoder_gives_the_batches_of_its_transform(folder: Path) -> None:
+    features = [{"kind": "categorical", "feature": "word"}, {"kind": "bag", "feature": "tags"}, {"kind": "dense", "feature": "id"}]
+    encoder = Encoder.fit(parse(Encoder.Config, {"features": features}, source="test"), whole().slice(0, 30))
+    options: dict[str, Any] = {"batch_size": 10, "buffer_groups": 3}
+    pairs = zip(ParquetLoader(folder, encoder, **options), ParquetLoader(folder, encoder.transform, **options), strict=True)
+    for ours, theirs in pairs:
+        assert torch.equal(ours.sparse.values(), theirs.sparse.values()) and torch.equal(ours.sparse.lengths(), theirs.sparse.lengths())
+        assert torch.equal(ours.dense, theirs.dense)
 
 
 @BOTH
