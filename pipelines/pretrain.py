@@ -14,7 +14,7 @@ from rich.console import Console
 from pipelines.recipe import Split
 from pipelines.report.plots import curves
 from pipelines.steps.pretraining import Pretraining, Source
-from pipelines.steps.retrieval import coded, fit_tokenizer
+from pipelines.steps.tokenizer import coded, fit_tokenizer
 from recsys.bundle.environment import code_commit
 from recsys.core import components
 from recsys.core.components import component_config

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from feature_store.definitions import FeatureRepo
+from pipelines.checks.config import DataChecks
 from recsys.core import components
 from recsys.core.components import component_config
 from recsys.core.config import Config, validate
@@ -132,6 +133,7 @@ class Recipe(Config):
         seed: of every random choice.
         plugins: packages that register a user's own components.
         dataset: where events, items and users come from.
+        checks: what the events of each day must be; null for no more than that they are in their day.
         split: by global time.
         features: sources, views and services of the feature store.
         encoder: from feature values to tensors.
@@ -151,6 +153,7 @@ class Recipe(Config):
     seed: int = 0
     plugins: tuple[str, ...] = ()
     dataset: component_config("dataset")  # type: ignore[valid-type]
+    checks: DataChecks | None = None
     split: Split = Split()
     features: FeatureRepo
     encoder: EncoderConfig

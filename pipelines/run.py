@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole run: raw events → features → ranker and retriever → measured list → promoted bundle → served recommendation → report."""
+"""A whole run: every step that is not there yet, then one recommendation from a real server, then the report."""
 
+import os
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from rich.console import Console
 
+from pipelines.graph import Outcome, Runner
+from pipelines.graph.store import RECORD
+from pipelines.pipeline import GRAPH, NAMES
 from pipelines.recipe import Recipe
 from pipelines.report import write_report
-from pipelines.steps import compare, demo, lists, measure, release
-from pipelines.steps.data import Prepared, prepare
-from pipelines.steps.ranking import RankingResult, build_frames, train_ranker
-from pipelines.steps.retrieval import Histories, RetrievalResult, build_histories, text_vectors, train_retrievers
-from recsys.bundle.bundle import Bundle
+from pipelines.steps import demo
+from pipelines.steps.bundle import bundle_directory
+from pipelines.steps.evaluate import K, Measured, load_measured
+from pipelines.steps.prepared import load_prepared
+from pipelines.steps.promote import load_release
 from recsys.bundle.environment import code_commit
 from recsys.core.errors import RecsysError
 from recsys.core.files import write_json
-from recsys.evaluation.bootstrap import paired_mean_difference
-from recsys.evaluation.metrics.ranking import ndcg_at
-from recsys.inference.recommender import Recommender
 from recsys.registry import Location, Registry
-from recsys.training.tracking import MLflowTracker, start_run
+from recsys.training.tracking import JsonlTracker, MLflowTracker, start_run
 
-K = 10
+_TRAININGS = ("ranker", "collaborative", "retriever")
+_KEPT = {"frames": "features", **{name: name for name in _TRAININGS}}
+"""What of the steps' results stands in a run's directory."""
 
 
 @dataclass
@@ -54,11 +58,13 @@ class Run:
 def execute(recipe: Recipe, home: Path, console: Console, directory: Path | None = None) -> Run:
     """Run a recipe; the report and ``summary.json`` stand in the run's directory, whether the gates hold or not.
 
+    Steps that are there already are not run again, and an interrupted training goes on.
+
     Args:
         recipe: what to run.
-        home: the folder of runs, registry and online stores.
+        home: the folder of results, runs, registry and online stores.
         console: where progress is shown.
-        directory: of an earlier run of the same recipe, to be continued; a new one by default.
+        directory: where to write; a new one by default.
     """
     home = home.resolve()
     stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
@@ -72,140 +78,46 @@ def execute(recipe: Recipe, home: Path, console: Console, directory: Path | None
 
 
 def _execute(run: Run, tracker: MLflowTracker) -> None:
-    recipe = run.recipe
-    run.say(f"loading {recipe.dataset.name}")
-    prepared = prepare(recipe)
-    run.say("joining features as of just before every event")
-    frames = build_frames(prepared, run.directory / "frames")
-    run.say("training the ranker")
-    ranking = train_ranker(recipe, prepared, frames, run.directory / "ranker", tracker)
-    run.say("embedding item texts")
-    histories = build_histories(prepared)
-    text = text_vectors(recipe, prepared, run.home / "cache")
-    run.say("training the retrievers")
-    retrieval = train_retrievers(recipe, prepared, histories, text, run.directory, tracker)
-    bundle = release.assemble(recipe, prepared, ranking, histories, retrieval)
-    run.say("measuring the list that would be served")
-    measured = _measure(run, prepared, ranking, histories, retrieval, bundle)
-    run.say("registering, and promoting if the gates hold")
-    released = release.release(recipe, bundle, run.directory, run.location, tracker.run_id, measured.comparison, measured.champion)
-    run.results["champion"] = {
-        "version": released.version,
-        "sha256": released.sha256,
-        "promoted": released.event.action == "promote",
-        "gates": [gate.model_dump() for gate in released.gates],
-    }
+    outcomes = Runner(GRAPH, run.recipe, run.home, run.say, tracker).run(NAMES)
+    if found := [outcome for outcome in outcomes if not outcome.ran]:
+        run.say(f"{len(found)} of {len(outcomes)} steps were there already")
+    places = {outcome.step: outcome.result.directory for outcome in outcomes}
+    _keep(run.directory, places)
+    _log_found(outcomes, tracker)
+    measured, release = load_measured(places["evaluate"]), load_release(places["promote"])
+    run.results |= measured.results | {"champion": {name: release[name] for name in ("version", "sha256", "promoted", "gates")}}
     run.say("serving it")
-    run.results["served"] = _serve(run, prepared, released.version)
-    _finish(run, prepared, tracker)
+    run.results["served"] = _serve(run, places["splits"], release["version"])
+    _finish(run, measured, tracker)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    comparison: dict[str, dict[str, float]] | None
-    champion: int | None
+def _keep(directory: Path, places: dict[str, Path]) -> None:
+    """Put what the steps made beside the report: as further names of the same files where the file system allows, else as copies."""
+    kept = {name: places[step] for name, step in _KEPT.items()} | {"bundle": bundle_directory(places["bundle"])}
+    for name, place in kept.items():
+        shutil.rmtree(directory / name, ignore_errors=True)
+        shutil.copytree(place, directory / name, copy_function=_link, ignore=shutil.ignore_patterns(RECORD))
 
 
-def _measure(
-    run: Run, prepared: Prepared, ranking: RankingResult, histories: Histories, retrieval: RetrievalResult, bundle: Bundle
-) -> _Measured:
-    """Fill the results and the bundle's metrics; compare with the champion, if there is one, on the same events."""
-    recipe, evaluation, seed = run.recipe, run.recipe.evaluation, run.recipe.seed
-    ours, finder = recipe.ranker.model.name, recipe.retriever.model.name
-    segments = prepared.segments()
-    users = measure.user_codes(prepared.impressions("test").column("user_id"))
-    offline = Recommender(bundle, prepared.reader)
-    chosen = histories.valid.sample(recipe.lists.validation_steps, seed)
-    weight = lists.choose_rank_weight(lists.retrieve(offline, chosen, "lists, validation"), chosen, recipe.lists.rank_weights)
-    bundle.settings = bundle.settings.model_copy(update={"rank_weight": weight})
-    served = lists.retrieve(offline, histories.test, "lists, test")
-    list_ranks = {"final": lists.list_ranks(served, histories.test, weight), "retriever": lists.list_ranks(served, histories.test, 0.0)}
-    run.say("testing the explanations")
-    deletions = lists.deletion_test(offline, prepared, histories.test, evaluation.explained_requests, seed)
-    run.say("comparing online with offline scores")
-    online = release.online_recommender(bundle, recipe, prepared, run.location)
-    intervals = measure.ranking_intervals(ours, ranking.labels, ranking.probabilities, users, evaluation, seed)
-    intervals |= measure.retrieval_intervals(finder, retrieval.ranks, users, evaluation, seed)
-    places = {name: ndcg_at(ranks, 10) for name, ranks in list_ranks.items()}
-    intervals["final_above_retriever.ndcg@10"] = measure.mean_interval(places["final"], places["retriever"], users, evaluation, seed)
-    for other in ("random", "last"):
-        values = getattr(deletions, other)
-        intervals[f"top_event_above_{other}_event.fall"] = measure.mean_interval(deletions.top, values, deletions.user, evaluation, seed)
-    run.results |= {
-        "ranking": {
-            "label": f"{recipe.encoder.tasks[0].feature} {recipe.encoder.tasks[0].threshold or ''}",
-            "models": {
-                name: measure.by_segment(
-                    segments, lambda y, p, u: measure.ranking_metrics(y, p, u, ranking.base_rate), ranking.labels, probability, users
-                )
-                for name, probability in ranking.probabilities.items()
-            },
-            "calibration": measure.calibration_bins(ranking.labels, ranking.probabilities),
-        },
-        "retrieval": {
-            "models": {name: measure.by_segment(segments, measure.rank_metrics, ranks) for name, ranks in retrieval.ranks.items()},
-            "slices": measure.by_slice(histories.slices(), retrieval.ranks),
-            "slices_with_seen": measure.by_slice(histories.slices(), retrieval.with_seen) if retrieval.with_seen else {},
-            "beta": getattr(retrieval.retriever, "beta", None),
-        },
-        "lists": {
-            "models": {name: measure.by_segment(segments, measure.rank_metrics, ranks) for name, ranks in list_ranks.items()},
-            "candidates": recipe.lists.candidates,
-            "rank_weight": weight,
-        },
-        "explanations": {
-            "requests": len(deletions.top),
-            "users": len(np.unique(deletions.user)),
-            "effects": {
-                name: _effect(getattr(deletions, name), deletions.user, evaluation.resamples, seed) for name in ("top", "random", "last")
-            },
-        },
-        "verdicts": [measure.verdict(name, interval) for name, interval in intervals.items()],
-        "curves": {ours: ranking.history.rows()} | {name: history.rows() for name, history in retrieval.curves.items()},
-        "monitors": {ours: "auc"} | dict.fromkeys(retrieval.curves, "ndcg@10"),
-        "parity": release.parity(offline, online, histories.test, seed),
-        "latency": release.latency(online, histories.test, K, seed),
-    }
-    bundle.metrics = _bundle_metrics(run.results, ours)
-    return _compare(run, prepared, histories, places["final"], users)
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
-def _effect(values: np.ndarray, clusters: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
-    interval = paired_mean_difference(values, np.zeros_like(values), clusters, resamples=resamples, level=0.95, seed=seed)
-    return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
+def _log_found(outcomes: Sequence[Outcome], tracker: MLflowTracker) -> None:
+    """Tell the tracker of the trainings that were there already, as they told of themselves when they ran."""
+    for outcome in outcomes:
+        if outcome.step in _TRAININGS and not outcome.ran:
+            for row in JsonlTracker(outcome.result.directory / "metrics.jsonl").rows():
+                step = int(row.pop("step"))
+                tracker.log_metrics({f"{outcome.step}/{name}": value for name, value in row.items() if value is not None}, step)
 
 
-def _compare(run: Run, prepared: Prepared, histories: Histories, ours: np.ndarray, users: np.ndarray) -> _Measured:
-    """The candidate's list less the champion's, on the same test events; nothing where there is no champion."""
-    registry = Registry(run.location)
-    champion = registry.log.champion(run.recipe.model)
-    if champion is None:
-        return _Measured(None, None)
-    run.say(f"comparing with the champion, version {champion.to_version}")
-    theirs = compare.champion_list(registry, run.recipe.model, prepared, histories)
-    interval = measure.mean_interval(ours, theirs, users, run.recipe.evaluation, run.recipe.seed)
-    difference = {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
-    return _Measured({"list.ndcg@10": difference}, champion.to_version)
-
-
-def _bundle_metrics(results: dict[str, Any], ranker: str) -> dict[str, Any]:
-    """What goes into the bundle, and what gates look at; the recipe's ranker stands under its name and as ``ranker``."""
-    ranking = {name: segments["all"] for name, segments in results["ranking"]["models"].items()}
-    ranking["ranker"] = ranking[ranker]
-    return {
-        "ranking": ranking,
-        "calibration": {name: values["calibration"] for name, values in ranking.items()},
-        "retrieval": {name: segments["all"] for name, segments in results["retrieval"]["models"].items()},
-        "slices": results["retrieval"]["slices"],
-        "list": {name: segments["all"] for name, segments in results["lists"]["models"].items()},
-        "intervals": {v["name"]: {"estimate": v["estimate"], "low": v["low"], "high": v["high"]} for v in results["verdicts"]},
-        "parity": {"max_difference": results["parity"]},
-        "latency": results["latency"],
-    }
-
-
-def _serve(run: Run, prepared: Prepared, version: int) -> dict[str, Any]:
+def _serve(run: Run, splits: Path, version: int) -> dict[str, Any]:
     """Ask a real server for a user that it knows and for one that it does not."""
+    prepared = load_prepared(splits)
     known = prepared.impressions("test").column("user_id")[-1].as_py()
     new = "brand-new-user"
     titles = dict(zip(*(prepared.dataset.items.column(c).to_pylist() for c in ("item_id", "title")), strict=True))
@@ -217,12 +129,9 @@ def _serve(run: Run, prepared: Prepared, version: int) -> dict[str, Any]:
     return {who: answer | {"history": [titles[i] for i in recent] if who == "known_user" else []} for who, answer in served.items()}
 
 
-def _finish(run: Run, prepared: Prepared, tracker: MLflowTracker) -> None:
-    """Write the summary and the report, and show the lists."""
-    results, split = run.results, prepared.split
-    seconds = time.perf_counter() - run.started
-    segments = prepared.segments()
-    ingested = prepared.dataset
+def _finish(run: Run, measured: Measured, tracker: MLflowTracker) -> None:
+    """Write the summary and the report."""
+    results, seconds = run.results, time.perf_counter() - run.started
     results |= {
         "run": {
             "recipe": run.recipe.name,
@@ -231,26 +140,10 @@ def _finish(run: Run, prepared: Prepared, tracker: MLflowTracker) -> None:
             "seed": run.recipe.seed,
             "commit": code_commit(),
         },
-        "data": {
-            "name": ingested.name,
-            "interactions": ingested.interactions.num_rows,
-            "items": ingested.items.num_rows,
-            "users": len(prepared.events.column("user_id").unique()),
-            "valid_start": split.valid_start.isoformat(sep=" "),
-            "test_start": split.test_start.isoformat(sep=" "),
-            "end": prepared.end.isoformat(sep=" "),
-            **{part: events.num_rows for part, events in prepared.parts.items()},
-            "test_new_share": float(segments["new"].mean()),
-        },
         "recipe_yaml": yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False),
     }
     results["cards"] = _cards(run)
-    summary = {
-        **_bundle_metrics(results, run.recipe.ranker.model.name),
-        "champion": results["champion"],
-        "served": results["served"],
-        "seconds": seconds,
-    }
+    summary = {**measured.metrics, "champion": results["champion"], "served": results["served"], "seconds": seconds}
     write_json(run.directory / "summary.json", summary)
     write_json(run.directory / "results.json", results)
     write_report(run.directory / "report.html", results)

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key of the recipe")
     arguments = parser.parse_args(argv)
     from pipelines.recipe import Recipe
-    from pipelines.steps.data import feature_tables
+    from pipelines.steps.features import feature_tables
     from recsys.data.datasets import load_dataset
 
     recipe = load_recipe(Recipe, arguments.recipe, arguments.overrides)

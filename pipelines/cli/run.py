@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key, as in ranker.model.blocks=4"
     )
     parser.add_argument("--home", type=Path, default=home(), help="the folder of runs, registry and online stores (RECSYS_HOME)")
-    parser.add_argument("--resume", type=Path, metavar="DIRECTORY", help="continue an interrupted run of the same recipe")
+    parser.add_argument("--resume", type=Path, metavar="DIRECTORY", help="write into the directory of an earlier run of the same recipe")
     arguments = parser.parse_args(argv)
     from pipelines.recipe import Recipe
 

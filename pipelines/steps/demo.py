@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(home: Path, model: str, log: Path, *, timeout: float = 60.0) -> Iterator[httpx.Client]:
+def server(home: Path, model: str, log: Path, *, timeout: float = 180.0) -> Iterator[httpx.Client]:
     """A client of a freshly started server that is ready; the server is stopped at the end.
 
     Args:

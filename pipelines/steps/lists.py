@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from feature_store.offline import OfflineReader
-from pipelines.steps.data import Prepared
+from pipelines.steps.features import Offline
+from pipelines.steps.prepared import Prepared
 from recsys.data.sequences import EvaluationSteps
 from recsys.evaluation.metrics.ranking import ndcg_at
 from recsys.inference import rules
@@ -80,7 +81,9 @@ class Deletions:
     last: np.ndarray
 
 
-def deletion_test(recommender: Recommender, prepared: Prepared, steps: EvaluationSteps, requests: int, seed: int) -> Deletions:
+def deletion_test(
+    recommender: Recommender, prepared: Prepared, store: Offline, steps: EvaluationSteps, requests: int, seed: int
+) -> Deletions:
     """Remove the top-attributed, a random and the last event for the first item of as many requests, and score it again.
 
     First the last request of every user that has events enough, then further ones of the same users.
@@ -102,7 +105,7 @@ def deletion_test(recommender: Recommender, prepared: Prepared, steps: Evaluatio
         events = prepared.events_of(user[0].as_py(), at[0].as_py())
         for name, event in (("top", int(np.argmax(attributed))), ("random", int(random.integers(length))), ("last", length - 1)):
             kept = np.delete(np.arange(events.num_rows), events.num_rows - length + event)
-            edited = Recommender(recommender.bundle, _Edited(prepared, events.take(pa.array(kept))))
+            edited = Recommender(recommender.bundle, _Edited(store, events.take(pa.array(kept))))
             effects[name].append(float(ranked.score.max()) - _score(edited, edited.users(user, at), best))
     return Deletions(user=users[places], **{name: np.array(values) for name, values in effects.items()})
 
@@ -110,9 +113,9 @@ def deletion_test(recommender: Recommender, prepared: Prepared, steps: Evaluatio
 class _Edited:
     """A feature reader that knows other events of the users, and the same of the items."""
 
-    def __init__(self, prepared: Prepared, events: pa.Table) -> None:
-        self._items = prepared.reader
-        self._users = OfflineReader(prepared.features, prepared.tables | {"interactions": events})
+    def __init__(self, store: Offline, events: pa.Table) -> None:
+        self._items = store.reader
+        self._users = OfflineReader(store.features, store.tables | {"interactions": events})
 
     def read(self, service: str, spine: pa.Table) -> pa.Table:
         return (self._items if service == ITEM_SERVICE else self._users).read(service, spine)

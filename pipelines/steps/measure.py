@@ -3,12 +3,11 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.recipe import Evaluation
 from recsys.evaluation.bootstrap import Interval, paired_auc_difference, paired_mean_difference
 from recsys.evaluation.metrics.auc import auc
 from recsys.evaluation.metrics.calibration import calibration_ratio, reliability_curve
@@ -16,6 +15,9 @@ from recsys.evaluation.metrics.gauc import gauc
 from recsys.evaluation.metrics.log_loss import log_loss
 from recsys.evaluation.metrics.normalized_entropy import normalized_entropy
 from recsys.evaluation.metrics.ranking import ndcg_at, recall_at
+
+if TYPE_CHECKING:
+    from pipelines.recipe import Evaluation
 
 Segments = Mapping[str, np.ndarray]
 RANK_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -71,7 +73,7 @@ def user_codes(user_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 
 def ranking_intervals(
-    ours: str, labels: np.ndarray, probabilities: Mapping[str, np.ndarray], users: np.ndarray, evaluation: Evaluation, seed: int
+    ours: str, labels: np.ndarray, probabilities: Mapping[str, np.ndarray], users: np.ndarray, evaluation: "Evaluation", seed: int
 ) -> dict[str, Interval]:
     """Our AUC less that of logistic regression, with its paired interval over users."""
     difference = paired_auc_difference(
@@ -87,7 +89,7 @@ def ranking_intervals(
 
 
 def retrieval_intervals(
-    ours: str, ranks: Mapping[str, np.ndarray], users: np.ndarray, evaluation: Evaluation, seed: int
+    ours: str, ranks: Mapping[str, np.ndarray], users: np.ndarray, evaluation: "Evaluation", seed: int
 ) -> dict[str, Interval]:
     """Our Recall@10, Recall@50 and NDCG@10 less those of each other model, with paired intervals over users."""
     return {
@@ -98,7 +100,7 @@ def retrieval_intervals(
     }
 
 
-def mean_interval(ours: np.ndarray, theirs: np.ndarray, users: np.ndarray, evaluation: Evaluation, seed: int) -> Interval:
+def mean_interval(ours: np.ndarray, theirs: np.ndarray, users: np.ndarray, evaluation: "Evaluation", seed: int) -> Interval:
     """The difference of two means over events, with its paired interval over users."""
     return paired_mean_difference(ours, theirs, users, resamples=evaluation.resamples, level=evaluation.level, seed=seed)
 

@@ -24,11 +24,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
 
 from recsys.bundle.environment import code_commit, environment
+from recsys.bundle.item_table import load_item_table, save_item_table
 from recsys.bundle.manifest import MANIFEST, Manifest, hash_files, verify
-from recsys.core import components
+from recsys.bundle.modules import load_module, save_module
 from recsys.core.config import Config, parse
 from recsys.core.errors import BundleError
 from recsys.core.files import new_directory, read_json, write_json
@@ -37,11 +37,8 @@ from recsys.ranking.calibration import Calibrator, NoCalibration, from_state
 from recsys.ranking.model import Ranker
 from recsys.retrieval.base import Retriever
 from recsys.retrieval.catalogue import Catalogue, CodeIndex, Index, check_pair, load_index
-from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.items import ItemTable
 from recsys.retrieval.tokenizers import CodeTokenizer, load_tokenizer
-
-_CODES = "codes.safetensors"
 
 
 class Settings(Config):
@@ -98,9 +95,9 @@ class Bundle:
             write_table(root / "items.arrow", self.items)
             self.catalogue.save(root / "catalogue.arrow")
             self.encoder.save(root / "encoder")
-            _save_module(root / "ranker", self.ranker)
-            _save_module(root / "retriever", self.retriever, extra=self.retriever.extra_state())
-            _save_item_table(root / "retriever" / "items.safetensors", self.item_table)
+            save_module(root / "ranker", self.ranker)
+            save_module(root / "retriever", self.retriever, extra=self.retriever.extra_state())
+            save_item_table(root / "retriever" / "items.safetensors", self.item_table)
             self.index.save(root / "index")
             if self.tokenizer is not None:
                 self.tokenizer.save(root / "tokenizer")
@@ -120,9 +117,9 @@ class Bundle:
         if encoder.fingerprint() != manifest.encoder:
             raise BundleError(f"{directory}: encoder {encoder.fingerprint()} is not the manifest's {manifest.encoder}")
         catalogue = Catalogue.load(directory / "catalogue.arrow")
-        items = _load_item_table(directory / "retriever" / "items.safetensors")
-        ranker = _load_module(directory / "ranker", "ranker", encoder.spec)
-        retriever = _load_module(directory / "retriever", "retriever", items)
+        items = load_item_table(directory / "retriever" / "items.safetensors")
+        ranker = load_module(directory / "ranker", "ranker", encoder.spec)
+        retriever = load_module(directory / "retriever", "retriever", items)
         bundle = cls(
             manifest=manifest,
             features=read_json(directory / "features.json"),
@@ -192,39 +189,6 @@ def read_table(path: Path) -> pa.Table:
         return pa.ipc.open_file(source).read_all()
 
 
-def _save_module(directory: Path, module: Any, extra: dict[str, Any] | None = None) -> None:
-    directory.mkdir()
-    write_json(directory / "config.json", {"config": module.config.model_dump(mode="json"), "extra": extra or {}})
-    save_file({k: v.detach().contiguous() for k, v in module.state_dict().items()}, directory / "model.safetensors")
-
-
-def _load_module(directory: Path, kind: str, inputs: Any) -> Any:
-    stored = read_json(directory / "config.json")
-    cls = components.get(kind, stored["config"]["name"])
-    module = cls(parse(cls.Config, stored["config"], source=str(directory / "config.json")), inputs)
-    try:
-        module.load_state_dict(load_file(directory / "model.safetensors"))
-    except RuntimeError as error:
-        raise BundleError(f"{directory}: the weights do not fit the configuration: {error}") from None
-    if kind == "retriever":
-        module.load_extra_state(stored["extra"])
-    return module.eval()
-
-
 def _load_calibration(path: Path) -> Calibrator:
     """No calibration where there is no file, as in older bundles; a file that was lost does not come to this, since `verify` misses it."""
     return from_state(read_json(path)) if path.is_file() else NoCalibration(NoCalibration.Config())
-
-
-def _save_item_table(path: Path, items: ItemTable) -> None:
-    tensors = {"warm": items.warm, "text": items.text, "collaborative": items.collaborative}
-    save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
-    if items.codes is not None:
-        items.codes.save(path.with_name(_CODES))
-
-
-def _load_item_table(path: Path) -> ItemTable:
-    tensors = load_file(path)
-    warm: torch.Tensor = tensors["warm"]
-    codes = CodeTable.load(path.with_name(_CODES)) if path.with_name(_CODES).is_file() else None
-    return ItemTable(warm.shape[0], warm, tensors.get("text"), tensors.get("collaborative"), codes)

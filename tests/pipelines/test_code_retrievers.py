@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipelines.recipe import Recipe
 from pipelines.run import execute
-from pipelines.steps.retrieval import build_index
+from pipelines.steps.retrieving import build_index
 from recsys import registry
 from recsys.core.config import load_recipe
 from recsys.core.errors import BundleError, ConfigError

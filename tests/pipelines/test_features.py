@@ -13,7 +13,7 @@ from feature_store.offline import OfflineReader
 from feature_store.served import ServedLog
 from pipelines import cli
 from pipelines.recipe import Recipe
-from pipelines.steps.data import feature_tables
+from pipelines.steps.features import feature_tables
 from recsys.core.config import load_recipe
 from recsys.data.datasets import load_dataset
 

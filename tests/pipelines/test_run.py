@@ -92,8 +92,8 @@ def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.C
     assert [e.to_version for e in PromotionLog(Location.under(home).log).events("recsys")] == [1, 2]
     assert run.results["served"]["known_user"]["model"]["version"] == 2
     assert run.results["parity"] < 1e-4
-    frames = next(run.directory.rglob("train_sampled.parquet")).parent
-    labels, kept = (pq.read_table(frames / name)["rating"].to_numpy() >= 4 for name in ("train.parquet", "train_sampled.parquet"))
+    frames = (run.directory / "frames" / "train.parquet", run.directory / "ranker" / "train_sampled.parquet")
+    labels, kept = (pq.read_table(path)["rating"].to_numpy() >= 4 for path in frames)
     assert kept.sum() == labels.sum()
     assert (~kept).sum() == pytest.approx(0.25 * (~labels).sum(), rel=0.2)
     state = json.loads(next(run.directory.rglob("calibration.json")).read_text())
@@ -102,6 +102,18 @@ def test_a_second_run_is_compared_with_the_champion(home: Path, capsys: pytest.C
     assert main(["history", "--home", str(home), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [(line["action"], line["to_version"]) for line in lines] == [("promote", 1), ("promote", 2), ("rollback", 1)]
+
+
+def test_the_same_run_again_makes_nothing_and_reports_the_same(tiny_run, home: Path) -> None:
+    steps = {path: path.stat().st_mtime_ns for path in (home / "steps").rglob("step.json")}
+    again = execute(tiny_run.recipe, home, Console(quiet=True))
+    assert {path: path.stat().st_mtime_ns for path in (home / "steps").rglob("step.json")} == steps
+    assert len(PromotionLog(Location.under(home).log).events("recsys")) == 1
+    first, second = (json.loads((run.directory / "summary.json").read_text()) for run in (tiny_run, again))
+    for name in ("ranking", "retrieval", "list", "intervals", "champion", "latency"):
+        assert first[name] == second[name]
+    for name in ("frames/train.parquet", "ranker/metrics.jsonl", "bundle/manifest.json"):
+        assert (again.directory / name).read_bytes() == (tiny_run.directory / name).read_bytes()
 
 
 def test_a_failed_gate_ends_with_status_1_and_a_report(home: Path) -> None:

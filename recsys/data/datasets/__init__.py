@@ -3,20 +3,25 @@
 
 from recsys.data.dataset import Dataset, IngestReport, TableCounts, Treatment
 from recsys.data.dataset_schema import DatasetSchema
-from recsys.data.datasets.base import DatasetSource, load_dataset
+from recsys.data.datasets.base import DatasetSource, FromFiles, Partitioned, dataset_source, load_dataset
+from recsys.data.datasets.daily import Daily
 from recsys.data.datasets.ingested import Ingested
 from recsys.data.datasets.movielens_100k import MovieLens100K
 from recsys.data.datasets.synthetic import Synthetic
 
 __all__ = [
+    "Daily",
     "Dataset",
     "DatasetSchema",
     "DatasetSource",
+    "FromFiles",
     "IngestReport",
     "Ingested",
     "MovieLens100K",
+    "Partitioned",
     "Synthetic",
     "TableCounts",
     "Treatment",
+    "dataset_source",
     "load_dataset",
 ]

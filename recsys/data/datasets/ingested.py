@@ -30,3 +30,7 @@ class Ingested:
             DataError: the directory is absent, incomplete, or was changed after it was written.
         """
         return read_dataset(self.config.path)
+
+    def files(self) -> tuple[Path, ...]:
+        """The directory."""
+        return (self.config.path,)

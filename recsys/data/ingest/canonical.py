@@ -57,7 +57,7 @@ def canonicalise(
     if users is not None and schema.users is not None:
         user_ledger = Ledger("users", users.file, users.frame.height)
         user_frame = rules.read_entities(users, schema.users, user_ledger)
-        user_table = _to_arrow(user_frame, schema.users.features)
+        user_table = to_arrow(user_frame, schema.users.features)
         done.append((user_ledger, user_frame))
     report = IngestReport(
         tables=tuple(book.counts(frame.height) for book, frame in done),
@@ -65,7 +65,7 @@ def canonicalise(
         first_event=events[EVENT_TIME][0],
         last_event=events[EVENT_TIME][-1],
     )
-    event_table, item_table = _to_arrow(events, schema.interactions.features), _to_arrow(item_frame, schema.items.features)
+    event_table, item_table = to_arrow(events, schema.interactions.features), to_arrow(item_frame, schema.items.features)
     return Dataset(name, event_table, item_table, user_table, schema, report)
 
 
@@ -77,6 +77,7 @@ def _instant(now: datetime | None) -> datetime:
     return now.astimezone(UTC)
 
 
-def _to_arrow(frame: pl.DataFrame, features: FeatureSchema) -> pa.Table:
+def to_arrow(frame: pl.DataFrame, features: FeatureSchema) -> pa.Table:
+    """The canonical columns of a frame."""
     table = frame.select(features.names()).to_arrow(compat_level=pl.CompatLevel.oldest())
     return features.conform(pa.Table.from_batches(table.to_batches(max_chunksize=_CHUNK_ROWS), schema=table.schema))

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the ranker and the baselines that it must beat on the same features."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from pipelines.recipe import Recipe
-from pipelines.steps.data import Prepared
+from pipelines.graph.step import Context
+from pipelines.steps.features import Frames, load_frames, write_frame
+from recsys.bundle.modules import load_module, save_module
 from recsys.core import components
+from recsys.core.files import read_json, write_json
 from recsys.data.batch import RankingBatch
 from recsys.data.encode import Encoder
 from recsys.data.loader import ParquetLoader
@@ -22,23 +26,19 @@ from recsys.data.onehot import one_hot
 from recsys.data.splits import PARTS
 from recsys.evaluation.metrics.auc import auc
 from recsys.evaluation.metrics.log_loss import log_loss
-from recsys.inference.frame import ranking_frame
-from recsys.ranking.calibration import Calibrator, undersampling_correction
+from recsys.ranking.calibration import Calibrator, from_state, undersampling_correction
 from recsys.ranking.model import Ranker
 from recsys.training.tracking import Tracker
-from recsys.training.trainer import History, Trainer
+from recsys.training.trainer import Trainer
 
-_ROW_GROUP = 4096
+if TYPE_CHECKING:
+    from pipelines.recipe import Recipe
+
 _CHUNK = 4096
 _REGULARISATION = (0.001, 0.003, 0.01, 0.03, 0.1)  # C of the logistic regression; the validation period chooses
-
-
-@dataclass(frozen=True)
-class Frames:
-    """The feature rows of each part, as Parquet files for the loader and as tables for the rest."""
-
-    paths: dict[str, Path]
-    tables: dict[str, pa.Table]
+_ENCODER, _MODEL, _CALIBRATION, _SCORES, _RESULT = "encoder", "model", "calibration.json", "scores.safetensors", "ranking.json"
+_LABELS, _PROBABILITY = "labels", "probability."
+_SAMPLED = "train_sampled.parquet"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class RankingResult:
 
     Attributes:
         calibration: fitted on the validation period.
+        curve: of the training, see `recsys.training.history.History.rows`.
         probabilities: model → float64 ``[events]``; the ranker's are calibrated.
         labels: 0 or 1, ``[events]``.
         base_rate: the share of positive labels in train.
@@ -55,51 +56,60 @@ class RankingResult:
     encoder: Encoder
     ranker: Ranker
     calibration: Calibrator
-    history: History
+    curve: list[dict[str, Any]]
     probabilities: dict[str, np.ndarray]
     labels: np.ndarray
     base_rate: float
 
-
-def build_frames(prepared: Prepared, folder: Path) -> Frames:
-    """Join features to the events of every part, as of just before each, and write them as Parquet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths, tables = {}, {}
-    for part in PARTS:
-        tables[part] = ranking_frame(prepared.reader, prepared.impressions(part))
-        paths[part] = folder / f"{part}.parquet"
-        _write(tables[part], paths[part])
-    return Frames(paths, tables)
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, row_group_size=_ROW_GROUP)
-    temporary.rename(path)
+    def save(self, directory: Path) -> None:
+        """Write what `load_ranking` reads."""
+        (directory / _ENCODER).mkdir()
+        self.encoder.save(directory / _ENCODER)
+        save_module(directory / _MODEL, self.ranker)
+        write_json(directory / _CALIBRATION, self.calibration.state())
+        scores = {f"{_PROBABILITY}{name}": values for name, values in self.probabilities.items()} | {_LABELS: self.labels}
+        save_file({name: np.ascontiguousarray(values) for name, values in scores.items()}, directory / _SCORES)
+        write_json(directory / _RESULT, {"curve": self.curve, "base_rate": self.base_rate, "models": list(self.probabilities)})
 
 
-def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Path, tracker: Tracker) -> RankingResult:
-    """Fit the encoder on train, train the ranker with early stopping on validation, calibrate it there, and score the test period once."""
+def load_ranking(directory: Path) -> RankingResult:
+    """What the step wrote."""
+    encoder, about, scores = Encoder.load(directory / _ENCODER), read_json(directory / _RESULT), load_file(directory / _SCORES)
+    return RankingResult(
+        encoder=encoder,
+        ranker=load_module(directory / _MODEL, "ranker", encoder.spec),
+        calibration=from_state(read_json(directory / _CALIBRATION)),
+        curve=about["curve"],
+        probabilities={name: scores[f"{_PROBABILITY}{name}"] for name in about["models"]},
+        labels=scores[_LABELS],
+        base_rate=about["base_rate"],
+    )
+
+
+def train_ranker(recipe: "Recipe", frames: Frames, folder: Path, tracker: Tracker, context: dict[str, Any]) -> RankingResult:
+    """Fit the encoder on train, train the ranker with early stopping on validation, calibrate it there, and score the test period once.
+
+    Args:
+        recipe: its encoder, ranker and seed.
+        frames: feature rows.
+        folder: of checkpoints, metrics, and the sampled rows where negatives are left out.
+        tracker: told of the training.
+        context: what decides the training besides its configuration.
+    """
     encoder = Encoder.fit(recipe.encoder, frames.tables["train"])
     batches = {part: _encode(encoder, frames.tables[part]) for part in PARTS}
     torch.manual_seed(recipe.seed)
     ranker: Ranker = components.get("ranker", recipe.ranker.model.name)(recipe.ranker.model, encoder.spec)
     training = recipe.ranker.training
     labels = {part: _labels(batches[part]) for part in PARTS}
-    path = _sample_negatives(frames, labels["train"], recipe)
+    path = _sample_negatives(frames, labels["train"], recipe, folder)
     loader: ParquetLoader[RankingBatch] = ParquetLoader([path], encoder, batch_size=training.batch_size, seed=recipe.seed)
 
     def validate(model: nn.Module) -> dict[str, float]:
         predicted = undersampling_correction(_predict(model, batches["valid"]), recipe.ranker.negatives)
         return {"auc": auc(labels["valid"], predicted), "logloss": log_loss(labels["valid"], predicted)}
 
-    trainer = Trainer(
-        training.trainer,
-        run_dir,
-        tracker=tracker,
-        context=prepared.context(recipe.seed) | {"groups": recipe.encoder.model_dump(mode="json").get("groups", {})},
-    )
-    history = trainer.fit(ranker, loader, validate)
+    history = Trainer(training.trainer, folder, tracker=tracker, context=context).fit(ranker, loader, validate)
     base_rate = float(labels["train"].mean())
     calibration: Calibrator = components.build("calibration", recipe.ranker.calibration)
     calibration.fit(labels["valid"], _predict(ranker, batches["valid"]), _weights(batches["valid"]))
@@ -108,18 +118,28 @@ def train_ranker(recipe: Recipe, prepared: Prepared, frames: Frames, run_dir: Pa
         "logistic_regression": _logistic_regression(batches, labels, encoder),
         "base_rate": np.full(len(labels["test"]), base_rate),
     }
-    return RankingResult(encoder, ranker.eval(), calibration, history, probabilities, labels["test"], base_rate)
+    return RankingResult(encoder, ranker.eval(), calibration, history.rows(), probabilities, labels["test"], base_rate)
 
 
-def _sample_negatives(frames: Frames, labels: np.ndarray, recipe: Recipe) -> Path:
-    """The Parquet file to train on: the train part's own, or one beside it without the negatives that are left out."""
+def run(context: Context) -> None:
+    """Write encoder, model, calibration and scores, with the metrics of the training and the rows that it sampled."""
+    folder = context.work / "ranker"
+    result = train_ranker(context.recipe, load_frames(context.inputs["features"]), folder, context.tracker, {"key": context.key})
+    result.save(context.out)
+    for kept in (folder / "metrics.jsonl", folder / _SAMPLED):
+        if kept.is_file():
+            shutil.copy(kept, context.out)
+
+
+def _sample_negatives(frames: Frames, labels: np.ndarray, recipe: "Recipe", folder: Path) -> Path:
+    """The Parquet file to train on: the train part's own, or one without the negatives that are left out."""
     if recipe.ranker.negatives == 1:
         return frames.paths["train"]
     random = np.random.default_rng([recipe.seed, 0])
     kept = (labels != 0) | (random.random(len(labels)) < recipe.ranker.negatives)
-    path = frames.paths["train"].with_name("train_sampled.parquet")
-    _write(frames.tables["train"].filter(pa.array(kept)), path)
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    write_frame(frames.tables["train"].filter(pa.array(kept)), folder / _SAMPLED)
+    return folder / _SAMPLED
 
 
 def _encode(encoder: Encoder, table: pa.Table) -> list[RankingBatch]:

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a data set to ordered events, a split in time, and a reader of features as of any moment."""
+"""A data set with its events in order and split in time, as every later step reads it."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from feature_store.definitions import FeatureRepo
-from feature_store.offline import OfflineReader
-from pipelines.recipe import Recipe
 from recsys.core.errors import DataError
+from recsys.core.files import read_json, write_json
 from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, INGEST_SEQ, ITEM, REQUEST_TIME, TIME, USER
-from recsys.data.datasets import Dataset, load_dataset
+from recsys.data.dataset import Dataset
+from recsys.data.ingest.store import MANIFEST, read_dataset, write_dataset
 from recsys.data.splits import PARTS, TimeSplit, evaluation_segments, global_time_split, order_events
+
+if TYPE_CHECKING:
+    from pipelines.recipe import Split
 
 _CANONICAL = (USER, ITEM, EVENT_TIME, AVAILABLE_TIME, INGEST_SEQ)
 _SECOND = 1_000_000
+_DATASET, _EVENTS, _SPLIT = "dataset", "events.parquet", "split.json"
 
 
 @dataclass(frozen=True)
@@ -30,26 +35,20 @@ class Prepared:
         dataset: canonical tables.
         split: the times at which validation and test begin.
         events: the interactions, ordered by user, second and, inside a second, by seed; with ``step`` and ``position``.
-        features: the definitions.
-        tables: what the feature store reads, by the names that its sources use.
-        reader: features as of a point in time.
+        fingerprint: of the data set.
+        daily: whether the data set came in days.
     """
 
     dataset: Dataset
     split: TimeSplit
     events: pa.Table
-    features: FeatureRepo
-    tables: dict[str, pa.Table]
-    reader: OfflineReader
+    fingerprint: str
+    daily: bool = False
 
     @cached_property
     def parts(self) -> dict[str, pa.Table]:
         """The events of ``train``, ``valid`` and ``test``, in their order."""
         return self.split.parts(self.events)
-
-    def context(self, seed: int) -> dict[str, Any]:
-        """What decides the course of a training besides its configuration: a checkpoint of another seed or data set is not continued."""
-        return {"seed": seed, "data": self.dataset.fingerprint()}
 
     @property
     def end(self) -> datetime:
@@ -76,30 +75,33 @@ class Prepared:
         """Masks over the test events, in their order: all users, users with 5 earlier events, users first seen in the test period."""
         return evaluation_segments(self.events, self.split)
 
-
-def feature_tables(features: FeatureRepo, dataset: Dataset) -> dict[str, pa.Table]:
-    """What the feature store reads of a data set, by the names that sources use; `DataError` where a source names another table."""
-    tables = {"interactions": dataset.interactions, "items": dataset.items}
-    if dataset.users is not None:
-        tables["users"] = dataset.users
-    for source in features.sources:
-        if source.table is not None and source.table not in tables:
-            raise DataError(f"features: source {source.name!r} reads table {source.table!r}, but {dataset.name} has {', '.join(tables)}")
-    return tables
+    def save(self, directory: Path) -> None:
+        """Write what `load_prepared` reads."""
+        write_dataset(self.dataset, directory / _DATASET)
+        pq.write_table(self.events, directory / _EVENTS)
+        times = {"valid_start": self.split.valid_start.isoformat(), "test_start": self.split.test_start.isoformat()}
+        counts = {part: events.num_rows for part, events in self.parts.items()}
+        write_json(directory / _SPLIT, times | {"events": counts, "daily": self.daily})
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Load the data set, split it by time, order its events, and open the feature store over it.
+def split_events(dataset: Dataset, split: "Split", seed: int, *, daily: bool = False) -> Prepared:
+    """Split a data set by time, and order its events.
 
     Raises:
-        DataError: a part of the split is empty, or a source of the features names a table that the data set lacks.
+        DataError: a part of the split is empty.
     """
-    dataset = load_dataset(recipe.dataset)
-    split = global_time_split(dataset.interactions.column(EVENT_TIME), recipe.split.valid, recipe.split.test)
-    events = order_events(dataset.interactions, recipe.seed)
-    tables = feature_tables(recipe.features, dataset)
-    prepared = Prepared(dataset, split, events, recipe.features, tables, OfflineReader(recipe.features, tables))
+    times = global_time_split(dataset.interactions.column(EVENT_TIME), split.valid, split.test)
+    prepared = Prepared(dataset, times, order_events(dataset.interactions, seed), dataset.fingerprint(), daily)
     for part in PARTS:
         if not prepared.parts[part].num_rows:
             raise DataError(f"split: the {part} period has no events")
     return prepared
+
+
+def load_prepared(directory: Path) -> Prepared:
+    """What `Prepared.save` wrote."""
+    about = read_json(directory / _SPLIT)
+    split = TimeSplit(*(datetime.fromisoformat(about[name]) for name in ("valid_start", "test_start")))
+    fingerprint = read_json(directory / _DATASET / MANIFEST)["fingerprint"]
+    dataset = read_dataset(directory / _DATASET, verify=False)
+    return Prepared(dataset, split, pq.read_table(directory / _EVENTS), fingerprint, about["daily"])
