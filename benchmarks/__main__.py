@@ -16,6 +16,7 @@ NAMES = (
     "distributed",
     "feature_store",
     "kernels",
+    "larger_than_memory",
     "loader",
     "ranking_depth",
     "ranking_growth",

@@ -2,7 +2,9 @@
 """The one evaluation of a view as of many points in time. Whether a log holds all entities or only those of a request makes no difference.
 
 An event counts at t from its visible time on, the later of event time and available time. Where events become visible in order, those
-that count are a range of the log. Where one was late, the events that count are picked out and evaluated as a log of their own.
+that count are a range of the log. Where one was late, the events that count are picked out and evaluated as a log of their own: not all of
+them, since up to the first late one they are a range again, whose counts and sums are added, so that what a late event costs does not grow
+with what happened before it. (Sums are only split where they are exact, for others depend on how they are split.)
 """
 
 from collections.abc import Iterator
@@ -63,17 +65,25 @@ def evaluate(view: CompiledView, log: Log, keys: pa.Array, time: np.ndarray, kno
     is_range = all_up_to == none_from
     rows = Rows(first, none_from, time, known)
     longest = max((f.n for f in view.view.features if isinstance(f, LastN | Elapsed)), default=1)
-    visited = np.where(is_range, np.minimum(none_from - first, longest), none_from - first)
+    picked_from = first if is_range.all() or not _sums_are_exact(view, log) else np.maximum(first, all_up_to - longest)
+    visited = np.where(is_range, np.minimum(none_from - first, longest), none_from - picked_from)
     for piece in pieces(visited, rows=PIECE_ROWS, weight=PIECE_EVENTS):
-        yield _evaluate_piece(view, log, rows.at(piece), is_range[piece])
+        yield _evaluate_piece(view, log, rows.at(piece), is_range[piece], picked_from[piece])
 
 
-def _evaluate_piece(view: CompiledView, log: Log, rows: Rows, is_range: np.ndarray) -> Values:
+def _sums_are_exact(view: CompiledView, log: Log) -> bool:
+    return all(_sums(view, log, feature).exact for feature in view.view.features if isinstance(feature, Sum | Mean))
+
+
+def _evaluate_piece(view: CompiledView, log: Log, rows: Rows, is_range: np.ndarray, picked_from: np.ndarray) -> Values:
     if is_range.all():
         return _evaluate_ranges(view, log, rows)
     ranges, others = np.flatnonzero(is_range), np.flatnonzero(~is_range)
     of_ranges = _evaluate_ranges(view, log, rows.at(ranges))
-    of_others = _evaluate_ranges(view, *_pick(log, rows.at(others)))
+    late = rows.at(others)
+    before = Rows(late.start, picked_from[others], late.time, late.known)
+    picked = _pick(log, Rows(before.stop, late.stop, late.time, late.known))
+    of_others = _evaluate_ranges(view, *picked, before=_Evaluation(view, log, before))
     back = np.argsort(np.concatenate([ranges, others]))
     return [
         (pa.concat_arrays([one, other]).take(pa.array(back)), np.concatenate([its_status, other_status])[back])
@@ -90,18 +100,22 @@ def _pick(log: Log, rows: Rows) -> tuple[Log, Rows]:
     return log.take(positions[visible], offsets), Rows(offsets[:-1], offsets[1:], rows.time, rows.known)
 
 
-def _evaluate_ranges(view: CompiledView, log: Log, rows: Rows) -> Values:
-    evaluation = _Evaluation(view, log, rows)
+def _evaluate_ranges(view: CompiledView, log: Log, rows: Rows, before: "_Evaluation | None" = None) -> Values:
+    evaluation = _Evaluation(view, log, rows, before)
     return [evaluation.feature(feature) for feature in view.view.features]
 
 
 class _Evaluation:
-    """The features of rows whose counted events are ranges of a log."""
+    """The features of rows whose counted events are ranges of a log, and for counts and sums those of ``before``, too.
 
-    def __init__(self, view: CompiledView, log: Log, rows: Rows) -> None:
+    Where ``before`` has events of a row, the range of the row has at least the longest list that a feature asks for.
+    """
+
+    def __init__(self, view: CompiledView, log: Log, rows: Rows, before: "_Evaluation | None" = None) -> None:
         self._view = view
         self._log = log
         self._rows = rows
+        self._before = before
         self._any = rows.stop > rows.start
         expired = self._age_us() > view.view.ttl * SECOND if view.view.ttl is not None else np.zeros(len(self._any), bool)
         self._additive = np.where(expired, ValueStatus.EXPIRED, ValueStatus.PRESENT).astype(np.uint8)
@@ -162,25 +176,17 @@ class _Evaluation:
         """int64 ``[R]``: the events that meet the conditions and have a value in ``column``, if one is given."""
         start, stop = self._window(feature.window), self._rows.stop
         if column is not None or feature.where:
-            before = self._log.cached(("before", column, feature.where), lambda: _counts(self._selected(column, feature.where)))
+            before = self._log.cached(
+                ("before", column, feature.where), lambda: _counts(_selected(self._view, self._log, column, feature.where))
+            )
             start, stop = before[start], before[stop]
-        return np.asarray(stop - start)
+        count = np.asarray(stop - start)
+        return count if self._before is None else count + self._before._count(feature, column)
 
     def _sum(self, feature: Sum | Mean) -> np.ndarray:
         """float64 ``[R]``: the sum of the values in the events that meet the conditions."""
-        sums = self._log.cached(("sums", feature.column, feature.where), lambda: self._range_sums(feature))
-        return sums(self._window(feature.window), self._rows.stop)
-
-    def _range_sums(self, feature: Sum | Mean) -> RangeSums:
-        values = np.asarray(self._log.array(feature.column).cast(pa.float64(), safe=False).fill_null(0.0))
-        return RangeSums(np.where(self._selected(feature.column, feature.where), values, 0.0))
-
-    def _selected(self, column: str | None, where: tuple[Condition, ...]) -> np.ndarray:
-        """bool ``[N]``: the events that meet the conditions and have a value in ``column``, if one is given."""
-        selected = np.ones(len(self._log), bool)
-        if where:
-            selected = self._log.select(self._view.conditions[where])
-        return selected if column is None else selected & np.asarray(pc.is_valid(self._log.array(column)))
+        total = _sums(self._view, self._log, feature)(self._window(feature.window), self._rows.stop)
+        return total if self._before is None else total + self._before._sum(feature)
 
     def _last(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The positions of the last ``n`` events of all rows, and int64 ``[R]`` how many each row has, 0 where it is not PRESENT."""
@@ -194,6 +200,24 @@ class _Evaluation:
         """The elements at the positions of `_last` as one list per row, null where the status is not PRESENT."""
         offsets = pa.array(np.concatenate([[0], np.cumsum(self._last(n)[1])]), pa.int32())
         return pa.ListArray.from_arrays(offsets, elements, mask=pa.array(self._status != ValueStatus.PRESENT))
+
+
+def _sums(view: CompiledView, log: Log, feature: Sum | Mean) -> RangeSums:
+    """Of the values in the events that meet the conditions."""
+
+    def make() -> RangeSums:
+        values = np.asarray(log.array(feature.column).cast(pa.float64(), safe=False).fill_null(0.0))
+        return RangeSums(np.where(_selected(view, log, feature.column, feature.where), values, 0.0))
+
+    return log.cached(("sums", feature.column, feature.where), make)
+
+
+def _selected(view: CompiledView, log: Log, column: str | None, where: tuple[Condition, ...]) -> np.ndarray:
+    """bool ``[N]``: the events that meet the conditions and have a value in ``column``, if one is given."""
+    selected = np.ones(len(log), bool)
+    if where:
+        selected = log.select(view.conditions[where])
+    return selected if column is None else selected & np.asarray(pc.is_valid(log.array(column)))
 
 
 def _masked(values: np.ndarray, status: np.ndarray) -> pa.Array:

@@ -69,6 +69,9 @@ class RangeSums:
 
     Args:
         values: float64 ``[N]``.
+
+    Attributes:
+        exact: whether running sums are, so that sums of two adjoining ranges add up to that of both.
     """
 
     def __init__(self, values: np.ndarray) -> None:
@@ -77,6 +80,7 @@ class RangeSums:
         with np.errstate(over="ignore"):
             scaled = self._padded * 1024
             exact = bool((scaled == np.rint(scaled)).all()) and float(np.abs(scaled).sum()) < 2.0**53
+        self.exact = exact
         self._running = np.concatenate([[0.0], np.cumsum(values)]) if exact else None
 
     def __call__(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:

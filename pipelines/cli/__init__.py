@@ -19,7 +19,7 @@ VERBS = {
     "scale": "train models at many sizes and fit scaling laws, with a picture",
     "efficiency": "ask a trained retriever with less of each history, and say what that saves and costs",
     "ingest": "turn raw files into a data set, counting what was dropped",
-    "features": "audit the features that were served against the same features read offline",
+    "features": "audit what was served, or join features to a log that does not fit in memory",
     "serve": "answer requests over HTTP with the champion",
     "rollback": "make the previous champion the champion again",
     "history": "print the promotion log",

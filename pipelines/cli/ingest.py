@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.cli._engine import add_engine, check_partitions, engine_of, progress_lines
+from recsys.core.errors import ConfigError
 from recsys.data.dataset import IngestReport
 from recsys.data.dataset_schema import DatasetSchema
-from recsys.data.ingest import ingest
+from recsys.data.ingest import ingest, ingest_partitioned
 
 _DESCRIPTION = "Check and clean events, items and users; write them as one data set for the `dataset` section of a recipe."
 
@@ -25,12 +27,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--schema", type=Path, required=True, metavar="FILE", help="which column plays which role (YAML)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIRECTORY", help="where to write the data set")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set in that directory")
+    parts = "divide the users into P parts, one of which is in memory at a time; the events must be Parquet"
+    parser.add_argument("--partitions", type=int, metavar="P", help=parts)
+    add_engine(parser)
     options = parser.parse_args(argv)
-    schema = DatasetSchema.load(options.schema)
-    dataset = ingest(options.interactions, options.items, options.users, schema, options.out, overwrite=options.overwrite)
+    schema, sources = DatasetSchema.load(options.schema), (options.interactions, options.items, options.users)
     console = Console()
-    print_report(console, dataset.report)
-    console.print(Text(f"{options.out}: {dataset.fingerprint()}"), soft_wrap=True)
+    if options.partitions is None:
+        if options.engine != "local" or options.workers != 1:
+            raise ConfigError("--engine and --workers are of work in parts: expected --partitions beside them")
+        dataset = ingest(*sources, schema, options.out, overwrite=options.overwrite)
+        report, fingerprint = dataset.report, dataset.fingerprint()
+    else:
+        with progress_lines(console) as progress:
+            manifest = ingest_partitioned(
+                *sources,
+                schema,
+                options.out,
+                partitions=check_partitions(options.partitions),
+                engine=engine_of(options),
+                overwrite=options.overwrite,
+                progress=progress,
+            )
+        report, fingerprint = manifest.report, manifest.fingerprint
+    print_report(console, report)
+    console.print(Text(f"{options.out}: {fingerprint}"), soft_wrap=True)
     console.print(Text(f"in a recipe: dataset: {{name: ingested, path: {options.out}}}"), soft_wrap=True)
     return 0
 

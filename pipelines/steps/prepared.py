@@ -57,13 +57,8 @@ class Prepared:
         return last + timedelta(seconds=1)
 
     def impressions(self, part: str) -> pa.Table:
-        """The events of a part as rows to be ranked: features are asked for one microsecond before the event's second."""
-        events = self.parts[part]
-        second = events.column(EVENT_TIME).cast(pa.int64()).to_numpy() // _SECOND * _SECOND
-        request_time = pa.array(second - 1, pa.int64()).cast(TIME)
-        values = [name for name in self.dataset.interactions.column_names if name not in _CANONICAL]
-        columns = {USER: events.column(USER), ITEM: events.column(ITEM), REQUEST_TIME: request_time}
-        return pa.table(columns | {name: events.column(name) for name in values})
+        """The events of a part, see `as_impressions`."""
+        return as_impressions(self.parts[part].select(self.dataset.interactions.column_names))
 
     def events_of(self, user_id: str, until: datetime) -> pa.Table:
         """The interactions of one user up to a time, in the order in which the feature store counts them."""
@@ -82,6 +77,14 @@ class Prepared:
         times = {"valid_start": self.split.valid_start.isoformat(), "test_start": self.split.test_start.isoformat()}
         counts = {part: events.num_rows for part, events in self.parts.items()}
         write_json(directory / _SPLIT, times | {"events": counts, "daily": self.daily})
+
+
+def as_impressions(events: pa.Table) -> pa.Table:
+    """Canonical events as rows to be ranked: features are asked for one microsecond before the event's second; values are kept."""
+    second = events.column(EVENT_TIME).cast(pa.int64()).to_numpy() // _SECOND * _SECOND
+    request_time = pa.array(second - 1, pa.int64()).cast(TIME)
+    columns = {USER: events.column(USER), ITEM: events.column(ITEM), REQUEST_TIME: request_time}
+    return pa.table(columns | {name: events.column(name) for name in events.column_names if name not in _CANONICAL})
 
 
 def split_events(dataset: Dataset, split: "Split", seed: int, *, daily: bool = False) -> Prepared:

@@ -29,12 +29,18 @@ def sha256_json(value: Any) -> str:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """The name of a file to write, which takes the name ``path`` only once the block has ended without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
+        yield temporary
+        with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
@@ -69,3 +75,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(whole: Path, out: Path) -> None:
+    """Rename a directory to ``out``; what was there is moved out of the way first, and removed."""
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    if out.exists():
+        out.rename(old)
+    whole.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -96,10 +96,15 @@ class Dataset:
         """
         digest = hashlib.sha256()
         for name, (table, columns) in self.tables().items():
-            digest.update(canonical_json([name, table.num_rows, [_signature(column) for column in columns.columns]]))
-            for column in columns.conform(table, what=name).columns:
-                digest.update(_column_digest(column))
+            update_digest(digest, name, table, columns)
         return digest.hexdigest()
+
+
+def update_digest(digest: "hashlib._Hash", name: str, table: pa.Table, columns: FeatureSchema) -> None:
+    """Feed the canonical columns of a table and all its values in their order."""
+    digest.update(canonical_json([name, table.num_rows, [_signature(column) for column in columns.columns]]))
+    for column in columns.conform(table, what=name).columns:
+        digest.update(_column_digest(column))
 
 
 def _signature(column: Column) -> list[str]:

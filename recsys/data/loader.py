@@ -209,7 +209,8 @@ class ParquetLoader(_BatchLoader[Batch]):
     permuted and gathered: integers in the place of strings, each distinct string of a row group looked up once. The batches are the same.
 
     Args:
-        paths: Parquet files of one schema, or one folder, whose ``*.parquet`` files are read in the order of their names.
+        paths: Parquet files of one schema, or one folder, whose ``*.parquet`` files are read in the order of their names; where it has
+            none, those of its folders, such as ``part=0001``.
         transform: an `Encoder` or another `RowEncoder`; or a function from a table of at most ``batch_size`` rows to a batch.
         batch_size: rows per batch, of all processes together.
         seed: with the epoch, decides the order.
@@ -332,10 +333,14 @@ def _strings(metadata: pq.FileMetaData) -> list[str]:
 
 def _expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     given = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    files = [file for path in given for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+    files = [file for path in given for file in (_inside(path) if path.is_dir() else [path])]
     if not files:
         raise DataError(f"no Parquet file in {[str(path) for path in given]}")
     return files
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
 
 
 def _check_schemas(files: list[_File], columns: list[str] | None) -> None:

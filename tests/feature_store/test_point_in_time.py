@@ -26,6 +26,39 @@ def test_equals_brute_force(world: Callable[..., Any], service: str, seed: int, 
     w.check(w.definitions, w.tables, service, spine, OfflineReader(w.repo, w.tables).read(service, spine))
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("seed", "late"), [(10, 0.02), (11, 0.3), (12, 1.0)])
+def test_late_events_among_many_equal_brute_force(world: Callable[..., Any], seed: int, late: float, exact: bool) -> None:
+    """Where sums are exact, only what happened after the first late event is picked out; every kind, window and condition."""
+    w = world(seed, late=late)
+    events = w.tables["interactions"]
+    if exact:
+        amounts = pa.array([w.rng.choice([None, 0.25, -3.5, 1024.0]) for _ in range(events.num_rows)])
+        events = events.set_column(events.schema.get_field_index("amount"), "amount", amounts)
+    short = [view | {"features": [f for f in view["features"] if f["name"] != "items_all"]} for view in w.definitions["views"]]
+    definitions = w.definitions | {"views": short}
+    tables = w.tables | {"interactions": events}
+    for service in ("user", "item"):
+        spine = w.spine(service, 200)
+        w.check(definitions, tables, service, spine, OfflineReader(FeatureRepo.model_validate(definitions), tables).read(service, spine))
+
+
+def test_what_a_late_event_costs_does_not_grow_with_what_was_before(world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    w, picked = world(), []
+    pick = evaluate._pick
+    monkeypatch.setattr(evaluate, "_pick", lambda log, rows: (found := pick(log, rows), picked.append(len(found[0])))[0])
+    definitions = w.definitions | {"views": [view for view in w.definitions["views"] if view["name"] == "popularity"]}
+    definitions["services"] = [{"name": "item", "views": ["popularity"]}]
+    for before in (100, 10_000):
+        times = [(float(n), float(n)) for n in range(before)] + [(float(before), before + 5.0), (before + 1.0, before + 1.0)]
+        events = _one_user(w, times)
+        events = events.set_column(1, "item_id", pa.array(["i"] * len(times)))
+        spine = pa.table({"item_id": ["i"], "request_time": pa.array([w.at(before + 2)], pa.timestamp("us", tz="UTC"))})
+        row = OfflineReader(FeatureRepo.model_validate(definitions), {"interactions": events}).read("item", spine).to_pylist()[0]
+        assert (row["item_events_300"], row["item_rating"]) == (min(before + 1, 298), 1.0)
+    assert picked == [3, 3]
+
+
 def test_pieces_do_not_change_the_result(world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     w = world(4)
     spine = w.spine("user", 60)

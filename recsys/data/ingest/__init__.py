@@ -9,8 +9,9 @@ from recsys.data.dataset_schema import DatasetSchema
 from recsys.data.ingest.canonical import canonicalise
 from recsys.data.ingest.source import RawTable, read_table
 from recsys.data.ingest.store import read_dataset, refuse_existing, write_dataset
+from recsys.data.ingest.streaming import ingest_partitioned
 
-__all__ = ["RawTable", "canonicalise", "ingest", "read_dataset", "write_dataset"]
+__all__ = ["RawTable", "canonicalise", "ingest", "ingest_partitioned", "read_dataset", "write_dataset"]
 
 
 def ingest(

@@ -40,13 +40,11 @@ def canonicalise(
         SchemaError: a column is absent, or holds a value that cannot be cast without loss.
         DataError: two rows of one id differ; an item is unknown where that is an error; no event is left.
     """
-    if (users is None) != (schema.users is None):
-        has, lacks = ("the schema", "no source is given") if users is None else (users.file, "the schema does not")
-        raise DataError(f"{name}: users: {has} has them, but {lacks}: expected both or neither")
+    check_users(name, schema, None if users is None else users.file)
     item_ledger = Ledger("items", items.file, items.frame.height)
     item_frame = rules.read_entities(items, schema.items, item_ledger)
     ledger = Ledger("interactions", interactions.file, interactions.frame.height)
-    events = rules.clean_events(rules.read_events(interactions, schema.interactions, ledger), ledger, _instant(now))
+    events = rules.clean_events(rules.read_events(interactions, schema.interactions, ledger), ledger, instant(now))
     events, item_frame = rules.settle_unknown_items(events, item_frame, schema.on_unknown_item, ledger, item_ledger)
     events = rules.drop_repeated(events, ledger).sort(EVENT_TIME, ROW)
     if events.height == 0:
@@ -69,7 +67,15 @@ def canonicalise(
     return Dataset(name, event_table, item_table, user_table, schema, report)
 
 
-def _instant(now: datetime | None) -> datetime:
+def check_users(name: str, schema: DatasetSchema, file: str | None) -> None:
+    """Raise a `DataError` where there is a source of users and the schema has none, or the other way round."""
+    if (file is None) != (schema.users is None):
+        has, lacks = ("the schema", "no source is given") if file is None else (file, "the schema does not")
+        raise DataError(f"{name}: users: {has} has them, but {lacks}: expected both or neither")
+
+
+def instant(now: datetime | None) -> datetime:
+    """``now`` in UTC, by default the present; `DataError` where it has no offset."""
     if now is None:
         return datetime.now(UTC)
     if now.tzinfo is None:
@@ -78,6 +84,6 @@ def _instant(now: datetime | None) -> datetime:
 
 
 def to_arrow(frame: pl.DataFrame, features: FeatureSchema) -> pa.Table:
-    """The canonical columns of a frame."""
+    """The canonical columns of a frame as Arrow."""
     table = frame.select(features.names()).to_arrow(compat_level=pl.CompatLevel.oldest())
     return features.conform(pa.Table.from_batches(table.to_batches(max_chunksize=_CHUNK_ROWS), schema=table.schema))

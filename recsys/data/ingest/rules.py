@@ -9,7 +9,7 @@ from recsys.core.errors import DataError
 from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, ITEM, USER
 from recsys.data.dataset_schema import InteractionsSchema, ItemsSchema, SourceColumn, UnknownItem, UsersSchema
 from recsys.data.ingest.cast import to_text, to_times, to_values
-from recsys.data.ingest.ledger import ROW, Ledger
+from recsys.data.ingest.ledger import NON_FINITE, ROW, Ledger
 from recsys.data.ingest.source import RawTable
 
 
@@ -20,7 +20,7 @@ def read_events(source: RawTable, schema: InteractionsSchema, ledger: Ledger) ->
     if schema.available_time is not None:
         times[AVAILABLE_TIME] = schema.available_time
     columns = {
-        ROW: pl.int_range(source.frame.height, dtype=pl.Int64, eager=True),
+        ROW: source.rows,
         USER: to_text(source.column(f"{role}.{USER}", schema.user_id)),
         ITEM: to_text(source.column(f"{role}.{ITEM}", schema.item_id)),
         **{name: to_times(source.column(f"{role}.{name}", time.column), time.unit) for name, time in times.items()},
@@ -76,7 +76,7 @@ def read_entities(source: RawTable, schema: ItemsSchema | UsersSchema, ledger: L
     """
     key, column = (ITEM, schema.item_id) if isinstance(schema, ItemsSchema) else (USER, schema.user_id)
     columns = {
-        ROW: pl.int_range(source.frame.height, dtype=pl.Int64, eager=True),
+        ROW: source.rows,
         key: to_text(source.column(f"{ledger.table}.{key}", column)),
     }
     frame = pl.DataFrame(columns | _values(source, ledger.table, schema.attributes, ledger))
@@ -98,8 +98,8 @@ def _values(source: RawTable, table: str, columns: tuple[SourceColumn, ...], led
     result = {}
     for column in columns:
         values = to_values(source.column(f"{table}.{column.name}", column.source_name), column)
-        lost = pl.DataFrame({ROW: values.non_finite.arg_true().cast(pl.Int64)})
+        lost = pl.DataFrame({ROW: source.rows.filter(values.non_finite)})
         if lost.height:
-            ledger.note("non_finite", "nulled", lost, column.name)
+            ledger.note(NON_FINITE, "nulled", lost, column.name)
         result[column.name] = values.values
     return result

@@ -24,11 +24,18 @@ class RawTable:
 
     Attributes:
         file: what to call the source in errors and in the report.
-        frame: its columns; rows count from 0.
+        frame: its columns.
+        first: the place of the first row in the source, counted from 0: more than 0 where the source is read in pieces.
     """
 
     file: str
     frame: pl.DataFrame
+    first: int = 0
+
+    @property
+    def rows(self) -> pl.Series:
+        """The place of each row in the source."""
+        return pl.int_range(self.first, self.first + self.frame.height, dtype=pl.Int64, eager=True)
 
     def column(self, role: str, name: str) -> "RawColumn":
         """The source column ``name``, wanted for ``role`` (such as ``interactions.user_id``).
@@ -36,11 +43,11 @@ class RawTable:
         Raises:
             SchemaError: there is no such column.
         """
-        _require(self.file, {role: name}, self.frame.columns)
+        require(self.file, {role: name}, self.frame.columns)
         values = self.frame.get_column(name)
         if isinstance(values.dtype, pl.Categorical | pl.Enum):
             values = values.cast(pl.String)
-        return RawColumn(self.file, role, name, values, pl.int_range(len(values), dtype=pl.Int64, eager=True))
+        return RawColumn(self.file, role, name, values, self.rows)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def read_table(path: Path, roles: Mapping[str, str]) -> RawTable:
 
 def _read_parquet(path: Path, roles: Mapping[str, str]) -> pl.DataFrame:
     source = pa.dataset.dataset(path, format="parquet")
-    _require(str(path), roles, source.schema.names)
+    require(str(path), roles, source.schema.names)
     return from_arrow(source.to_table(columns=_unique(roles)))
 
 
@@ -107,7 +114,7 @@ def _read_csv(path: Path, roles: Mapping[str, str], separator: str) -> pl.DataFr
     parse = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
     with pa.csv.open_csv(path, parse_options=parse) as reader:
         names = reader.schema.names
-    _require(str(path), roles, names)
+    require(str(path), roles, names)
     wanted = _unique(roles)
     convert = pa.csv.ConvertOptions(
         include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), null_values=[""], strings_can_be_null=True
@@ -119,7 +126,8 @@ def _unique(roles: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(roles.values()))
 
 
-def _require(file: str, roles: Mapping[str, str], names: Sequence[str]) -> None:
+def require(file: str, roles: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise a `SchemaError` where a column that has a role is not among the source's columns, or is there twice."""
     for role, name in roles.items():
         if name not in names:
             raise SchemaError(f"{file}: {role}: {unknown('column', name, names)}")

@@ -15,8 +15,9 @@ from scipy.stats import chisquare
 
 from recsys.core.config import parse
 from recsys.core.errors import ConfigError, SchemaError
+from recsys.core.hashing import hash64
 from recsys.data.encode import Encoder
-from recsys.data.encoding.hashing import hash64, hashed_rows, raw_ids, sharing
+from recsys.data.encoding.hashing import hashed_rows, raw_ids, sharing
 from recsys.embedding.tables import EmbeddingTables
 
 WORDS = ["", "a", "b", "ab", "ba", "aa", "user/1", "user/11", "ä€𝄞", "x" * 1000, "1", "2"]
@@ -58,7 +59,7 @@ def test_a_hash_of_strings_is_that_of_its_definition() -> None:
 
 
 def test_a_hash_is_the_same_in_another_process() -> None:
-    code = "import pyarrow as pa; from recsys.data.encoding.hashing import hash64; print(hash64(pa.array(['a', 'user/1'])).tolist())"
+    code = "import pyarrow as pa; from recsys.core.hashing import hash64; print(hash64(pa.array(['a', 'user/1'])).tolist())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "5"})
     assert printed.stdout.strip() == str(hash64(pa.array(["a", "user/1"])).tolist())
 

@@ -393,6 +393,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ingest_command.main([*arguments(tmp_path), "--overwrite"]) == 0
 
 
+def test_command_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ingest_command.main([*arguments(tmp_path), "--partitions", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"interactions\s+unknown_item\s+1\s+dropped\s+row 2", printed)
+    parts = read_dataset(tmp_path / "shop")
+    assert ingest_command.main([*arguments(tmp_path), "--overwrite"]) == 0
+    assert read_dataset(tmp_path / "shop").fingerprint() == parts.fingerprint()
+    assert cli.main(["ingest", *arguments(tmp_path), "--overwrite", "--engine", "ray"]) == 2
+    assert "expected --partitions beside them" in capsys.readouterr().err
+
+
 def test_command_fails_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = arguments(tmp_path)
     assert cli.main(["ingest", *argv]) == 0
