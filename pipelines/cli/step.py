@@ -34,11 +34,13 @@ def main(argv: list[str]) -> int:
             needs = f" after {', '.join(step.needs)}" if step.needs else ""
             console.print(f"{step.name:14}[dim]{'each day' if step.partitioned else 'once':10}{needs}[/]", highlight=False, soft_wrap=True)
         return 0
+    if arguments.nproc < 1:
+        raise ConfigError(f"--nproc: expected at least 1, got {arguments.nproc}")
     if arguments.name is None and not arguments.status:
         raise ConfigError(f"step: expected the name of a step, one of {', '.join(NAMES)}")
     targets = NAMES if arguments.name is None else (GRAPH.step(arguments.name).name,)
     recipe = load_recipe(Recipe, arguments.recipe, arguments.overrides)
-    runner = Runner(GRAPH, recipe, arguments.home, lambda message: console.print(Text(message), soft_wrap=True))
+    runner = Runner(GRAPH, recipe, arguments.home, lambda message: console.print(Text(message), soft_wrap=True), processes=arguments.nproc)
     chosen = _chosen(arguments, runner.partitions)
     if arguments.status:
         print_status(console, status(runner, targets, chosen))
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     days = parser.add_mutually_exclusive_group()
     days.add_argument("--partition", metavar="DAY", help="one day, as in 2024-03-01")
     days.add_argument("--partitions", metavar="FIRST:LAST", help="the days of a range, both ends included; either may be left out")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="train the ranker in so many processes (default %(default)s)")
     parser.add_argument("--only", action="store_true", help="make nothing but the step itself: what it needs has to be there")
     parser.add_argument("--force", action="store_true", help="make the step again, even if it is there")
     parser.add_argument("--status", action="store_true", help="say what is there, and why the rest is not; run nothing")

@@ -47,6 +47,7 @@ class Runner:
         home: the folder of all results.
         say: shows one line of progress.
         tracker: handed to the steps.
+        processes: how many a training may have.
         code: says the versions of modules.
     """
 
@@ -56,6 +57,7 @@ class Runner:
     say: Callable[[str], None] = _silent
     tracker: Tracker = field(default_factory=NullTracker)
     code: Code = field(default_factory=Code)
+    processes: int = 1
 
     def __post_init__(self) -> None:
         self.store = Store(self.home)
@@ -195,6 +197,7 @@ class Runner:
             key=key,
             say=lambda message: self.say(f"{_called(step, partition)}: {message}"),
             tracker=self.tracker,
+            processes=self.processes,
         )
 
     def _before(self, step: Step, partition: str | None) -> dict[str, dict[str, Path]]:

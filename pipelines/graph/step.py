@@ -32,6 +32,7 @@ class Context:
         key: of the result to be.
         say: shows one line of progress.
         tracker: records parameters and metrics.
+        processes: how many a training may have. It is no part of the key: a training comes to the same in any number.
     """
 
     recipe: Any
@@ -45,6 +46,7 @@ class Context:
     key: str
     say: Callable[[str], None]
     tracker: Tracker = field(default_factory=NullTracker)
+    processes: int = 1
 
 
 def _nothing(_: Any) -> dict[str, Any]:

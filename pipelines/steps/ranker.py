@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
@@ -16,20 +15,18 @@ from torch import nn
 
 from pipelines.graph.step import Context
 from pipelines.steps.features import Frames, load_frames, write_frame
+from pipelines.training import fit_ranker, together
 from recsys.bundle.modules import load_module, save_module
 from recsys.core import components
 from recsys.core.files import read_json, write_json
 from recsys.data.batch import RankingBatch
 from recsys.data.encode import Encoder
-from recsys.data.loader import ParquetLoader
 from recsys.data.onehot import one_hot
 from recsys.data.splits import PARTS
-from recsys.evaluation.metrics.auc import auc
 from recsys.evaluation.metrics.log_loss import log_loss
-from recsys.ranking.calibration import Calibrator, from_state, undersampling_correction
+from recsys.ranking.calibration import Calibrator, from_state
 from recsys.ranking.model import Ranker
 from recsys.training.tracking import Tracker
-from recsys.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from pipelines.recipe import Recipe
@@ -86,30 +83,27 @@ def load_ranking(directory: Path) -> RankingResult:
     )
 
 
-def train_ranker(recipe: "Recipe", frames: Frames, folder: Path, tracker: Tracker, context: dict[str, Any]) -> RankingResult:
+def train_ranker(
+    recipe: "Recipe", frames: Frames, folder: Path, tracker: Tracker, context: dict[str, Any], processes: int = 1
+) -> RankingResult:
     """Fit the encoder on train, train the ranker with early stopping on validation, calibrate it there, and score the test period once.
 
     Args:
         recipe: its encoder, ranker and seed.
         frames: feature rows.
         folder: of checkpoints, metrics, and the sampled rows where negatives are left out.
-        tracker: told of the training.
+        tracker: told of the training, where it has one process.
         context: what decides the training besides its configuration.
+        processes: how many train it together.
     """
     encoder = Encoder.fit(recipe.encoder, frames.tables["train"])
     batches = {part: _encode(encoder, frames.tables[part]) for part in PARTS}
-    torch.manual_seed(recipe.seed)
-    ranker: Ranker = components.get("ranker", recipe.ranker.model.name)(recipe.ranker.model, encoder.spec)
-    training = recipe.ranker.training
     labels = {part: _labels(batches[part]) for part in PARTS}
     path = _sample_negatives(frames, labels["train"], recipe, folder)
-    loader: ParquetLoader[RankingBatch] = ParquetLoader([path], encoder, batch_size=training.batch_size, seed=recipe.seed)
-
-    def validate(model: nn.Module) -> dict[str, float]:
-        predicted = undersampling_correction(_predict(model, batches["valid"]), recipe.ranker.negatives)
-        return {"auc": auc(labels["valid"], predicted), "logloss": log_loss(labels["valid"], predicted)}
-
-    history = Trainer(training.trainer, folder, tracker=tracker, context=context).fit(ranker, loader, validate)
+    if processes == 1:
+        ranker, curve = fit_ranker(recipe, encoder, path, frames.tables["valid"], folder, tracker, context)
+    else:
+        ranker, curve = together(recipe, encoder, path, frames.paths["valid"], folder, context, processes)
     base_rate = float(labels["train"].mean())
     calibration: Calibrator = components.build("calibration", recipe.ranker.calibration)
     calibration.fit(labels["valid"], _predict(ranker, batches["valid"]), _weights(batches["valid"]))
@@ -118,13 +112,14 @@ def train_ranker(recipe: "Recipe", frames: Frames, folder: Path, tracker: Tracke
         "logistic_regression": _logistic_regression(batches, labels, encoder),
         "base_rate": np.full(len(labels["test"]), base_rate),
     }
-    return RankingResult(encoder, ranker.eval(), calibration, history.rows(), probabilities, labels["test"], base_rate)
+    return RankingResult(encoder, ranker.eval(), calibration, curve, probabilities, labels["test"], base_rate)
 
 
 def run(context: Context) -> None:
     """Write encoder, model, calibration and scores, with the metrics of the training and the rows that it sampled."""
     folder = context.work / "ranker"
-    result = train_ranker(context.recipe, load_frames(context.inputs["features"]), folder, context.tracker, {"key": context.key})
+    frames = load_frames(context.inputs["features"])
+    result = train_ranker(context.recipe, frames, folder, context.tracker, {"key": context.key}, context.processes)
     result.save(context.out)
     for kept in (folder / "metrics.jsonl", folder / _SAMPLED):
         if kept.is_file():

@@ -17,11 +17,14 @@ from recsys.core.errors import ConfigError, RecsysError
 from recsys.core.files import read_json, write_json
 from recsys.data.world import World
 
+MACHINES = "RECSYS_TORCHRUN"
 FAILED = 2  # the exit status of an error that another attempt would meet again
 
 
 def command(program: Sequence[str], processes: int, restarts: int = 0) -> list[str]:
     """The command line that runs ``program`` in so many processes of this machine.
+
+    ``RECSYS_TORCHRUN`` has other options than ``--standalone`` for torchrun, for more machines: see docs/distributed.md.
 
     Args:
         program: a Python file, or ``-m`` and a module, and its arguments.
@@ -33,7 +36,8 @@ def command(program: Sequence[str], processes: int, restarts: int = 0) -> list[s
     """
     if processes < 1 or restarts < 0:
         raise ConfigError(f"expected at least 1 process and 0 restarts, got {processes} and {restarts}")
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.5"]
+    machines = os.environ.get(MACHINES, "--standalone").split()
+    options = [*machines, f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.5"]
     return [sys.executable, "-m", "torch.distributed.run", *options, *program]
 
 

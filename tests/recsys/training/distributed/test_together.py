@@ -3,6 +3,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import time
 from collections import defaultdict
@@ -66,6 +67,12 @@ class Launched:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         return torch.load(self.folder / "weights.pt")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def trained_rows(folder: Path) -> list[list[int]]:
