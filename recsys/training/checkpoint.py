@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from recsys.core.config import Config, parse
@@ -114,9 +115,9 @@ class Checkpoints:
             for part, value in state.items():
                 write_part(temporary, part, value)
             return self.finish(step, best, {path.name: sha256_file(path) for path in sorted(temporary.iterdir())})
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(self.directory(step, ".tmp"), ignore_errors=True)
-            raise CheckpointError(f"{self.directory(step)}: cannot be written: {error.strerror}") from None
+            raise CheckpointError(f"{self.directory(step)}: cannot be written: {error}") from None
 
     def begin(self, step: int) -> Path:
         """An empty directory for the parts of a checkpoint, which is none before `finish`."""

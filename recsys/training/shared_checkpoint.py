@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -55,9 +56,13 @@ class SharedCheckpoints:
             CheckpointError: it cannot be written, or the one before could not be.
         """
         self.wait()
-        temporary = self._first(lambda: self._own.begin(step))
-        self._all(lambda: _write(temporary, {f"{part}-{self._world.rank}": value for part, value in own.items()}))
-        self._first(lambda: _write(temporary, state))
+        self._step = step
+        try:
+            temporary = self._first(lambda: self._own.begin(step))
+            self._all(lambda: _write(temporary, {f"{part}-{self._world.rank}": value for part, value in own.items()}))
+            self._first(lambda: _write(temporary, state))
+        except CheckpointError as error:
+            raise self._failed(str(error)) from None
 
         def finished(parts: dict[str, str]) -> None:
             rest = {path.name: sha256_file(path) for path in sorted(temporary.iterdir()) if path.name not in parts}
@@ -74,7 +79,6 @@ class SharedCheckpoints:
                 async_stager=BlockingAsyncStager(),
             ),
         )
-        self._step = step
         return self._own.directory(step)
 
     def wait(self) -> None:
@@ -89,9 +93,13 @@ class SharedCheckpoints:
         try:
             writing.result()
         except Exception as error:
-            if self._world.rank == 0:
-                shutil.rmtree(self._own.directory(self._step, ".tmp"), ignore_errors=True)
-            raise CheckpointError(f"checkpoint of step {self._step}: cannot be written: {_reasons(error)}") from None
+            raise self._failed(_reasons(error)) from None
+
+    def _failed(self, why: str) -> CheckpointError:
+        """The error of a checkpoint of which nothing stays."""
+        if self._world.rank == 0:
+            shutil.rmtree(self._own.directory(self._step, ".tmp"), ignore_errors=True)
+        return CheckpointError(f"checkpoint of step {self._step}: cannot be written: {why}")
 
     def latest(self) -> Checkpoint | None:
         """See `Checkpoints.latest`; the first process looks."""
@@ -130,7 +138,7 @@ def _tried(work: Callable[[], Any]) -> list[Any]:
     """What came of it, and the error as text."""
     try:
         return [work(), None]
-    except (RecsysError, OSError) as error:
+    except (RecsysError, OSError, SafetensorError) as error:
         return [None, str(error)]
 
 

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import logging
+import resource
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,30 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert found.read("progress") == {"step": 7}
     assert torch.equal(found.read("model")["w"], torch.full((4, 3), 7.0))
     assert names(found.directory) == {MANIFEST, "model.json", "model.safetensors", "progress.json"}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a full disk, a file cannot grow beyond ``size`` bytes."""
+    before, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("size", [10, 5000])
+def test_a_disk_that_is_full_is_an_error_and_leaves_what_is_there(size: int, tmp_path: Path) -> None:
+    store(tmp_path).save(1, state(1))
+    large = {"model": {"w": torch.ones(10_000)}, "progress": {"step": 2}}
+    with files_of_at_most(size), pytest.raises(CheckpointError, match=r"step-2: cannot be written: .*File too large"):
+        store(tmp_path).save(2, large)
+    assert names(tmp_path) == {"step-1"}
+    assert store(tmp_path).latest().manifest.step == 1
+    store(tmp_path).save(2, large)
+    assert store(tmp_path).latest().manifest.step == 2
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

@@ -152,6 +152,16 @@ def test_sigterm_saves_once_for_all_and_the_run_can_go_on(three: Launched, tmp_p
     assert_exactly_once(tmp_path)
 
 
+def test_a_full_disk_of_one_process_ends_all_and_the_run_can_go_on(three: Launched, tmp_path: Path) -> None:
+    full = Launched(tmp_path, 3, faults=[{"what": "full", "rank": 1, "at": 6}])
+    assert full.status != 0
+    assert re.search(r"checkpoint of step 8: cannot be written: .*File too large", full.log)
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"step-0", "step-4"}, "nothing half-written, and the one before as it was"
+    assert_same(Launched(tmp_path, 3), three, exact=True)
+    assert_exactly_once(tmp_path)
+
+
 def test_a_bad_batch_of_one_process_is_left_out_by_all(tmp_path: Path) -> None:
     run = Launched(tmp_path, 2, faults=[{"what": "poison", "rank": 1, "at": 3}])
     assert run.status == 0, run.log[-4000:]

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -142,6 +143,12 @@ def _real(rows: list[int], batch: RankingBatch) -> list[int]:
     return rows if batch.weights is None else [row for row, weight in zip(rows, batch.weights.tolist(), strict=True) if weight]
 
 
+def full_disk(_: RankingBatch) -> None:
+    """From now on no file of this process can grow beyond 3,000 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
 def poisoned(batch: RankingBatch) -> None:
     """A label of infinity makes the loss infinite."""
     assert batch.labels is not None
@@ -173,6 +180,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
                 "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
                 "hang": lambda _: time.sleep(3600),
                 "poison": poisoned,
+                "full": full_disk,
             }
             faults[fault["at"]] = acts[fault["what"]]
     made = managed_data if job.get("managed") else data
