@@ -17,8 +17,9 @@ too, writes integers as Parquet, which their loaders read: both parts are timed,
 
 **Two cores**: the first again with two cores for each side, ours with a thread that prepares batches ahead.
 
-**Memory** is the highest resident memory of an epoch in a fresh process above where it stood before, of FuxiCTR's with Ray's processes
-(sampled, shared pages once). ``loader_memory_growth`` is ours at the larger size over the smaller, the worse of raw and encoded.
+**Memory** is the highest resident memory of an epoch above where it stood before, in a fresh process after one epoch of the smaller size;
+of FuxiCTR's with Ray's processes (sampled, shared pages once). ``loader_memory_growth`` is ours at the larger size over the smaller, the
+worse of raw and encoded, each the median of three processes.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contest: every side in a process of its own, its sums compared, then epochs in turns, then memory in fresh processes."""
 
+import statistics
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ HERE = Path(__file__).parent
 # side → environment, script
 SIDES = {"ours": ("ours", "ours.py"), "rechub": ("rechub", "rechub.py"), "fuxictr": ("fuxictr", "fuxi.py")}
 SAMPLE_SECONDS = 0.02
+OUR_PROCESSES = 3
 
 
 @dataclass(frozen=True)
@@ -149,16 +151,19 @@ def check_same(name: str, found: dict[str, Any], expected: dict[str, Any], *, ra
 
 
 def memory(entry: Entry, folder: Path, places: Sequence[Path]) -> Memory:
-    """What an epoch takes at each size, in a fresh process each time."""
-    found = []
-    for place in places:
-        with sides(folder, [entry.side], 1) as workers:
-            worker = workers[entry.side]
-            if entry.side == "fuxictr":
-                found.append(_tree_peak(worker, entry, place))
-            else:
-                found.append(int(worker.ask(do="memory", way=entry.way, folder=str(place), batches=entry.batches)["bytes"]))
-    return Memory(str(entry), found)
+    """What an epoch takes at each size, in a fresh process each time: of ours the median of several, since the check is of it."""
+    times = OUR_PROCESSES if entry.side == "ours" else 1
+    return Memory(str(entry), [int(statistics.median(_taken(entry, folder, places[0], place) for _ in range(times))) for place in places])
+
+
+def _taken(entry: Entry, folder: Path, small: Path, place: Path) -> int:
+    """Bytes of an epoch after one of the smaller size, since what is made or read once is no part of it."""
+    with sides(folder, [entry.side], 1) as workers:
+        worker = workers[entry.side]
+        worker.ask(do="time", way=entry.way, folder=str(small), batches=entry.batches)
+        if entry.side == "fuxictr":
+            return _tree_peak(worker, entry, place)
+        return int(worker.ask(do="memory", way=entry.way, folder=str(place), batches=entry.batches)["bytes"])
 
 
 def _rate(workers: dict[str, Worker], entry: Entry, place: Path) -> float:
@@ -169,7 +174,6 @@ def _rate(workers: dict[str, Worker], entry: Entry, place: Path) -> float:
 
 def _tree_peak(worker: Worker, entry: Entry, place: Path) -> int:
     """The highest memory of a process and all that it started, above where it stood, looked at every few milliseconds."""
-    worker.ask(do="time", way=entry.way, folder=str(place), batches=0)  # what starts with the first epoch is no part of one
     before = peak = _tree_bytes(worker.pid)
     done = threading.Event()
 
