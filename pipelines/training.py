@@ -1,39 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training of a recipe's ranker, in this process or in several: ``torchrun -m pipelines.training FOLDER`` is one of them.
+"""The training of a recipe's ranker, in this process or in several, of which each is a `pipelines.training_process`.
 
-The folder holds ``job.json`` and ``encoder/``, which `together` writes, and then checkpoints, metrics and the trained weights.
+What they need stands in a folder: ``job.json`` and ``encoder/``, which `together` writes, and then checkpoints, metrics and the trained
+weights.
 """
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from recsys.core import components
-from recsys.core.config import validate
 from recsys.core.errors import RecsysError
 from recsys.core.files import read_json, write_json
 from recsys.data.batch import RankingBatch
 from recsys.data.encode import Encoder
 from recsys.data.loader import ParquetLoader, TableLoader
 from recsys.data.world import World
-from recsys.embedding.sharding import full_state
 from recsys.evaluation.metrics.auc import auc
 from recsys.evaluation.metrics.log_loss import log_loss
 from recsys.evaluation.together import predictions
 from recsys.ranking.calibration import undersampling_correction
 from recsys.ranking.model import Ranker
-from recsys.training.launch import Attempts, command, environment, join
+from recsys.training.launch import command, environment
 from recsys.training.preemption import RESUMABLE
-from recsys.training.tracking import NullTracker, Tracker
+from recsys.training.tracking import Tracker
 from recsys.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -41,7 +37,8 @@ if TYPE_CHECKING:
 
 Curve = list[dict[str, Any]]
 _CHUNK = 4096
-_JOB, _ENCODER, _WEIGHTS, _CURVE = "job.json", "encoder", "weights.safetensors", "curve.json"
+JOB, ENCODER, WEIGHTS, CURVE = "job.json", "encoder", "weights.safetensors", "curve.json"
+_PROCESS = "pipelines.training_process"  # by name, since it knows all of a recipe, which is no part of this code
 _RESTARTS = 3
 
 
@@ -86,44 +83,21 @@ def together(
         SystemExit: they were asked to end, and saved what they had (see `recsys.training.preemption`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / _ENCODER).is_dir():
-        (folder / _ENCODER).mkdir()
-        encoder.save(folder / _ENCODER)
+    if not (folder / ENCODER).is_dir():
+        (folder / ENCODER).mkdir()
+        encoder.save(folder / ENCODER)
     job = {"recipe": recipe.model_dump(mode="json"), "rows": str(rows), "valid": str(valid), "context": context}
-    write_json(folder / _JOB, job)
-    done = subprocess.run(command(["-m", "pipelines.training", str(folder)], processes, _RESTARTS), env=dict(environment()), check=False)
+    write_json(folder / JOB, job)
+    done = subprocess.run(command(["-m", _PROCESS, str(folder)], processes, _RESTARTS), env=dict(environment()), check=False)
     if done.returncode < 0 or done.returncode == RESUMABLE:
         raise SystemExit(RESUMABLE)
-    if done.returncode or not (folder / _CURVE).is_file():
+    if done.returncode or not (folder / CURVE).is_file():
         raise RecsysError(f"the training in {processes} processes ended with status {done.returncode}; what they said stands above")
     ranker: Ranker = components.get("ranker", recipe.ranker.model.name)(recipe.ranker.model, encoder.spec)
-    ranker.load_state_dict(load_file(folder / _WEIGHTS))
-    return ranker, read_json(folder / _CURVE)
-
-
-def main(argv: list[str]) -> None:
-    """One process of `together`."""
-    from pipelines.recipe import Recipe
-
-    folder = Path(argv[0])
-    with Attempts(folder):
-        world = join()
-        job = read_json(folder / _JOB)
-        recipe, encoder = validate(Recipe, job["recipe"]), Encoder.load(folder / _ENCODER)
-        valid = pq.read_table(job["valid"])
-        ranker, curve = fit_ranker(recipe, encoder, Path(job["rows"]), valid, folder, NullTracker(), job["context"])
-        state = full_state(ranker)
-        if world.rank == 0:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / _WEIGHTS)
-            write_json(folder / _CURVE, curve)
-        dist.barrier()
-        dist.destroy_process_group()
+    ranker.load_state_dict(load_file(folder / WEIGHTS))
+    return ranker, read_json(folder / CURVE)
 
 
 def _labels(batch: RankingBatch) -> np.ndarray:
     assert batch.labels is not None
     return batch.labels[:, 0].numpy().astype(np.float64)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -87,7 +87,7 @@ def test_costs_are_those_of_the_model(data: PlantedData) -> None:
 def test_a_key_is_the_hash_of_what_decides_a_ranker_s_result(data: PlantedData) -> None:
     """Lines of finished studies are found again by it: what stands in it may not change without a new ``_FORMAT``."""
     some = plan()
-    left_out = {"checkpoint", "kernels", "log_every", "max_skipped"}
+    left_out = {"checkpoint", "distribution", "guards", "kernels", "log_every", "max_skipped"}
     for cell in cells(some, Rankers(data), "params"):
         decides = {
             "format": 1,

@@ -109,7 +109,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     return run
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_any_number_of_processes_is_the_same_training(world: int, three: Launched, tmp_path: Path) -> None:
     run = Launched(tmp_path, world)
     assert_same(run, three, exact=False)
@@ -152,6 +152,7 @@ def test_sigterm_saves_once_for_all_and_the_run_can_go_on(three: Launched, tmp_p
     assert_exactly_once(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_one_process_ends_all_and_the_run_can_go_on(three: Launched, tmp_path: Path) -> None:
     full = Launched(tmp_path, 3, faults=[{"what": "full", "rank": 1, "at": 6}])
     assert full.status != 0
@@ -181,6 +182,7 @@ def test_a_process_that_stands_still_is_named_and_the_run_ends(tmp_path: Path) -
     assert f"exitcode: {STUCK}" in run.log or f"exitcode  : {STUCK}" in run.log
 
 
+@pytest.mark.slow
 def test_one_process_and_several_do_not_go_on_from_each_other(tmp_path: Path) -> None:
     assert Launched(tmp_path, 2, faults=[{"what": "kill", "rank": 0, "at": 6}]).status != 0
     alone = Trainer(validate(Trainer.Config, TRAINER), tmp_path / "run", progress=NoProgress(), context={"seed": 7})
