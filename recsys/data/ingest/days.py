@@ -5,9 +5,9 @@ A day that is completed late changes its own rows and no other day's: a row's ``
 2^32 that is the day's own.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from pathlib import Path
 
 import polars as pl
@@ -18,16 +18,16 @@ from recsys.core.config import Config, parse
 from recsys.core.errors import DataError
 from recsys.core.files import read_json, write_json
 from recsys.core.schema import EVENT_TIME
-from recsys.data.dataset import Dataset, IngestReport, TableCounts, Treatment
+from recsys.data.dataset import Dataset, TableCounts, Treatment
 from recsys.data.dataset_schema import DatasetSchema
-from recsys.data.frames import from_arrow
+from recsys.data.frames import from_arrow, to_arrow
 from recsys.data.ingest import rules
-from recsys.data.ingest.canonical import to_arrow
-from recsys.data.ingest.ledger import ROW, Ledger
+from recsys.data.ingest.canonical import instant
+from recsys.data.ingest.entities import Entities
+from recsys.data.ingest.ledger import ROW, Ledger, sum_treatments
 from recsys.data.ingest.source import RawTable
 
 _PER_DAY = 1 << 32
-_EXAMPLES = 3
 
 
 class DayReport(Config):
@@ -74,7 +74,7 @@ def canonical_day(schema: DatasetSchema, day: str, raw: RawTable, *, now: dateti
         SchemaError: a column is absent, or holds a value that cannot be cast without loss.
     """
     ledger = Ledger("interactions", raw.file, raw.frame.height)
-    events = rules.clean_events(rules.read_events(raw, schema.interactions, ledger), ledger, now or datetime.now(UTC))
+    events = rules.clean_events(rules.read_events(raw, schema.interactions, ledger), ledger, instant(now))
     events = rules.drop_repeated(events, ledger).sort(EVENT_TIME, ROW)
     first = date.fromisoformat(day).toordinal() * _PER_DAY
     table = to_arrow(events.with_columns(pl.col(ROW) + first), schema.interactions.features)
@@ -95,48 +95,14 @@ def join_days(name: str, schema: DatasetSchema, days: Mapping[str, DayEvents], i
         SchemaError: see `canonical_day`.
         DataError: two rows of one id differ, an item is unknown where that is an error, or no event is left.
     """
-    if (users is None) != (schema.users is None):
-        raise DataError(f"{name}: users: expected a source of them if, and only if, the schema has them")
-    item_ledger = Ledger("items", items.file, items.frame.height)
-    item_frame = rules.read_entities(items, schema.items, item_ledger)
-    ledger = Ledger("interactions", name, 0)
+    entities = Entities(name, schema, items, users)
     events = pl.concat([from_arrow(day.events) for day in days.values()]) if days else pl.DataFrame()
     if events.height == 0:
         raise DataError(f"{name}: no event is left of {len(days)} days")
-    events, item_frame = rules.settle_unknown_items(events, item_frame, schema.on_unknown_item, ledger, item_ledger)
+    ledger = Ledger("interactions", name, sum(day.report.counts.read for day in days.values()))
+    events = entities.settle(events, ledger).sort(EVENT_TIME, ROW)
     if events.height == 0:
         raise DataError(f"{name}: no event is of a known item")
-    events = events.sort(EVENT_TIME, ROW)
-    tables = [TableCounts(table="interactions", file=name, read=sum(d.report.counts.read for d in days.values()), kept=events.height)]
-    treatments = [*_summed(treatment for day in days.values() for treatment in day.report.treatments), *ledger.treatments]
-    tables.append(item_ledger.counts(item_frame.height))
-    treatments += item_ledger.treatments
-    user_table = None
-    if users is not None and schema.users is not None:
-        user_ledger = Ledger("users", users.file, users.frame.height)
-        user_frame = rules.read_entities(users, schema.users, user_ledger)
-        user_table = to_arrow(user_frame, schema.users.features)
-        tables.append(user_ledger.counts(user_frame.height))
-        treatments += user_ledger.treatments
-    report = IngestReport(
-        tables=tuple(tables),
-        treatments=tuple(treatments),
-        first_event=events[EVENT_TIME][0],
-        last_event=events[EVENT_TIME][-1],
-    )
-    event_table, item_table = to_arrow(events, schema.interactions.features), to_arrow(item_frame, schema.items.features)
-    return Dataset(name, event_table, item_table, user_table, schema, report)
-
-
-def _summed(treatments: Iterable[Treatment]) -> list[Treatment]:
-    """One treatment for each rule, over all days."""
-    found: dict[tuple[str, str, str | None, str], Treatment] = {}
-    for each in treatments:
-        rule = (each.table, each.rule, each.column, each.action)
-        before = found.get(rule)
-        if before is None:
-            found[rule] = each
-        else:
-            examples = (before.examples + each.examples)[:_EXAMPLES]
-            found[rule] = before.model_copy(update={"count": before.count + each.count, "examples": examples})
-    return list(found.values())
+    of_days = sum_treatments((treatment for day in days.values() for treatment in day.report.treatments), one_source=False)
+    table, span = to_arrow(events, schema.interactions.features), (events[EVENT_TIME][0], events[EVENT_TIME][-1])
+    return entities.dataset(table, ledger.counts(events.height), (*of_days, *ledger.treatments), span)

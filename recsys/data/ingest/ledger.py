@@ -38,34 +38,37 @@ class Ledger:
         """The counts of the whole table."""
         return TableCounts(table=self.table, file=self.file, read=self.read, kept=kept)
 
-    def summary(self) -> str:
-        """The rules that were met, with their counts."""
-        return ", ".join(f"{t.rule} {t.count}" for t in self.treatments if t.count)
+
+def summary(treatments: Iterable[Treatment]) -> str:
+    """The rules that were met, with their counts."""
+    return ", ".join(f"{treatment.rule} {treatment.count}" for treatment in treatments if treatment.count)
 
 
-def sum_treatments(treatments: Iterable[Treatment], columns: Sequence[str] = ()) -> tuple[Treatment, ...]:
-    """The treatments of all pieces of a table as those of the whole: counts are added, and the examples are the first of the source.
+def sum_treatments(treatments: Iterable[Treatment], columns: Sequence[str] = (), *, one_source: bool = True) -> tuple[Treatment, ...]:
+    """The treatments of all pieces of a table as those of the whole: counts are added, and the examples are the first.
 
     Args:
         treatments: piece by piece, each with all rules in their order, but for numbers that were not finite.
         columns: in the order in which such numbers are looked for.
+        one_source: whether the rows of all pieces are counted in one order, which decides what is first; else the order of the pieces does.
     """
     found: dict[tuple[str, str, str | None], list[Treatment]] = {}
     for treatment in treatments:
         found.setdefault((treatment.table, treatment.rule, treatment.column), []).append(treatment)
     first = [key for name in columns for key in found if key[1:] == (NON_FINITE, name)]
     ordered = [found[key] for key in (*first, *(key for key in found if key not in first))]
-    return tuple(
-        same[0].model_copy(
-            update={"count": sum(each.count for each in same), "examples": _first(e for each in same for e in each.examples)}
-        )
-        for same in ordered
-    )
+    return tuple(_sum(same, one_source=one_source) for same in ordered)
 
 
-def _first(examples: Iterable[str]) -> tuple[str, ...]:
-    """Of what `_describe` gave of rows with numbers, the first ones."""
-    return tuple(sorted(examples, key=lambda text: int(text.removeprefix(_NUMBER).partition(":")[0]))[:_EXAMPLES])
+def _sum(same: Sequence[Treatment], *, one_source: bool) -> Treatment:
+    examples = [example for each in same for example in each.examples]
+    first = sorted(examples, key=_row) if one_source else examples
+    return same[0].model_copy(update={"count": sum(each.count for each in same), "examples": tuple(first[:_EXAMPLES])})
+
+
+def _row(example: str) -> int:
+    """The number of the row that `_describe` described."""
+    return int(example.removeprefix(_NUMBER).partition(":")[0])
 
 
 def _describe(row: dict[str, object]) -> str:

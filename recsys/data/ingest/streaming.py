@@ -19,12 +19,13 @@ from recsys.core.files import read_json, write_bytes, write_json
 from recsys.core.scatter import CHUNK_ROWS, Chunk, Scattered, chunks, gather_table, part_of, read_chunk, scattered_files, schema_of
 from recsys.core.schema import EVENT_TIME, ITEM, USER
 from recsys.core.workspace import PLAN, RESULT, stamps, work_folder, workspace
-from recsys.data.dataset import Dataset, IngestReport, TableCounts, Treatment
-from recsys.data.dataset_schema import DatasetSchema, UnknownItem
-from recsys.data.frames import from_arrow
+from recsys.data.dataset import TableCounts, Treatment
+from recsys.data.dataset_schema import DatasetSchema
+from recsys.data.frames import from_arrow, to_arrow
 from recsys.data.ingest import rules
-from recsys.data.ingest.canonical import check_users, instant, to_arrow
-from recsys.data.ingest.ledger import ROW, Ledger, sum_treatments
+from recsys.data.ingest.canonical import instant
+from recsys.data.ingest.entities import Entities
+from recsys.data.ingest.ledger import ROW, Ledger, sum_treatments, summary
 from recsys.data.ingest.source import RawTable, read_table, require
 from recsys.data.ingest.store import (
     MANIFEST,
@@ -85,7 +86,7 @@ def ingest_partitioned(
     out, engine, source = Path(out_dir).resolve(), engine or Engine(), Path(interactions_path)
     refuse_existing(out, overwrite=overwrite)
     require(str(source), schema.interactions.sources, schema_of(source).names)
-    entities = _Entities(out.name, schema, Path(items_path), None if users_path is None else Path(users_path))
+    entities = _entities(out.name, schema, Path(items_path), None if users_path is None else Path(users_path))
     plan = {
         "name": out.name,
         "schema": schema.model_dump(mode="json"),
@@ -152,60 +153,28 @@ def write_part(task: dict[str, Any]) -> None:
     write_json(_note(work, "part", part), note)
 
 
-class _Entities:
-    """Items and users in canonical form, and what was done to them."""
-
-    def __init__(self, name: str, schema: DatasetSchema, items: Path, users: Path | None) -> None:
-        check_users(name, schema, None if users is None else str(users))
-        source = read_table(items, schema.items.sources)
-        self.item_ledger = Ledger("items", source.file, source.frame.height)
-        self.items = rules.read_entities(source, schema.items, self.item_ledger)
-        self.users: tuple[Ledger, pl.DataFrame] | None = None
-        self._schema = schema
-        if users is not None and schema.users is not None:
-            source = read_table(users, schema.users.sources)
-            ledger = Ledger("users", source.file, source.frame.height)
-            self.users = ledger, rules.read_entities(source, schema.users, ledger)
-
-    def add_items(self, ids: set[str]) -> None:
-        """Add items that only events name, where that is the rule."""
-        if self._schema.on_unknown_item is UnknownItem.ADD:
-            events = pl.DataFrame({ITEM: pl.Series(sorted(ids), dtype=pl.String)})
-            _, self.items = rules.settle_unknown_items(
-                events, self.items, UnknownItem.ADD, Ledger("interactions", "the events", 0), self.item_ledger
-            )
-
-    def ledgers(self) -> list[tuple[Ledger, pl.DataFrame]]:
-        """Each table with what was done to it."""
-        return [(self.item_ledger, self.items), *([] if self.users is None else [self.users])]
+def _entities(name: str, schema: DatasetSchema, items: Path, users: Path | None) -> Entities:
+    """Items and users, of whose sources nothing stays in memory."""
+    user_source = None if users is None else read_table(users, schema.users.sources if schema.users else {})
+    return Entities(name, schema, read_table(items, schema.items.sources), user_source)
 
 
 def _finish(
-    result: Path, plan: dict[str, Any], entities: _Entities, of_chunks: list[dict[str, Any]], of_parts: list[dict[str, Any]]
+    result: Path, plan: dict[str, Any], entities: Entities, of_chunks: list[dict[str, Any]], of_parts: list[dict[str, Any]]
 ) -> Manifest:
     """Write all but the events; the report is the sum of what was noted."""
     schema = DatasetSchema.model_validate(plan["schema"])
-    entities.add_items({item for note in of_chunks for item in note["added"]})
+    named = pl.DataFrame({ITEM: pl.Series(sorted({item for note in of_chunks for item in note["added"]}), dtype=pl.String)})
+    entities.settle(named, Ledger("interactions", plan["source"], named.height))
     read, kept = sum(note["read"] for note in of_chunks), sum(note["kept"] for note in of_parts)
     noted = [Treatment.model_validate(each) for note in (*of_chunks, *of_parts) for each in note["treatments"]]
     treatments = sum_treatments(noted, [column.name for column in schema.interactions.values])
     if not kept:
-        counts = ", ".join(f"{treatment.rule} {treatment.count}" for treatment in treatments if treatment.count)
-        raise DataError(f"{plan['source']}: no event is left of {read} ({counts})")
+        raise DataError(f"{plan['source']}: no event is left of {read} ({summary(treatments)})")
     spans = [[datetime.fromisoformat(time) for time in note["span"]] for note in of_parts if note["span"]]
-    report = IngestReport(
-        tables=(
-            TableCounts(table="interactions", file=plan["source"], read=read, kept=kept),
-            *(ledger.counts(frame.height) for ledger, frame in entities.ledgers()),
-        ),
-        treatments=(*treatments, *(treatment for ledger, _ in entities.ledgers() for treatment in ledger.treatments)),
-        first_event=min(first for first, _ in spans),
-        last_event=max(last for _, last in spans),
-    )
-    items = to_arrow(entities.items, schema.items.features)
-    users = None if entities.users is None or schema.users is None else to_arrow(entities.users[1], schema.users.features)
+    counts = TableCounts(table="interactions", file=plan["source"], read=read, kept=kept)
     none = schema.interactions.features.to_arrow().empty_table()
-    dataset = Dataset(plan["name"], none, items, users, schema, report)
+    dataset = entities.dataset(none, counts, treatments, (min(first for first, _ in spans), max(last for _, last in spans)))
     digests = tuple(note["digest"] for note in of_parts)
     for name, (table, _) in dataset.tables().items():
         if name != "interactions":
@@ -214,7 +183,7 @@ def _finish(
     manifest = Manifest(
         dataset=dataset.name,
         fingerprint=parts_fingerprint(digests, dataset),
-        report=report,
+        report=dataset.report,
         partitions=Partitions(count=len(of_parts), rows=tuple(note["kept"] for note in of_parts), digests=digests),
     )
     write_json(result / MANIFEST, manifest.model_dump(mode="json"))
