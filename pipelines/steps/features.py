@@ -12,6 +12,7 @@ from feature_store.offline import OfflineReader
 from pipelines.graph.step import Context
 from pipelines.steps.prepared import Prepared, load_prepared
 from recsys.core.errors import DataError
+from recsys.core.files import new_file
 from recsys.data.dataset import Dataset
 from recsys.data.splits import PARTS
 from recsys.inference.frame import ranking_frame
@@ -75,9 +76,8 @@ def load_frames(folder: Path) -> Frames:
 
 def write_frame(table: pa.Table, path: Path) -> None:
     """Write Parquet with the row groups that the loader shuffles, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, row_group_size=_ROW_GROUP)
-    temporary.rename(path)
+    with new_file(path) as temporary:
+        pq.write_table(table, temporary, row_group_size=_ROW_GROUP)
 
 
 def run(context: Context) -> None:

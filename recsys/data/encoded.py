@@ -21,6 +21,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.errors import DataError, SchemaError, unknown
+from recsys.core.files import new_file
 from recsys.data.batch import RankingBatch
 from recsys.data.jagged import Jagged, gather
 from recsys.data.spec import InputSpec
@@ -197,18 +198,14 @@ def write_rows(path: Path, spec: InputSpec, batches: Iterable[RankingBatch], *, 
     wide = pa.int64() if is_wide(spec) else pa.int32()
     fields = [pa.field(key, pa.list_(pa.field("element", wide, False)) if key in lists else wide, False) for key in _keys(spec)]
     schema = pa.schema(fields + [pa.field(name, pa.float32(), False) for name in (*spec.dense, *spec.tasks)])
-    temporary = path.with_name(f"{path.name}.tmp")
     written = 0
-    try:
+    with new_file(path) as temporary:
         with pq.ParquetWriter(temporary, schema, compression="lz4", use_dictionary=False, use_byte_stream_split=True) as writer:
             for table in _grouped(_table(batch, spec, schema) for batch in batches):
                 writer.write_table(table, row_group_size=GROUP_ROWS)
                 written += table.num_rows
         if not written:
             raise DataError(f"{path}: expected at least one batch to write, got none")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _grouped(tables: Iterable[pa.Table]) -> Iterable[pa.Table]:

@@ -21,7 +21,7 @@ EXTRA = "_extra_state"
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele et al., OOPSLA 2014) of int64 of any shape: a bijection, the same on every machine.
 
-    `recsys.data.encoding.hashing` has it for arrays.
+    `recsys.core.hashing` has it for arrays.
     """
     x = (x ^ _shifted(x, 30)) * _MUL1
     x = (x ^ _shifted(x, 27)) * _MUL2

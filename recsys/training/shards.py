@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -161,11 +161,6 @@ class ShardReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """No id is taken: the directory is given."""
         return False
-
-
-def save_planner() -> DefaultSavePlanner:
-    """What all processes hold is written by one of them, each its share."""
-    return DefaultSavePlanner()
 
 
 def load_shards(directory: Path, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from recsys.core.errors import CheckpointError, RecsysError
 from recsys.core.files import sha256_file
 from recsys.data.world import World
 from recsys.training.checkpoint import Checkpoint, Checkpoints, write_part
-from recsys.training.shards import ShardWriter, save_planner
+from recsys.training.shards import ShardWriter
 
 T = TypeVar("T")
 
@@ -74,7 +74,6 @@ class SharedCheckpoints:
             async_save(
                 shards,
                 storage_writer=writer,
-                planner=save_planner(),
                 process_group=self._group,
                 async_stager=BlockingAsyncStager(),
             ),
