@@ -9,10 +9,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pipelines.recipe import Recipe
-from pipelines.training import CURVE, ENCODER, JOB, WEIGHTS, fit_ranker
+from pipelines.training import CHUNK, CURVE, ENCODER, JOB, WEIGHTS, Validation, fit_ranker
 from recsys.core.config import validate
 from recsys.core.files import read_json, write_json
 from recsys.data.encode import Encoder
+from recsys.data.loader import TableLoader
 from recsys.embedding.sharding import full_state
 from recsys.training.launch import Attempts, join
 from recsys.training.tracking import NullTracker
@@ -25,7 +26,9 @@ def main(argv: list[str]) -> None:
         world = join()
         job = read_json(folder / JOB)
         recipe, encoder = validate(Recipe, job["recipe"]), Encoder.load(folder / ENCODER)
-        valid = pq.read_table(job["valid"])
+        table = pq.read_table(job["valid"])
+        own = list(TableLoader(table, encoder.transform, batch_size=CHUNK, shuffle=False, world=world))
+        valid = Validation(own, table.num_rows)
         ranker, curve = fit_ranker(recipe, encoder, Path(job["rows"]), valid, folder, NullTracker(), job["context"])
         state = full_state(ranker)
         if world.rank == 0:

@@ -11,11 +11,10 @@ import pyarrow as pa
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 
 from pipelines.graph.step import Context
 from pipelines.steps.features import Frames, load_frames, write_frame
-from pipelines.training import fit_ranker, together
+from pipelines.training import CHUNK, Validation, fit_ranker, labels_of, predicted, together
 from recsys.bundle.modules import load_module, save_module
 from recsys.core import components
 from recsys.core.files import read_json, write_json
@@ -31,7 +30,6 @@ from recsys.training.tracking import Tracker
 if TYPE_CHECKING:
     from pipelines.recipe import Recipe
 
-_CHUNK = 4096
 _REGULARISATION = (0.001, 0.003, 0.01, 0.03, 0.1)  # C of the logistic regression; the validation period chooses
 _ENCODER, _MODEL, _CALIBRATION, _SCORES, _RESULT = "encoder", "model", "calibration.json", "scores.safetensors", "ranking.json"
 _LABELS, _PROBABILITY = "labels", "probability."
@@ -98,10 +96,11 @@ def train_ranker(
     """
     encoder = Encoder.fit(recipe.encoder, frames.tables["train"])
     batches = {part: _encode(encoder, frames.tables[part]) for part in PARTS}
-    labels = {part: _labels(batches[part]) for part in PARTS}
+    labels = {part: np.concatenate([labels_of(batch) for batch in batches[part]]) for part in PARTS}
     path = _sample_negatives(frames, labels["train"], recipe, folder)
     if processes == 1:
-        ranker, curve = fit_ranker(recipe, encoder, path, frames.tables["valid"], folder, tracker, context)
+        valid = Validation(batches["valid"], frames.tables["valid"].num_rows)
+        ranker, curve = fit_ranker(recipe, encoder, path, valid, folder, tracker, context)
     else:
         ranker, curve = together(recipe, encoder, path, frames.paths["valid"], folder, context, processes)
     base_rate = float(labels["train"].mean())
@@ -138,11 +137,7 @@ def _sample_negatives(frames: Frames, labels: np.ndarray, recipe: "Recipe", fold
 
 
 def _encode(encoder: Encoder, table: pa.Table) -> list[RankingBatch]:
-    return [encoder.transform(table.slice(start, _CHUNK)) for start in range(0, table.num_rows, _CHUNK)]
-
-
-def _labels(batches: list[RankingBatch]) -> np.ndarray:
-    return np.concatenate([batch.labels[:, 0].numpy() for batch in batches if batch.labels is not None]).astype(np.float64)
+    return [encoder.transform(table.slice(start, CHUNK)) for start in range(0, table.num_rows, CHUNK)]
 
 
 def _weights(batches: list[RankingBatch]) -> np.ndarray | None:
@@ -150,10 +145,9 @@ def _weights(batches: list[RankingBatch]) -> np.ndarray | None:
     return np.concatenate(weights) if weights else None
 
 
-def _predict(model: nn.Module, batches: list[RankingBatch]) -> np.ndarray:
-    assert isinstance(model, Ranker)
-    model.eval()
-    return np.concatenate([model.predict(batch)[:, 0].numpy() for batch in batches]).astype(np.float64)
+def _predict(ranker: Ranker, batches: list[RankingBatch]) -> np.ndarray:
+    ranker.eval()
+    return np.concatenate([predicted(ranker, batch) for batch in batches])
 
 
 def _logistic_regression(batches: dict[str, list[RankingBatch]], labels: dict[str, np.ndarray], encoder: Encoder) -> np.ndarray:

@@ -3,7 +3,9 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +18,11 @@ from torch.distributed.rendezvous import rendezvous
 from recsys.core.errors import ConfigError, RecsysError
 from recsys.core.files import read_json, write_json
 from recsys.data.world import World
+from recsys.training.preemption import RESUMABLE, Sigterm
 
 MACHINES = "RECSYS_TORCHRUN"
 FAILED = 2  # the exit status of an error that another attempt would meet again
+_LOOK = 0.1  # seconds between two looks at the processes
 
 
 def command(program: Sequence[str], processes: int, restarts: int = 0) -> list[str]:
@@ -45,6 +49,21 @@ def environment() -> Mapping[str, str]:
     """That of the command: one thread for each process, unless said otherwise, as many processes share a machine."""
     # So that the processes meet at another port each time they are started.
     return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def run(program: Sequence[str], processes: int, restarts: int = 0) -> int:
+    """Run a `command` until it ends. SIGTERM to this process is handed on, once: torchrun gives its own 30 seconds to save what they have.
+
+    Returns:
+        0, `RESUMABLE` where SIGTERM came or torchrun itself was killed, or the status of an error.
+    """
+    with Sigterm() as sigterm, subprocess.Popen(command(program, processes, restarts), env=dict(environment())) as running:
+        while running.poll() is None and not sigterm.came:
+            time.sleep(_LOOK)
+        if sigterm.came:
+            running.terminate()
+        status = running.wait()
+    return RESUMABLE if status < 0 or (status and sigterm.came) else status
 
 
 def join(timeout: timedelta = timedelta(minutes=60)) -> World:

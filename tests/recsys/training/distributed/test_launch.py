@@ -2,13 +2,15 @@
 """The command lines that start several processes."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from recsys.core.errors import ConfigError
-from recsys.training.launch import MACHINES, command, environment, join
+from recsys.training.launch import MACHINES, command, environment, join, run
+from recsys.training.preemption import RESUMABLE
 from tests.recsys.training.distributed.test_together import ROOT, TRAINER, WORKER, Launched, assert_exactly_once, free_port
 
 
@@ -35,6 +37,18 @@ def test_a_process_that_torchrun_did_not_start_is_told_so(monkeypatch: pytest.Mo
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with pytest.raises(ConfigError, match="expected to be started by torchrun"):
         join()
+
+
+def test_sigterm_to_the_launcher_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    job = {"trainer": TRAINER, "launcher": os.getpid(), "faults": [{"what": "term_launcher", "rank": 1, "at": 5}]}
+    assert run([str(WORKER), str(tmp_path), json.dumps(job)], 2) == RESUMABLE
+    assert "SIGTERM: saved" in capfd.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "step-5" / "MANIFEST.json").exists()
+    assert not (tmp_path / "result.json").exists()
+    assert run([str(WORKER), str(tmp_path), json.dumps({"trainer": TRAINER, "launch": 1})], 2) == 0
+    assert_exactly_once(tmp_path)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recsys.core.config import validate
 from recsys.core.errors import CheckpointError
@@ -66,7 +67,7 @@ class Launched:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        return torch.load(self.folder / "weights.pt")
+        return load_file(self.folder / "weights.safetensors")
 
 
 def free_port() -> int:

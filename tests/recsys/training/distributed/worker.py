@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -149,6 +150,12 @@ def full_disk(_: RankingBatch) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def ask_to_end(launcher: int) -> None:
+    """SIGTERM to the process that started all, and time for it to hand it on."""
+    os.kill(launcher, signal.SIGTERM)
+    time.sleep(3)
+
+
 def poisoned(batch: RankingBatch) -> None:
     """A label of infinity makes the loss infinite."""
     assert batch.labels is not None
@@ -178,6 +185,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
                 "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
                 "kill_all": lambda _: os.killpg(os.getpgrp(), signal.SIGKILL),
                 "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+                "term_launcher": lambda _: ask_to_end(job["launcher"]),
                 "hang": lambda _: time.sleep(3600),
                 "poison": poisoned,
                 "full": full_disk,
@@ -192,7 +200,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     state = full_state(ranker)
     if world.rank == 0:
         digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
-        torch.save(state, folder / "weights.pt")
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "weights.safetensors")
         (folder / "result.json").write_text(json.dumps({"rows": history.rows(), "skipped": history.skipped, "weights": digest}))
     dist.barrier()
     dist.destroy_process_group()
