@@ -53,9 +53,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Candidates with the ranker's opinion, calibrated: float32 ``[B, C]`` each, -inf and 0 where there is no item."""
+    """Candidates with the ranker's opinion, calibrated: float32 ``[B, C]`` each, -inf and 0 where there is no item.
+
+    Attributes:
+        items: the item features that the ranker read, see `Recommender.items`.
+    """
 
     candidates: Candidates
+    items: pa.Table
     probability: np.ndarray
     score: np.ndarray
 
@@ -79,9 +84,12 @@ class Recommender:
     def recommend(self, requests: Sequence[Request]) -> list[Response]:
         """The best live unseen items for each request, all computed in one batch."""
         users = self.users([r.user_id for r in requests], pa.array([r.at for r in requests], TIME))
-        wanted = max(max(r.k for r in requests), self.bundle.settings.candidates)
-        ranked = self.rank(users, self.retrieve(users, wanted))
-        return [self._respond(request, b, users, ranked) for b, request in enumerate(requests)]
+        ranked = self.rank(users, self.retrieve(users, self.wanted(requests)))
+        return [self.respond(request, b, users, ranked) for b, request in enumerate(requests)]
+
+    def wanted(self, requests: Sequence[Request]) -> int:
+        """How many candidates are retrieved for each of some requests."""
+        return max(max(r.k for r in requests), self.bundle.settings.candidates)
 
     def rank_items(self, request: Request, item_ids: Sequence[str]) -> Response:
         """The given items in the order of their scores; ``request.k`` cuts the list.
@@ -94,7 +102,7 @@ class Recommender:
             raise InvalidRequest(f"item_ids: {item_ids[int(np.argmin(rows))]!r} is not in the catalogue")
         users = self.users([request.user_id], pa.array([request.at], TIME))
         ranked = self.rank(users, self.score(users, rows[None, :]))
-        return self._respond(request, 0, users, ranked)
+        return self.respond(request, 0, users, ranked)
 
     def users(self, user_ids: Sequence[str] | pa.Array, at: pa.Array) -> Users:
         """Read the users' features, as known at ``at``."""
@@ -123,23 +131,34 @@ class Recommender:
         partition = self.bundle.index.log_partition(state, self.view, scorable=self.scorable)
         return Candidates(rows, self.bundle.index.score(state, rows) - partition[:, None])
 
+    def items(self, users: Users, candidates: Candidates) -> pa.Table:
+        """The item features of all candidates that are there, one request after another, each as known at its request's time."""
+        present = candidates.rows >= 0
+        at = users.table.column("request_time").take(pa.array(np.nonzero(present)[0]))
+        return frame.read_items(self.features, self.view.take(candidates.rows[present]), at)
+
     @torch.inference_mode()
-    def rank(self, users: Users, candidates: Candidates) -> Ranked:
-        """Score the candidates with the ranker and combine both opinions (`rules.combine`)."""
+    def rank(self, users: Users, candidates: Candidates, items: pa.Table | None = None) -> Ranked:
+        """Score the candidates with the ranker and combine both opinions (`rules.combine`).
+
+        Args:
+            users: B requests.
+            candidates: of each.
+            items: what `items` gave for them; it is read where it is not given.
+        """
+        items = self.items(users, candidates) if items is None else items
         present = candidates.rows >= 0
         probability = np.zeros(candidates.rows.shape, np.float32)
         if present.any():
-            user_of_row = np.nonzero(present)[0]
-            at = users.table.column("request_time").take(pa.array(user_of_row))
-            items = frame.read_items(self.features, self.view.take(candidates.rows[present]), at)
             read = users.table.select([name for name in users.table.column_names if name in self._columns])
-            batch = self.bundle.encoder.transform(frame.join(read, user_of_row, items))
+            batch = self.bundle.encoder.transform(frame.join(read, np.nonzero(present)[0], items))
             predicted: Tensor = self.bundle.ranker.predict(batch)[:, self._task]
             probability[present] = self.bundle.calibration.apply(predicted.numpy())
         score = rules.combine(candidates.log_probability, probability, self.bundle.settings.rank_weight)
-        return Ranked(candidates, probability, np.where(present, score, -np.inf).astype(np.float32))
+        return Ranked(candidates, items, probability, np.where(present, score, -np.inf).astype(np.float32))
 
-    def _respond(self, request: Request, b: int, users: Users, ranked: Ranked) -> Response:
+    def respond(self, request: Request, b: int, users: Users, ranked: Ranked) -> Response:
+        """The answer to request ``b``: the best of its candidates, with reasons where they are asked for."""
         order = rules.top(ranked.score[b], ranked.candidates.rows[b], request.k)
         rows = ranked.candidates.rows[b][order]
         reasons = explain(self, users, b, rows) if request.explain else [()] * len(rows)
