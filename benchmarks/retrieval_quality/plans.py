@@ -84,9 +84,9 @@ PLANS: Mapping[str, Plan] = {
     "setrec_fsq": replace(_SET, model={**_SETREC, "semantic": "codes", "code_digits": [8, 8, 8, 6, 5]}, codes=_FSQ),
     "rpg": Plan(
         {"dim": 256, "blocks": 2, "heads": 4, "dropout": 0.5},
-        ({"training.trainer.optimizer.learning_rate": 3e-3},),
+        ({"training.trainer.optimizer.learning_rate": 3e-3, "training.trainer.precision": "bf16", **_COSINE},),
         _WINDOWS,
-        training(256, 60, 1e-3, 5),
+        training(256, 100, 1e-3, 10),
         text="minilm",
         codes=_OPQ,
         validation=4000,

@@ -131,8 +131,8 @@ class RPG(CodeRetriever):
         self.transformer.take_efficiency(config)
 
     def _log_probs(self, states_sd: Tensor) -> Tensor:
-        """``[K, S, V]``, in float32."""
-        with torch.autocast(states_sd.device.type, enabled=False):
-            heads_ksd = F.normalize(self.head(states_sd.to(self.embedding.dtype)), dim=-1)
-            cosines_ksv = heads_ksd @ F.normalize(self.embedding, dim=-1).transpose(1, 2)
-            return (cosines_ksv / self.config.tau).log_softmax(-1)
+        """``[K, S, V]``, in float32 or wider; under autocast the products are narrower, as those of the transformer are."""
+        wide = torch.promote_types(self.embedding.dtype, torch.float32)
+        heads_ksd = F.normalize(self.head(states_sd).to(wide), dim=-1)
+        cosines_ksv = heads_ksd @ F.normalize(self.embedding.to(wide), dim=-1).transpose(1, 2)
+        return (cosines_ksv.to(wide) / self.config.tau).log_softmax(-1)
