@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
@@ -25,7 +24,6 @@ from recsys.data.world import World
 Batch = TypeVar("Batch")
 BatchOut = TypeVar("BatchOut", covariant=True)
 _ALONE = World()
-_FOOTERS = 16
 
 
 class Loader(Protocol[BatchOut]):
@@ -188,8 +186,14 @@ class TableLoader(_BatchLoader[Batch]):
 
 
 @dataclass(frozen=True)
-class _RowGroup:
+class _File:
     path: Path
+    metadata: pq.FileMetaData
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    file: _File
     index: int
     rows: int
 
@@ -199,8 +203,8 @@ class ParquetLoader(_BatchLoader[Batch]):
 
     An epoch permutes the row groups of all files and takes them ``buffer_groups`` at a time; the rows of such a window are permuted
     together. So at most ``buffer_groups`` row groups are decoded at once (beside less than one batch of rows left over from the window
-    before, and the batches prepared ahead), and rows mix across as many. Write row groups of a few batches each, and files of some tens of
-    row groups: a footer, about a kilobyte for each column of each row group, is read whole, and those of the last few files are kept.
+    before, and the batches prepared ahead), and rows mix across as many. Write row groups of a few batches each. The footers of all files
+    are kept: about a kilobyte for each column of each row group.
 
     Given an `Encoder` in the place of a transform, a row group is encoded as soon as it is read, and only what was encoded is kept,
     permuted and gathered: integers in the place of strings, each distinct string of a row group looked up once. The batches are the same.
@@ -239,9 +243,12 @@ class ParquetLoader(_BatchLoader[Batch]):
     ) -> None:
         if buffer_groups < 1:
             raise ValueError(f"buffer_groups: expected at least 1, got {buffer_groups}")
+        files = [_File(path, pq.read_metadata(path)) for path in _expand(paths)]
         self._columns = list(columns) if columns is not None else None
-        self._groups = _row_groups(_expand(paths), self._columns)
-        self._footer = lru_cache(_FOOTERS)(pq.read_metadata)
+        _check_schemas(files, self._columns)
+        self._groups = [
+            _RowGroup(file, g, file.metadata.row_group(g).num_rows) for file in files for g in range(file.metadata.num_row_groups)
+        ]
         self._buffer_groups = buffer_groups
         rows = sum(group.rows for group in self._groups)
         self._encoder: RowEncoder[Batch] | None = transform if isinstance(transform, RowEncoder) else None
@@ -314,8 +321,8 @@ class ParquetLoader(_BatchLoader[Batch]):
 
     def _read_group(self, group: _RowGroup, *, dictionaries: bool = False) -> pa.Table:
         """The rows of a group; ``dictionaries``: with strings as dictionaries."""
-        footer = self._footer(group.path)
-        with pq.ParquetFile(group.path, metadata=footer, read_dictionary=_strings(footer) if dictionaries else None) as file:
+        wanted = _strings(group.file.metadata) if dictionaries else None
+        with pq.ParquetFile(group.file.path, metadata=group.file.metadata, read_dictionary=wanted) as file:
             return file.read_row_group(group.index, columns=self._columns)
 
 
@@ -337,19 +344,14 @@ def _inside(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
 
 
-def _row_groups(paths: list[Path], columns: list[str] | None) -> list[_RowGroup]:
-    """Those of all files, which have one schema."""
-    groups: list[_RowGroup] = []
-    expected: pa.Schema | None = None
-    for path in paths:
-        footer = pq.read_metadata(path)
-        schema = footer.schema.to_arrow_schema()
-        expected = schema if expected is None else expected
-        for name in columns if columns is not None else expected.names:
+def _check_schemas(files: list[_File], columns: list[str] | None) -> None:
+    schemas = [file.metadata.schema.to_arrow_schema() for file in files]
+    expected = {name: schemas[0].field(name).type for name in schemas[0].names}
+    for file, schema in zip(files, schemas, strict=True):
+        for name in columns if columns is not None else expected:
             if name not in schema.names:
-                raise SchemaError(f"{path}: missing column: {unknown('column', name, schema.names)}")
-            if name in expected.names and schema.field(name).type != expected.field(name).type:
-                found, wanted = schema.field(name).type, expected.field(name).type
-                raise SchemaError(f"{path}: column {name!r}: expected {wanted} as in {paths[0]}, got {found}")
-        groups += [_RowGroup(path, g, footer.row_group(g).num_rows) for g in range(footer.num_row_groups)]
-    return groups
+                raise SchemaError(f"{file.path}: missing column: {unknown('column', name, schema.names)}")
+            if schema.field(name).type != expected[name]:
+                raise SchemaError(
+                    f"{file.path}: column {name!r}: expected {expected[name]} as in {files[0].path}, got {schema.field(name).type}"
+                )
