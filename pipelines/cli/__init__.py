@@ -22,8 +22,10 @@ VERBS = {
     "ingest": "turn raw files into a data set, counting what was dropped",
     "features": "audit what was served, or join features to a log that does not fit in memory",
     "serve": "answer requests over HTTP with the champion",
+    "promote": "move a registered version on: to champion, canary or shadow, or back",
     "rollback": "make the previous champion the champion again",
     "history": "print the promotion log",
+    "gc": "remove the bundles, online stores and caches that nothing refers to",
     "doctor": "say what is installed, whether it fits together, and how to mend what does not",
 }
 

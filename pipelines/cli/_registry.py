@@ -5,9 +5,23 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recsys.registry import Event, GateResult, Location, Registry, home
+
+_DONE = {
+    "register": "registered",
+    "validate": "validated",
+    "shadow": "shadows with",
+    "canary": "tries as canary",
+    "promote": "promoted",
+    "rollback": "rolled back to",
+    "withdraw": "withdrew",
+    "retire": "retired",
+    "remove": "removed",
+    "refuse": "refused",
+}
 
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -34,7 +48,9 @@ def print_gates(console: Console, results: list[GateResult]) -> None:
 
 
 def describe(event: Event) -> str:
-    """One event as a sentence."""
+    """One event as a sentence, with markup escaped."""
     origin = "nothing" if event.from_version is None else f"version {event.from_version}"
-    done = {"promote": "promoted", "rollback": "rolled back to", "refuse": "refused"}[event.action]
-    return f"{done} version {event.to_version} ({event.sha256[:12]}), champion was {origin}: {event.reason}"
+    share = f", {event.details['percent']:g}% of the users" if "percent" in event.details else ""
+    gates = f", in spite of {', '.join(event.details['override']['failed'])}" if "override" in event.details else ""
+    done = f"{_DONE[event.action]} version {event.to_version} ({event.sha256[:12]}){share}{gates}"
+    return escape(f"{done}, champion was {origin}: {event.reason}")

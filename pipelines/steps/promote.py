@@ -18,7 +18,7 @@ from pipelines.steps.histories import build_histories
 from pipelines.steps.prepared import load_prepared
 from recsys.bundle.manifest import verify
 from recsys.core.files import read_json, write_json
-from recsys.registry import Event, Location, PromotionLog, Registry
+from recsys.registry import Event, Evidence, Location, PromotionLog, Registry
 from recsys.training.tracking import MLflowTracker, start_run
 
 if TYPE_CHECKING:
@@ -38,10 +38,9 @@ def stands(recipe: "Recipe", home: Path, result: Path) -> str | None:
 
     A promoted bundle is not promoted again after a rollback: somebody wanted it so.
     """
-    release, path = load_release(result), Location.under(home).log
+    release, log = load_release(result), PromotionLog(Location.under(home).log)
     event = release["event"]
-    log = PromotionLog(path) if path.is_file() else None
-    if log is None or not any((known.id, known.sha256) == (event["id"], release["sha256"]) for known in log.events(recipe.model)):
+    if not any((known.id, known.sha256) == (event["id"], release["sha256"]) for known in log.events(recipe.model)):
         return "the promotion log does not know it"
     champion = log.champion(recipe.model)
     if event["action"] == "refuse" and (champion and champion.to_version) != event["from_version"]:
@@ -62,7 +61,8 @@ def run(context: Context) -> None:
     version = _registered(context, registry, directory)
     event = _logged(context, registry, version, verify(directory).sha256)
     if event is None:
-        event, _ = registry.promote(recipe.model, version, gates=recipe.gates, comparison=comparison, expected=expected)
+        evidence = Evidence(directory, read_json(directory / "metrics.json"), comparison, champion=None, measured={})
+        event, _ = registry.promote(recipe.model, version, gates=recipe.gates, evidence=evidence, expected=expected)
     release = {"version": version, "sha256": event.sha256, "promoted": event.action == "promote", "gates": event.gates}
     write_json(context.out / _RELEASE, release | {"event": event.model_dump(mode="json", exclude={"gates"})})
 
@@ -87,9 +87,9 @@ def _registered(context: Context, registry: Registry, directory: Path) -> int:
 
 
 def _logged(context: Context, registry: Registry, version: int, sha256: str) -> Event | None:
-    """What this step had logged before it was interrupted."""
-    events = registry.log.events(context.recipe.model)
-    return next((event for event in events if (event.to_version, event.sha256) == (version, sha256)), None)
+    """The verdict that this step had logged before it was interrupted."""
+    verdicts = [event for event in registry.log.events(context.recipe.model) if event.action in ("promote", "refuse")]
+    return next((event for event in verdicts if (event.to_version, event.sha256) == (version, sha256)), None)
 
 
 @contextmanager

@@ -1,68 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bundle is live: register it, promote it on evidence, load it, and go back. MLflow underneath, the promotion log on top.
+"""Which bundle is live: register it, promote it on evidence, and go back. MLflow underneath, the promotion log on top.
 
-The log decides; the MLflow aliases ``champion`` and ``previous`` are written from it, and `load` refuses an alias that the log does not
-confirm, so that moving an alias by hand puts nothing live.
+The log decides; the MLflow aliases ``champion``, ``previous`` and ``challenger`` are written from it, and `Store.load` refuses an alias
+that the log does not confirm, so that moving an alias by hand puts nothing live.
 """
 
 import getpass
-import os
-import re
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 from recsys.bundle.manifest import verify
 from recsys.core.errors import RegistryError
 from recsys.core.files import read_json
+from recsys.registry.events import Action, Entry, Event
+from recsys.registry.evidence import Evidence
 from recsys.registry.gates import Gate, GateResult, run_gates
-from recsys.registry.history import Event, PromotionLog
-from recsys.registry.location import Location
+from recsys.registry.states import State, check
+from recsys.registry.store import SHA_TAG, Store
 
-if TYPE_CHECKING:
-    from recsys.bundle.bundle import Bundle
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-CHAMPION, PREVIOUS = "champion", "previous"
-SHA_TAG = "bundle_sha256"
-_URI = re.compile(r"^models:/(?P<model>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
+GATES_TAG = "gates"
 
 
-class Registry:
-    """Registered bundles and their history.
+@dataclass(frozen=True)
+class Override:
+    """Somebody who answers for a promotion in spite of failed gates.
 
-    Args:
-        location: where MLflow's store, its artifacts and the promotion log are.
+    Raises:
+        RegistryError: the actor or the reason is empty.
     """
 
-    def __init__(self, location: Location) -> None:
-        from mlflow import MlflowClient
+    actor: str
+    reason: str
 
-        location.log.parent.mkdir(parents=True, exist_ok=True)
-        self.location = location
-        self.log = PromotionLog(location.log)
-        self._client = MlflowClient(location.tracking_uri, location.tracking_uri)
+    def __post_init__(self) -> None:
+        for name, value in (("actor", self.actor), ("reason", self.reason)):
+            if not value.strip():
+                raise RegistryError(f"override.{name}: expected who answers for it and why, got {value!r}")
 
-    def register(self, directory: Path, model: str, run_id: str) -> int:
+
+@dataclass(frozen=True)
+class _Judged:
+    """A candidate and what the gates found."""
+
+    sha256: str
+    results: list[GateResult]
+    details: dict[str, Any]
+
+    @property
+    def failed(self) -> list[str]:
+        return [result.gate for result in self.results if not result.passed]
+
+    def entry(self, action: Action, version: int, reason: str, **details: Any) -> Entry:
+        """An entry of the log with the report."""
+        return Entry(action, version, self.sha256, reason, [result.model_dump() for result in self.results], self.details | details)
+
+
+class Registry(Store):
+    """Registered bundles, and the moves between their states (`recsys.registry.states`). Each move is an event of the log."""
+
+    def register(self, directory: Path, model: str, run_id: str, *, actor: str | None = None) -> int:
         """Copy a bundle into the artifacts of an MLflow run and register it; returns the version.
 
         Raises:
             BundleError: the bundle is incomplete or was changed.
+            ConfigError: its manifest lacks a field.
         """
         from mlflow.exceptions import MlflowException
 
-        manifest = verify(directory)
-        self._client.log_artifacts(run_id, str(directory), "bundle")
+        sha256 = verify(directory).sha256
+        source = self.artifacts.put(directory, sha256, run_id)
         try:
             self._client.get_registered_model(model)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             self._client.create_registered_model(model)
-        source = f"{self._client.get_run(run_id).info.artifact_uri}/bundle"
-        version = self._client.create_model_version(model, source, run_id, tags={SHA_TAG: manifest.sha256})
-        return int(version.version)
+        version = int(self._client.create_model_version(model, source, run_id, tags={SHA_TAG: sha256}).version)
+        self.log.append(model, Entry("register", version, sha256, "registered"), actor=actor or getpass.getuser())
+        return version
+
+    def validate(
+        self,
+        model: str,
+        version: int,
+        *,
+        gates: tuple[Gate, ...],
+        evidence: Evidence,
+        expected: int | None,
+        actor: str | None = None,
+        reason: str = "gates passed",
+    ) -> tuple[Event, list[GateResult]]:
+        """Run the gates on the registered bundle; logs ``validate`` or ``refuse``. For the arguments and errors see `promote`."""
+        judged = self._judge(model, version, "validate", gates, evidence, expected, must_compare=True)
+        if judged.failed:
+            return self._refuse(model, version, judged, actor), judged.results
+        (event,) = self.log.append(model, judged.entry("validate", version, reason), actor=actor or getpass.getuser(), expected=expected)
+        self._publish(model, version, "passed", judged)
+        return event, judged.results
 
     def promote(
         self,
@@ -70,118 +107,147 @@ class Registry:
         version: int,
         *,
         gates: tuple[Gate, ...],
-        comparison: Mapping[str, Mapping[str, float]] | None,
+        evidence: Evidence,
         expected: int | None,
         actor: str | None = None,
         reason: str = "gates passed",
+        override: Override | None = None,
     ) -> tuple[Event, list[GateResult]]:
-        """Run the gates on the registered bundle and, if all hold, make it the champion; either way one event is logged.
+        """Run the gates on the registered bundle and, if all hold, make it the champion; the verdict is logged either way.
 
         Args:
             model: the registered model.
             version: the candidate.
             gates: what must hold.
-            comparison: candidate minus champion on the same events; None if there was no champion.
+            evidence: what they look at. The bundles and the candidate's metrics are taken from the registry, whatever it says of them.
             expected: the champion that the comparison was made with; another one by now is an error.
             actor: who asks; the user of this process by default.
             reason: why.
+            override: promotes in spite of failed gates, and is part of the event then.
+
+        Returns:
+            The event ``promote`` or ``refuse``, and what the gates found.
 
         Raises:
-            RegistryError: the champion is not ``expected``, or was there without a comparison.
+            RegistryError: the champion is not ``expected``, or was there without a comparison, or the version cannot become the champion
+                from where it stands, or its artifact is not what was registered.
         """
-        if expected is not None and comparison is None:
-            raise RegistryError(f"{model}: version {expected} is champion, so the candidate must be compared with it")
-        directory = self.download(model, version)
-        manifest = verify(directory)
-        results = run_gates(gates, read_json(directory / "metrics.json"), comparison)
-        passed = all(result.passed for result in results)
-        failed = ", ".join(result.gate for result in results if not result.passed)
-        event = self.log.append(
-            model=model,
-            action="promote" if passed else "refuse",
-            actor=actor or getpass.getuser(),
-            reason=reason if passed else f"failed gates: {failed}",
-            to_version=version,
-            sha256=manifest.sha256,
-            expected=expected,
-            gates=[result.model_dump() for result in results],
-        )
+        judged = self._judge(model, version, "promote", gates, evidence, expected, must_compare=override is None)
+        if not judged.failed:
+            entries, by, verdict = [judged.entry("promote", version, reason)], actor or getpass.getuser(), "passed"
+            if self.log.state(model, version) in (None, State.REGISTERED, State.RETIRED):
+                entries.insert(0, judged.entry("validate", version, reason))
+        elif override is not None:
+            answer = {"actor": override.actor, "reason": override.reason, "failed": judged.failed}
+            entries, by, verdict = [judged.entry("promote", version, override.reason, override=answer)], override.actor, "overridden"
+        else:
+            return self._refuse(model, version, judged, actor), judged.results
+        event = self.log.append(model, *entries, actor=by, expected=expected)[-1]
         self.project(model)
-        return event, results
+        self._publish(model, version, verdict, judged)
+        return event, judged.results
 
-    def rollback(self, model: str, *, actor: str | None = None, reason: str) -> Event:
+    def stage(
+        self,
+        model: str,
+        version: int,
+        to: Literal["shadow", "canary"],
+        *,
+        percent: float | None = None,
+        actor: str | None = None,
+        reason: str,
+        details: Mapping[str, Any] | None = None,
+    ) -> Event:
+        """Make a validated version the shadow, or the canary of ``percent`` of the users, in the place of the one before.
+
+        Raises:
+            RegistryError: a canary without a percent between 0 and 100, a shadow with one, or a version that was not validated.
+        """
+        if (percent is None) != (to == "shadow") or (percent is not None and not 0 < percent < 100):
+            wanted = "none for a shadow" if to == "shadow" else "more than 0 and less than 100 for a canary"
+            raise RegistryError(f"percent: expected {wanted}, got {percent}")
+        share = {} if percent is None else {"percent": float(percent)}
+        return self._move(model, version, to, actor, reason, {**(details or {}), **share})
+
+    def withdraw(
+        self, model: str, version: int, *, actor: str | None = None, reason: str, details: Mapping[str, Any] | None = None
+    ) -> Event:
+        """Take the canary or the shadow back; it stays validated.
+
+        Raises:
+            RegistryError: the version is neither.
+        """
+        return self._move(model, version, "withdraw", actor, reason, dict(details or {}))
+
+    def retire(self, model: str, version: int, *, actor: str | None = None, reason: str) -> Event:
+        """Say that a version is not wanted any more.
+
+        Raises:
+            RegistryError: it is the champion, or retired already.
+        """
+        return self._move(model, version, "retire", actor, reason, {})
+
+    def rollback(self, model: str, *, actor: str | None = None, reason: str, details: Mapping[str, Any] | None = None) -> Event:
         """Make the previous champion the champion again, without gates.
+
+        The champion that goes is the previous one then, so that a second rollback undoes the first.
 
         Raises:
             RegistryError: there is no previous champion.
         """
-        current, previous = self.log.champion(model), self.log.previous(model)
-        if current is None or previous is None:
+        standing = self.log.standing(model)
+        if standing.champion is None or standing.previous is None:
             raise RegistryError(f"{model}: there is no previous champion to go back to")
-        event = self.log.append(
-            model=model,
-            action="rollback",
-            actor=actor or getpass.getuser(),
-            reason=reason,
-            to_version=previous.to_version,
-            sha256=previous.sha256,
-            expected=current.to_version,
-            gates=[],
-        )
+        sha256 = self.log.event(standing.crowned[standing.previous]).sha256
+        entry = Entry("rollback", standing.previous, sha256, reason, details=dict(details or {}))
+        (event,) = self.log.append(model, entry, actor=actor or getpass.getuser(), expected=standing.champion)
         self.project(model)
         return event
 
-    def project(self, model: str) -> None:
-        """Write MLflow's aliases from the log. Safe to repeat, and repeated by every promotion."""
-        for alias, event in ((CHAMPION, self.log.champion(model)), (PREVIOUS, self.log.previous(model))):
-            if event is not None:
-                self._client.set_registered_model_alias(model, alias, str(event.to_version))
+    def _judge(
+        self,
+        model: str,
+        version: int,
+        action: Action,
+        gates: tuple[Gate, ...],
+        evidence: Evidence,
+        expected: int | None,
+        *,
+        must_compare: bool,
+    ) -> _Judged:
+        """Run the gates on what is registered, if the action can come of it."""
+        check(model, self.log.standing(model), action, version, override=True)
+        if expected is not None and evidence.comparison is None and must_compare:
+            raise RegistryError(f"{model}: version {expected} is champion, so the candidate must be compared with it")
+        directory, sha256 = self.download(model, version), self.sha256(model, version)
+        if (found := verify(directory).sha256) != sha256:
+            raise RegistryError(f"{model}: version {version} has sha256 {found}, but {sha256} was registered: refused")
+        held = replace(
+            evidence,
+            directory=directory,
+            metrics=read_json(directory / "metrics.json"),
+            comparison={} if expected is not None and evidence.comparison is None else evidence.comparison,
+            champion=None if expected is None else self.download(model, expected),
+        )
+        comparison = None if held.comparison is None else {name: dict(interval) for name, interval in held.comparison.items()}
+        results = run_gates(gates, held.metrics, held.comparison)
+        return _Judged(sha256, results, {"against": expected, "comparison": comparison, "measured": dict(held.measured)})
 
-    def resolve(self, uri: str) -> tuple[str, int, str]:
-        """Model, version and expected hash of ``models:/name@alias`` or ``models:/name/3``.
+    def _refuse(self, model: str, version: int, judged: _Judged, actor: str | None) -> Event:
+        entry = judged.entry("refuse", version, f"failed gates: {', '.join(judged.failed)}")
+        (event,) = self.log.append(model, entry, actor=actor or getpass.getuser())
+        self.project(model)
+        self._publish(model, version, "failed", judged)
+        return event
 
-        Raises:
-            RegistryError: the address is malformed, names nothing, or an alias that the log does not confirm.
-        """
-        match = _URI.match(uri)
-        if match is None:
-            raise RegistryError(f"{uri!r}: expected models:/<name>@<alias> or models:/<name>/<version>")
-        model, alias = match["model"], match["alias"]
-        from mlflow.exceptions import MlflowException
+    def _move(self, model: str, version: int, action: Action, actor: str | None, reason: str, details: dict[str, Any]) -> Event:
+        entry = Entry(action, version, self.sha256(model, version), reason, details=details)
+        (event,) = self.log.append(model, entry, actor=actor or getpass.getuser())
+        self.project(model)
+        return event
 
-        try:
-            found = (
-                self._client.get_model_version_by_alias(model, alias) if alias else self._client.get_model_version(model, match["version"])
-            )
-        except MlflowException as error:
-            raise RegistryError(f"{uri}: not in the registry at {self.location.tracking_uri}: {error.message}") from None
-        version, sha256 = int(found.version), str(found.tags.get(SHA_TAG, ""))
-        if alias in (CHAMPION, PREVIOUS):
-            event = self.log.champion(model) if alias == CHAMPION else self.log.previous(model)
-            if event is None or event.to_version != version:
-                logged = event.to_version if event else "none"
-                raise RegistryError(f"{uri}: the alias points at version {version}, but the promotion log says {logged}: refused")
-            sha256 = event.sha256
-        return model, version, sha256
-
-    def download(self, model: str, version: int) -> Path:
-        """The local directory of a registered bundle."""
-        from mlflow.artifacts import download_artifacts
-
-        found = self._client.get_model_version(model, str(version))
-        return Path(download_artifacts(artifact_uri=found.source, tracking_uri=self.location.tracking_uri))
-
-    def load(self, uri: str) -> tuple["Bundle", int]:
-        """The bundle of an address, verified against the log, and its version.
-
-        Raises:
-            RegistryError: see `resolve`; or the artifact is not the one that was registered.
-            BundleError: a file was changed.
-        """
-        from recsys.bundle.bundle import Bundle
-
-        model, version, expected = self.resolve(uri)
-        bundle = Bundle.load(self.download(model, version))
-        if bundle.manifest.sha256 != expected:
-            raise RegistryError(f"{uri}: version {version} has sha256 {bundle.manifest.sha256}, but {expected} was registered: refused")
-        return bundle, version
+    def _publish(self, model: str, version: int, verdict: str, judged: _Judged) -> None:
+        """Put the verdict beside the version, where MLflow's pages show it: as a tag, and the report as a file of its run."""
+        self._client.set_model_version_tag(model, str(version), GATES_TAG, verdict)
+        report = json.dumps([result.model_dump(mode="json") for result in judged.results], indent=2)
+        self._client.log_text(self.version(model, version).run_id, report, f"gates/{model}-{version}.json")

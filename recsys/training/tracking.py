@@ -155,18 +155,18 @@ class MLflowTracker:
 
 
 @contextmanager
-def start_run(tracking_uri: str, artifacts: Path, experiment: str, name: str) -> Iterator[MLflowTracker]:
+def start_run(tracking_uri: str, artifacts: Path | str, experiment: str, name: str) -> Iterator[MLflowTracker]:
     """A new MLflow run for the length of a block: FINISHED, KILLED where the process was asked to stop, or FAILED.
 
     Args:
         tracking_uri: MLflow's store.
-        artifacts: the folder of artifacts, for an experiment that does not exist yet.
+        artifacts: a folder, or a URI such as ``s3://bucket/prefix``, for an experiment that does not exist yet.
         experiment: by its name; created where it does not exist.
         name: of the run.
     """
     client = _client(tracking_uri)
     found = client.get_experiment_by_name(experiment)
-    identity = found.experiment_id if found else client.create_experiment(experiment, artifact_location=artifacts.resolve().as_uri())
+    identity = found.experiment_id if found else client.create_experiment(experiment, artifact_location=_uri(artifacts))
     tracker = MLflowTracker(tracking_uri, client.create_run(identity, run_name=name).info.run_id)
     try:
         yield tracker
@@ -177,6 +177,10 @@ def start_run(tracking_uri: str, artifacts: Path, experiment: str, name: str) ->
         tracker.end("FAILED")
         raise
     tracker.end("FINISHED")
+
+
+def _uri(artifacts: Path | str) -> str:
+    return artifacts if isinstance(artifacts, str) and "://" in artifacts else Path(artifacts).resolve().as_uri()
 
 
 def _client(tracking_uri: str) -> Any:

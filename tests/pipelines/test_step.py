@@ -108,11 +108,11 @@ def test_a_change_of_the_recipe_runs_what_reads_it(finished: tuple[Path, Path], 
 
 
 @pytest.mark.slow
-def test_the_registry_has_its_say(copied: tuple[Path, Path]) -> None:
+def test_the_registry_has_its_say(copied: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     data, home = copied
     again = outcomes(data, home)
     assert made(again) == []
-    Location.under(home).log.unlink()
+    monkeypatch.setenv("RECSYS_TRACKING_URI", f"sqlite:///{home / 'another.db'}")
     found = outcomes(data, home)
     assert made(found) == [("promote", None)]
     online_path(load_recipe(Recipe, "quickstart", overrides(data)).features, home).unlink()
@@ -129,7 +129,8 @@ def test_a_refused_bundle_is_judged_again_once_there_is_another_champion(copied:
     assert made(Runner(GRAPH, refused, home).run(["promote"])) == []
     outcomes(data, home, "promote", force=("promote",))
     log = PromotionLog(Location.under(home).log)
-    assert [(event.action, event.to_version) for event in log.events("recsys")] == [("promote", 1), ("refuse", 2), ("promote", 3)]
+    verdicts = [(event.action, event.to_version) for event in log.events("recsys") if event.action in ("promote", "refuse")]
+    assert verdicts == [("promote", 1), ("refuse", 2), ("promote", 3)]
     (judged,) = [each for each in Runner(GRAPH, refused, home).run(["promote"]) if each.ran]
     assert load_release(judged.result.directory)["event"]["from_version"] == 3
 
