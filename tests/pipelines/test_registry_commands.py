@@ -2,6 +2,7 @@
 """`recsys promote`, `rollback`, `history` and `gc` on a registry of small bundles."""
 
 import json
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,19 @@ from recsys.registry import Location, Registry
 from tests.recsys.registry.small import BETTER, GATE, NOT_WORSE, WORSE, evidence, register, write_bundle
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, which take seconds to make."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    Registry(Location.under(folder)).models()
+    return folder / "mlflow.db"
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(database: Path, tmp_path: Path) -> Path:
     """A registry with three versions, none of them judged; the gates of the third fail."""
+    (tmp_path / "home").mkdir()
+    shutil.copy(database, tmp_path / "home")
     registry = Registry(Location.under(tmp_path / "home"))
     for number, auc in ((1, 0.6), (2, 0.7), (3, 0.2)):
         write_bundle(tmp_path / f"bundle{number}", auc=auc, features=f"f{number}")

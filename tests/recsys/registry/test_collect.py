@@ -198,7 +198,7 @@ def test_killed_anywhere_and_run_again_it_ends_the_same(stocked: Registry, resto
     expected = run(home, 10**9)
     operations = expected.pop("operations")
     assert operations > 30
-    for last in range(1, operations, max(1, operations // 8)):
+    for last in range(1, operations, max(1, operations // 5)):
         remove(home)
         shutil.copytree(restored, home)
         assert run(home, last) is None
