@@ -105,9 +105,10 @@ def train_ranker(
         ranker, curve = together(recipe, encoder, path, frames.paths["valid"], folder, context, processes)
     base_rate = float(labels["train"].mean())
     calibration: Calibrator = components.build("calibration", recipe.ranker.calibration)
-    calibration.fit(labels["valid"], _predict(ranker, batches["valid"]), _weights(batches["valid"]))
+    groups = {part: None if calibration.column is None else frames.tables[part].column(calibration.column) for part in PARTS}
+    calibration.fit(labels["valid"], _predict(ranker, batches["valid"]), _weights(batches["valid"]), groups["valid"])
     probabilities = {
-        recipe.ranker.model.name: calibration.apply(_predict(ranker, batches["test"])),
+        recipe.ranker.model.name: calibration.apply(_predict(ranker, batches["test"]), groups["test"]),
         "logistic_regression": _logistic_regression(batches, labels, encoder),
         "base_rate": np.full(len(labels["test"]), base_rate),
     }

@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "head": ("recsys.ranking.heads",),
     "history": ("recsys.ranking.history",),
     "ranker": ("recsys.ranking.models",),
-    "calibration": ("recsys.ranking.calibration",),
+    "calibration": ("recsys.ranking.calibration", "recsys.ranking.group_calibration"),
     "item_tokenizer": ("recsys.retrieval.tokenizers",),
     "retriever": ("recsys.retrieval.models",),
     "set_backbone": ("recsys.retrieval.backbones",),
@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "text_encoder": ("recsys.text",),
     "scaling_data": ("recsys.scaling",),
     "online_store": ("feature_store.online",),
+    "feature_reader": ("feature_store.online",),
 }
 
 _registered: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}

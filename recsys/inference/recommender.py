@@ -78,7 +78,8 @@ class Recommender:
         self.features = features
         self.view = bundle.catalogue.snapshot()
         self.scorable = bundle.retriever.scorable.numpy()
-        self._columns = _with_status(bundle.encoder.feature_columns)
+        self._group = bundle.calibration.column
+        self._columns = _with_status([*bundle.encoder.feature_columns, *([] if self._group is None else [self._group])])
         self._task = bundle.encoder.spec.tasks.index(bundle.settings.task)
 
     def recommend(self, requests: Sequence[Request]) -> list[Response]:
@@ -151,9 +152,10 @@ class Recommender:
         probability = np.zeros(candidates.rows.shape, np.float32)
         if present.any():
             read = users.table.select([name for name in users.table.column_names if name in self._columns])
-            batch = self.bundle.encoder.transform(frame.join(read, np.nonzero(present)[0], items))
-            predicted: Tensor = self.bundle.ranker.predict(batch)[:, self._task]
-            probability[present] = self.bundle.calibration.apply(predicted.numpy())
+            rows = frame.join(read, np.nonzero(present)[0], items)
+            predicted: Tensor = self.bundle.ranker.predict(self.bundle.encoder.transform(rows))[:, self._task]
+            groups = None if self._group is None else rows.column(self._group)
+            probability[present] = self.bundle.calibration.apply(predicted.numpy(), groups)
         score = rules.combine(candidates.log_probability, probability, self.bundle.settings.rank_weight)
         return Ranked(candidates, items, probability, np.where(present, score, -np.inf).astype(np.float32))
 

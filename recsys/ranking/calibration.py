@@ -33,13 +33,19 @@ class Calibrator(ABC):
     def __init__(self, config: BaseConfig) -> None:
         self.config = config
 
-    def fit(self, labels: Any, probabilities: Any, weights: Any = None) -> Self:
+    @property
+    def column(self) -> str | None:
+        """The feature whose values are calibrated apart; None where all events are calibrated as one."""
+        return None
+
+    def fit(self, labels: Any, probabilities: Any, weights: Any = None, groups: Any = None) -> Self:
         """Fit to the outcomes of N events; returns itself.
 
         Args:
             labels: ``[N]``, 0 or 1.
             probabilities: ``[N]``, from 0 to 1, what the ranker said of them.
             weights: ``[N]``, at least 0; ones by default.
+            groups: ``[N]``, the values of `column`, where there is one; ignored where there is none.
 
         Raises:
             DataError: no events, other values, or other shapes.
@@ -53,16 +59,25 @@ class Calibrator(ABC):
         _hold("weights", w, np.isfinite(w) & (w >= 0), "a finite number of at least 0")
         if not w.sum() > 0:
             raise DataError("calibration: expected at least one event that weighs something, got none")
-        self._fit(y, p, w)
+        self._fit_groups(y, p, w, groups)
         return self
+
+    def _fit_groups(self, labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, groups: Any) -> None:
+        """Fit to float64 ``[N]`` each, and groups as they were given."""
+        self._fit(labels, probabilities, weights)
 
     @abstractmethod
     def _fit(self, labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> None:
         """Fit to float64 ``[N]`` each."""
 
     @abstractmethod
-    def apply(self, probabilities: Any) -> np.ndarray:
-        """Calibrated probabilities, float64 in the shape given: never falling in the probability, equal where it is equal."""
+    def apply(self, probabilities: Any, groups: Any = None) -> np.ndarray:
+        """Calibrated probabilities, float64 in the shape given: never falling in the probability, equal where it is equal.
+
+        Args:
+            probabilities: of any shape.
+            groups: the values of `column`, where there is one, in that shape; what is said above then holds within a group.
+        """
 
     @abstractmethod
     def numbers(self) -> dict[str, Any]:
@@ -108,7 +123,7 @@ class NoCalibration(Calibrator):
     def _fit(self, labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> None:
         """Nothing to fit."""
 
-    def apply(self, probabilities: Any) -> np.ndarray:
+    def apply(self, probabilities: Any, groups: Any = None) -> np.ndarray:
         """See `Calibrator.apply`."""
         return np.asarray(probabilities, np.float64)
 
@@ -152,7 +167,7 @@ class Undersampling(NoCalibration):
 
     config: Config
 
-    def apply(self, probabilities: Any) -> np.ndarray:
+    def apply(self, probabilities: Any, groups: Any = None) -> np.ndarray:
         """See `Calibrator.apply`."""
         return undersampling_correction(probabilities, self.config.rate)
 
@@ -190,7 +205,7 @@ class Platt(Calibrator):
         best = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], options=options)
         self.slope, self.intercept = (float(value) for value in best.x)
 
-    def apply(self, probabilities: Any) -> np.ndarray:
+    def apply(self, probabilities: Any, groups: Any = None) -> np.ndarray:
         """See `Calibrator.apply`."""
         return np.asarray(expit(self.slope * _logit(probabilities) + self.intercept))
 
@@ -230,7 +245,7 @@ class Isotonic(Calibrator):
         fitted = IsotonicRegression(y_min=0, y_max=1).fit(probabilities, labels, sample_weight=weights)
         self.given, self.calibrated = fitted.X_thresholds_, fitted.y_thresholds_
 
-    def apply(self, probabilities: Any) -> np.ndarray:
+    def apply(self, probabilities: Any, groups: Any = None) -> np.ndarray:
         """See `Calibrator.apply`."""
         return np.asarray(np.interp(np.asarray(probabilities, np.float64), self.given, self.calibrated))
 
