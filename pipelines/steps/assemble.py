@@ -38,17 +38,19 @@ def assemble(
         rank_weight: λ, once it is chosen.
         metrics: what was measured, once it is.
     """
-    sequence = ranking.encoder.spec.sequences[0]
+    sequence, features = ranking.encoder.spec.sequences[0], recipe.features.model_dump(mode="json")
     return Bundle(
         manifest=new_manifest(
             name=recipe.model,
             data_snapshot=prepared.fingerprint,
+            features=features,
             feature_versions=versions(recipe.features),
             encoder=ranking.encoder,
+            tokenizer=retrieval.tokenizer,
             seed=recipe.seed,
             recipe=recipe,
         ),
-        features=recipe.features.model_dump(mode="json"),
+        features=features,
         settings=Settings(
             candidates=recipe.lists.candidates,
             rank_weight=rank_weight,

@@ -8,6 +8,7 @@
     settings.json                       `Settings`: how retrieved and ranked scores become one list
     calibration.json                    from the ranker's probability of the task to a calibrated one
     metrics.json                        what evaluation measured
+    golden.json  golden/                recorded requests with their features and lists, see `recsys.bundle.golden`
     catalogue.arrow  items.arrow        rows, live bits, version; display attributes by row
     encoder/                            `recsys.data.encode.Encoder`
     ranker/      config.json  model.safetensors
@@ -17,6 +18,7 @@
 Nothing in it is pickled. `Bundle.load` refuses a bundle whose files do not have the hashes of its manifest.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,9 +28,12 @@ import pyarrow as pa
 import torch
 
 from recsys.bundle.environment import code_commit, environment
+from recsys.bundle.golden import Golden, load_golden
 from recsys.bundle.item_table import load_item_table, save_item_table
-from recsys.bundle.manifest import MANIFEST, Manifest, hash_files, verify
+from recsys.bundle.manifest import MANIFEST, Manifest, hash_files, opened
 from recsys.bundle.modules import load_module, save_module
+from recsys.bundle.signature import signature_of
+from recsys.bundle.tables import read_table, write_table
 from recsys.core.config import Config, parse
 from recsys.core.errors import BundleError
 from recsys.core.files import new_directory, read_json, write_json
@@ -78,6 +83,7 @@ class Bundle:
     index: Index
     tokenizer: CodeTokenizer | None = None
     calibration: Calibrator = field(default_factory=lambda: NoCalibration(NoCalibration.Config()))
+    golden: Golden | None = None
 
     def save(self, directory: Path) -> Manifest:
         """Write the bundle whole or not at all; returns the manifest with the files' hashes.
@@ -101,18 +107,26 @@ class Bundle:
             self.index.save(root / "index")
             if self.tokenizer is not None:
                 self.tokenizer.save(root / "tokenizer")
-            manifest = self.manifest.model_copy(update={"files": hash_files(root)})
+            if self.golden is not None:
+                self.golden.save(root)
+            manifest = Manifest(**{**self.manifest.model_dump(), "files": hash_files(root)})
             write_json(root / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
 
     @classmethod
     def load(cls, directory: Path) -> "Bundle":
-        """Verify every hash, then build every part.
+        """Verify every hash, then build every part. A bundle of an older format is migrated; its files stay as they are.
 
         Raises:
-            BundleError: a file is absent, foreign or changed, or the parts do not belong together.
+            BundleError: a file is absent, foreign or changed, the format is unknown, or the parts do not belong together.
         """
-        manifest = verify(directory)
+        with opened(directory) as (manifest, root):
+            bundle = cls._build(manifest, root)
+        bundle._check_together(directory)
+        return bundle
+
+    @classmethod
+    def _build(cls, manifest: Manifest, directory: Path) -> "Bundle":
         encoder = Encoder.load(directory / "encoder")
         if encoder.fingerprint() != manifest.encoder:
             raise BundleError(f"{directory}: encoder {encoder.fingerprint()} is not the manifest's {manifest.encoder}")
@@ -120,7 +134,7 @@ class Bundle:
         items = load_item_table(directory / "retriever" / "items.safetensors")
         ranker = load_module(directory / "ranker", "ranker", encoder.spec)
         retriever = load_module(directory / "retriever", "retriever", items)
-        bundle = cls(
+        return cls(
             manifest=manifest,
             features=read_json(directory / "features.json"),
             settings=parse(Settings, read_json(directory / "settings.json"), source=str(directory / "settings.json")),
@@ -133,10 +147,9 @@ class Bundle:
             item_table=items,
             index=load_index(directory / "index", catalogue.snapshot()),
             tokenizer=None if items.codes is None else load_tokenizer(directory / "tokenizer"),
-            calibration=_load_calibration(directory / "calibration.json"),
+            calibration=from_state(read_json(directory / "calibration.json")),
+            golden=load_golden(directory),
         )
-        bundle._check_together(directory)
-        return bundle
 
     def _check_together(self, directory: Path) -> None:
         """Hold that the index is over this retriever's items, and that the tokenizer is that of their codes and of histories of codes."""
@@ -157,10 +170,32 @@ class Bundle:
             raise BundleError(
                 f"{directory}: the index is of the model {self.index.meta.content_hash}, expected {self.retriever.fingerprint()}"
             )
+        self._check_manifest(directory, tokenizer)
+        names = {feature["name"] for view in self.features.get("views", ()) for feature in view["features"]}
+        if self.calibration.column not in {None, *names}:
+            raise BundleError(f"{directory}: the calibration is by {self.calibration.column!r}, which no feature view has")
+
+    def _check_manifest(self, directory: Path, tokenizer: str | None) -> None:
+        """Hold that the manifest speaks of these parts."""
+        said: dict[str, tuple[object, object]] = {
+            "tokenizer": (self.manifest.tokenizer, tokenizer),
+            "signature": (self.manifest.signature, signature_of(self.features, self.encoder.spec.tasks)),
+        }
+        for name, (found, expected) in said.items():
+            if found != expected:
+                raise BundleError(f"{directory}: {MANIFEST} says {name} {found}, but the parts have {expected}")
 
 
 def new_manifest(
-    *, name: str, data_snapshot: str, feature_versions: dict[str, str], encoder: Encoder, seed: int, recipe: Config
+    *,
+    name: str,
+    data_snapshot: str,
+    features: Mapping[str, Any],
+    feature_versions: dict[str, str],
+    encoder: Encoder,
+    tokenizer: CodeTokenizer | None,
+    seed: int,
+    recipe: Config,
 ) -> Manifest:
     """The manifest of a bundle about to be saved; its files are filled in by `Bundle.save`."""
     return Manifest(
@@ -170,25 +205,10 @@ def new_manifest(
         data_snapshot=data_snapshot,
         feature_versions=feature_versions,
         encoder=encoder.fingerprint(),
+        tokenizer=None if tokenizer is None else tokenizer.fingerprint,
+        signature=signature_of(features, encoder.spec.tasks),
         seed=seed,
         environment=environment(),
         recipe=recipe.model_dump(mode="json"),
         files={},
     )
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write an Arrow IPC file."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def read_table(path: Path) -> pa.Table:
-    """Read an Arrow IPC file."""
-    with pa.OSFile(str(path), "rb") as source:
-        return pa.ipc.open_file(source).read_all()
-
-
-def _load_calibration(path: Path) -> Calibrator:
-    """No calibration where there is no file, as in older bundles; a file that was lost does not come to this, since `verify` misses it."""
-    return from_state(read_json(path)) if path.is_file() else NoCalibration(NoCalibration.Config())

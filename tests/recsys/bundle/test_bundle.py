@@ -40,16 +40,6 @@ def test_a_calibrator_comes_back_to_the_bit(directory: Path, tmp_path: Path, nam
     assert np.array_equal(loaded.apply(probabilities), bundle.calibration.apply(probabilities))
 
 
-def test_a_bundle_of_before_there_was_calibration_leaves_probabilities_as_they_are(directory: Path) -> None:
-    (directory / "calibration.json").unlink()
-    with pytest.raises(BundleError, match=r"calibration\.json is absent"):
-        Bundle.load(directory)
-    manifest = json.loads((directory / MANIFEST).read_text())
-    del manifest["files"]["calibration.json"]
-    (directory / MANIFEST).write_text(json.dumps(manifest))
-    assert Bundle.load(directory).calibration.apply([0.1, 0.7]).tolist() == [0.1, 0.7]
-
-
 @pytest.mark.parametrize("name", ["ranker/model.safetensors", "metrics.json", "calibration.json", "catalogue.arrow"])
 def test_one_changed_bit_is_refused(directory: Path, name: str) -> None:
     content = bytearray((directory / name).read_bytes())
@@ -69,13 +59,33 @@ def test_an_absent_and_a_foreign_file_are_named(directory: Path) -> None:
         verify(directory)
 
 
-@pytest.mark.parametrize("name", ["code_commit", "data_snapshot", "feature_versions", "encoder", "seed", "environment", "recipe"])
+@pytest.mark.parametrize("name", list(Manifest.model_fields))
 def test_a_manifest_without_a_field_is_refused(directory: Path, name: str) -> None:
     content = json.loads((directory / MANIFEST).read_text())
     del content[name]
     (directory / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=f"{name}: is required, but missing"):
         verify(directory)
+
+
+@pytest.mark.parametrize("name", ["calibration.json", "metrics.json", "features.json", "index/index.json"])
+def test_a_bundle_that_does_not_list_a_part_is_refused(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is absent"):
+        verify(directory)
+    content = json.loads((directory / MANIFEST).read_text())
+    del content["files"][name]
+    (directory / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=f"{name} is absent: manifest.json does not list it"):
+        verify(directory)
+
+
+def test_a_manifest_that_speaks_of_other_parts_is_refused(directory: Path) -> None:
+    content = json.loads((directory / MANIFEST).read_text())
+    for name, other in (("tokenizer", "abc"), ("signature", content["signature"] | {"tasks": ["buy"]})):
+        (directory / MANIFEST).write_text(json.dumps(content | {name: other}))
+        with pytest.raises(BundleError, match=f"manifest.json says {name}"):
+            Bundle.load(directory)
 
 
 def test_what_is_no_bundle_is_said(tmp_path: Path) -> None:
