@@ -40,7 +40,7 @@ class RankerRecipe(Config):
         negatives: the share of the training events whose first task is 0 that is trained on, drawn by seed. Validation and test keep all of
             theirs, so that what is measured needs no weights.
         calibration: from its probabilities to those that are served and measured, fitted on the validation period: ``platt``,
-            ``isotonic``, ``undersampling`` or ``none``.
+            ``isotonic``, ``undersampling``, ``none``, or one of them ``per_group`` of a feature.
     """
 
     model: component_config("ranker")  # type: ignore[valid-type]
@@ -50,10 +50,11 @@ class RankerRecipe(Config):
 
     @model_validator(mode="after")
     def _undoes_sampling(self) -> Self:
-        if self.negatives < 1 and self.calibration.name == "none":
+        calibration = getattr(self.calibration, "base", self.calibration)
+        if self.negatives < 1 and calibration.name == "none":
             raise ValueError(f"calibration: none, but negatives is {self.negatives:g}; expected undersampling, platt or isotonic")
-        if isinstance(self.calibration, Undersampling.Config) and self.calibration.rate != self.negatives:
-            raise ValueError(f"calibration.rate: expected the value of negatives, {self.negatives:g}, got {self.calibration.rate:g}")
+        if isinstance(calibration, Undersampling.Config) and calibration.rate != self.negatives:
+            raise ValueError(f"calibration.rate: expected the value of negatives, {self.negatives:g}, got {calibration.rate:g}")
         return self
 
 
@@ -117,11 +118,17 @@ class Lists(Config):
 
 
 class Evaluation(Config):
-    """How certain the figures are, and how explanations are tested."""
+    """How certain the figures are, and how explanations are tested; and which slices are measured besides those that every run has.
+
+    Attributes:
+        slices: columns of the interactions, the items or the users that hold one string each: every value is a slice named
+            ``column=value``, such as ``domain=books``.
+    """
 
     resamples: int = Field(1000, ge=100)
     level: float = Field(0.95, gt=0, lt=1)
     explained_requests: int = Field(200, ge=1)
+    slices: tuple[str, ...] = ()
 
 
 class Recipe(Config):

@@ -22,6 +22,7 @@ from pipelines.steps.ranker import RankingResult, load_ranking
 from pipelines.steps.ranks import retrieval_ranks
 from pipelines.steps.retriever import load_retriever
 from pipelines.steps.retrieving import Curve, load_curve
+from pipelines.steps.slices import event_slices, figures
 from pipelines.steps.text import load_text
 from recsys.core.files import read_json, write_json
 from recsys.evaluation.bootstrap import Interval, paired_mean_difference
@@ -121,6 +122,8 @@ def _measure(
     for other in ("random", "last"):
         values = getattr(deletions, other)
         intervals[f"top_event_above_{other}_event.fall"] = measure.mean_interval(deletions.top, values, deletions.user, evaluation, seed)
+    slices = event_slices(prepared, histories, evaluation.slices)
+    probability = ranking.probabilities[ours]
     results = {
         "ranking": _ranking(recipe, ranking, segments, users),
         "lists": {
@@ -129,6 +132,7 @@ def _measure(
             "rank_weight": weight,
         },
         "explanations": _explanations(deletions, evaluation.resamples, seed),
+        "by_slice": figures(slices, list_ranks["final"], ranking.labels, probability, users, ranking.base_rate),
         "verdicts": [measure.verdict(name, interval) for name, interval in intervals.items()],
         "parity": parity(recommender, online, histories.test, seed),
         "latency": latency(online, histories.test, K, seed),
@@ -188,6 +192,7 @@ def bundle_metrics(results: dict[str, Any], ranker: str) -> dict[str, Any]:
         "calibration": {name: values["calibration"] for name, values in ranking.items()},
         "retrieval": {name: segments["all"] for name, segments in results["retrieval"]["models"].items()},
         "slices": results["retrieval"]["slices"],
+        "by_slice": results["by_slice"],
         "list": {name: segments["all"] for name, segments in results["lists"]["models"].items()},
         "intervals": {v["name"]: {"estimate": v["estimate"], "low": v["low"], "high": v["high"]} for v in results["verdicts"]},
         "parity": {"max_difference": results["parity"]},

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from recsys.evaluation.bootstrap import Interval, paired_auc_difference, paired_mean_difference
 from recsys.evaluation.metrics.auc import auc
-from recsys.evaluation.metrics.calibration import calibration_ratio, reliability_curve
+from recsys.evaluation.metrics.calibration import calibration_ratio, expected_calibration_error, reliability_curve
 from recsys.evaluation.metrics.gauc import gauc
 from recsys.evaluation.metrics.log_loss import log_loss
 from recsys.evaluation.metrics.normalized_entropy import normalized_entropy
@@ -35,6 +35,7 @@ def ranking_metrics(labels: np.ndarray, probability: np.ndarray, users: np.ndarr
         "logloss": log_loss(labels, probability),
         "ne": normalized_entropy(labels, probability, base_rate),
         "calibration": calibration_ratio(labels, probability),
+        "ece": expected_calibration_error(labels, probability),
         "events": len(labels),
     }
     return {name: None if not np.isfinite(value) else float(value) for name, value in values.items()} | {"events": len(labels)}

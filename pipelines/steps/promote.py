@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
 import yaml
 
 from pipelines.graph.step import Context
@@ -15,16 +17,22 @@ from pipelines.steps.compare import champion_list
 from pipelines.steps.evaluate import load_measured
 from pipelines.steps.features import feature_tables
 from pipelines.steps.histories import build_histories
+from pipelines.steps.materialise import open_online
 from pipelines.steps.prepared import load_prepared
+from pipelines.steps.slices import event_slices
 from recsys.bundle.manifest import verify
 from recsys.core.files import read_json, write_json
 from recsys.registry import Event, Evidence, Location, PromotionLog, Registry
+from recsys.registry.evidence import Comparison, slice_metric
+from recsys.registry.gates import measuring
 from recsys.training.tracking import MLflowTracker, start_run
 
 if TYPE_CHECKING:
     from pipelines.recipe import Recipe
 
 _RELEASE, _VERSION = "release.json", "version.json"
+_LIST = "list.ndcg@10"
+_ASKED = 200  # users of the test period whom the latency gates ask for
 
 
 def load_release(directory: Path) -> dict[str, Any]:
@@ -54,27 +62,44 @@ def run(context: Context) -> None:
     registry = Registry(Location.under(context.home))
     champion = registry.log.champion(recipe.model)
     expected = None if champion is None else champion.to_version
-    comparison = None
-    if expected is not None:
-        context.say(f"comparing with the champion, version {expected}")
-        comparison = {"list.ndcg@10": _difference(context, registry)}
+    evidence = _evidence(context, registry, directory, expected)
     version = _registered(context, registry, directory)
     event = _logged(context, registry, version, verify(directory).sha256)
     if event is None:
-        evidence = Evidence(directory, read_json(directory / "metrics.json"), comparison, champion=None, measured={})
         event, _ = registry.promote(recipe.model, version, gates=recipe.gates, evidence=evidence, expected=expected)
     release = {"version": version, "sha256": event.sha256, "promoted": event.action == "promote", "gates": event.gates}
     write_json(context.out / _RELEASE, release | {"event": event.model_dump(mode="json", exclude={"gates"})})
 
 
-def _difference(context: Context, registry: Registry) -> dict[str, float]:
-    """The candidate's list less the champion's, on the same test events."""
+def _evidence(context: Context, registry: Registry, directory: Path, expected: int | None) -> Evidence:
+    """What the gates look at: the candidate's metrics, the champion beside it, and what is measured on this machine now."""
+    recipe: Recipe = context.recipe
+    comparison: Comparison | None = None
+    champion: Path | None = None
+    if expected is not None:
+        context.say(f"comparing with the champion, version {expected}")
+        comparison, champion = _comparison(context, registry), registry.download(recipe.model, expected)
+    users = load_prepared(context.inputs["splits"]).impressions("test").column("user_id")
+    asked = np.random.default_rng(recipe.seed).permutation(len(users))[:_ASKED]
+    reader = open_online(recipe.features, context.home)
+    measured = measuring.measure(recipe.gates, directory, reader, users.take(pa.array(asked)).to_pylist())
+    return Evidence.of(directory, comparison, champion, measured)
+
+
+def _comparison(context: Context, registry: Registry) -> Comparison:
+    """The candidate's list less the champion's, on the same test events: all of them, and those of each slice."""
     recipe, prepared = context.recipe, load_prepared(context.inputs["splits"])
+    histories = build_histories(prepared)
     ours = load_measured(context.inputs["evaluate"]).places
-    theirs = champion_list(registry, recipe.model, feature_tables(recipe.features, prepared.dataset), build_histories(prepared))
+    theirs = champion_list(registry, recipe.model, feature_tables(recipe.features, prepared.dataset), histories)
     users = measure.user_codes(prepared.impressions("test").column("user_id"))
-    interval = measure.mean_interval(ours, theirs, users, recipe.evaluation, recipe.seed)
-    return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
+
+    def difference(mask: np.ndarray) -> dict[str, float]:
+        interval = measure.mean_interval(ours[mask], theirs[mask], users[mask], recipe.evaluation, recipe.seed)
+        return {"estimate": interval.estimate, "low": interval.low, "high": interval.high, "events": float(mask.sum())}
+
+    slices = event_slices(prepared, histories, recipe.evaluation.slices)
+    return {_LIST if name == "all" else slice_metric(name, _LIST): difference(mask) for name, mask in slices.items()}
 
 
 def _registered(context: Context, registry: Registry, directory: Path) -> int:

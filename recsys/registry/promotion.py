@@ -230,7 +230,7 @@ class Registry(Store):
             champion=None if expected is None else self.download(model, expected),
         )
         comparison = None if held.comparison is None else {name: dict(interval) for name, interval in held.comparison.items()}
-        results = run_gates(gates, held.metrics, held.comparison)
+        results = run_gates(gates, held)
         return _Judged(sha256, results, {"against": expected, "comparison": comparison, "measured": dict(held.measured)})
 
     def _refuse(self, model: str, version: int, judged: _Judged, actor: str | None) -> Event:
