@@ -61,7 +61,9 @@ def test_a_column_may_be_of_items_or_of_events(prepared: Prepared, histories: Hi
     assert by_rating["rating=5"].sum() == pc.sum(pc.equal(values, 5.0)).as_py()
 
 
-@pytest.mark.parametrize(("column", "message"), [("occupatio", "did you mean 'occupation'"), ("genres", "expected one string for each row")])
+@pytest.mark.parametrize(
+    ("column", "message"), [("occupatio", "did you mean 'occupation'"), ("genres", "expected one string for each row")]
+)
 def test_a_column_that_cannot_be_one_is_named(prepared: Prepared, histories: Histories, column: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         event_slices(prepared, histories, [column])
@@ -92,7 +94,8 @@ GATES = (
 
 @pytest.mark.slow
 def test_a_run_judges_every_kind_of_gate_on_what_it_measured(tmp_path: Path) -> None:
-    recipes = [load_recipe(Recipe, "quickstart", (*SMALL, GATES, "evaluation.slices=[gender]", f"seed={seed}")) for seed in (0, 1)]
+    apart = "ranker.calibration={name: per_group, column: user_gender, base: {name: platt}, min_events: 50}"
+    recipes = [load_recipe(Recipe, "quickstart", (*SMALL, GATES, "evaluation.slices=[gender]", own)) for own in ("seed=0", apart)]
     first, second = (execute(recipe, tmp_path, Console(quiet=True)) for recipe in recipes)
     mine, theirs = ({gate["gate"]: gate for gate in run.results["champion"]["gates"]} for run in (first, second))
     alone = {"list.ndcg@10[new_user]", "list.ndcg@10[gender=F]", "list.ndcg@10[gender=M]", "calibration", "calibration.ece"}
@@ -104,3 +107,6 @@ def test_a_run_judges_every_kind_of_gate_on_what_it_measured(tmp_path: Path) -> 
     assert "5 requests of 10 items, on this machine" in theirs["latency.p99_ms"]["note"]
     release = json.loads(next((tmp_path / "steps" / "promote").glob("*/release.json")).read_text())
     assert release["promoted"]
+    calibration = read_json(second.directory / "bundle" / "calibration.json")
+    assert calibration["config"]["name"] == "per_group" and calibration["numbers"]["groups"].keys() == {"F", "M"}
+    assert second.results["parity"] < 1e-4

@@ -23,8 +23,8 @@ class Replayed(Protocol):
     """What a replay of recorded decisions found."""
 
     @property
-    def max_difference(self) -> float:
-        """The largest absolute difference between a recorded score and the same score computed again."""
+    def largest_difference(self) -> float:
+        """The largest absolute difference between a recorded number and the same one computed again; infinite where one is absent."""
         ...
 
     @property
@@ -34,7 +34,7 @@ class Replayed(Protocol):
 
 
 Replay = Callable[[Bundle], Replayed]
-"""Scores recorded decisions again with a bundle, from the features that were recorded with them."""
+"""Scores recorded decisions again with a bundle, from the features that were recorded with them. The decisions must be the bundle's own."""
 
 
 def measure(
@@ -69,7 +69,7 @@ def measure(
         measured[LATENCY] = latency(Recommender(bundle, reader), users, count, k, at or datetime.now(UTC))
     if replayed is not None:
         report = replayed(bundle)
-        measured[PARITY] = {"max_difference": float(report.max_difference), "rows": int(report.rows)}
+        measured[PARITY] = {"max_difference": float(report.largest_difference), "rows": int(report.rows)}
     return measured
 
 

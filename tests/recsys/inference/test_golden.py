@@ -101,7 +101,7 @@ def test_items_may_change_places_only_where_scores_are_equal(bundle: Bundle) -> 
     ids = (first.item_ids[1], first.item_ids[0], *first.item_ids[2:])
     recommender = holding(bundle, replace(bundle.golden, requests=(first.model_copy(update={"item_ids": ids}), *rest)))
     assert golden.check(recommender).moved == 2
-    with pytest.raises(BundleError, match="place 0: .* but recorded was"):
+    with pytest.raises(BundleError, match=r"place 0: .* but recorded was"):
         golden.check(recommender, tolerance=0)
     fewer = first.model_copy(update={"item_ids": first.item_ids[1:], "scores": first.scores[1:]})
     with pytest.raises(BundleError, match="10 items, but 9 were recorded"):

@@ -22,7 +22,7 @@ USERS = ["1", "2", "never seen"]
 
 @dataclass(frozen=True)
 class Found:
-    max_difference: float
+    largest_difference: float
     rows: int
 
 
