@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of registered bundles: in a folder or an S3-compatible bucket, and downloaded ones in a cache.
 
-An artifact is named by the bundle's sha256 and is not written to once it is registered. A downloaded bundle takes its place in the cache
-only when all of its files have been found to have the hashes of its manifest.
+An artifact is an MLflow model with the bundle in it (`recsys.registry.pyfunc`). It is named by the bundle's sha256, and the bundle is not
+written to once it is registered. A downloaded bundle takes its place in the cache only when all of its files have been found to have the
+hashes of its manifest.
 """
 
 import re
@@ -20,9 +21,9 @@ from recsys.bundle.manifest import MANIFEST, verify
 from recsys.core.errors import RecsysError, RegistryError
 from recsys.core.files import new_directory, read_json
 from recsys.registry.location import Location, masked
+from recsys.registry.pyfunc import BUNDLE, write_flavor
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BUNDLE = "bundle"
 _WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -40,20 +41,25 @@ class Artifacts:
     def __init__(self, location: Location, client: Any) -> None:
         if location.artifacts.startswith("s3://") and find_spec("boto3") is None:
             raise RegistryError(f"artifacts {masked(location.artifacts)!r}: no driver for S3: boto3 is absent; install the extra [s3]")
-        self._cache = location.cache
-        self._tracking_uri = location.tracking_uri
+        self._location = location
         self._client = client
 
     def put(self, directory: Path, sha256: str, run_id: str) -> str:
-        """Copy a verified bundle among the artifacts of an MLflow run, and make the copy read-only; returns its address."""
+        """Copy a verified bundle among the artifacts of an MLflow run, as a model; returns its address.
+
+        The copy of the bundle is read-only. Its folder is not, since MLflow's clients write a file of theirs beside ``MLmodel``.
+        """
         name = f"models/{sha256}"
         address = f"{self._client.get_run(run_id).info.artifact_uri}/{name}"
         local = local_path(address)
         if local is not None and _is_whole(local, sha256):
             return address
-        self._client.log_artifacts(run_id, str(directory), f"{name}/{_BUNDLE}")
+        with tempfile.TemporaryDirectory() as folder:
+            write_flavor(Path(folder), directory, self._location, run_id)
+            self._client.log_artifacts(run_id, folder, name)
+        self._client.log_artifacts(run_id, str(directory), f"{name}/{BUNDLE}")
         if local is not None:
-            set_writable(local, False)
+            set_writable(local / BUNDLE, False)
         return address
 
     def get(self, address: str, sha256: str) -> Path:
@@ -68,7 +74,7 @@ class Artifacts:
             return _bundle(local)
         if not _SHA256.fullmatch(sha256):
             raise RegistryError(f"{masked(address)}: expected a sha256 of 64 hexadecimal digits, got {sha256!r}")
-        target = self._cache / sha256
+        target = self._location.cache / sha256
         if not _is_whole(target, sha256):
             shutil.rmtree(target, ignore_errors=True)
             self._download(address, sha256, target)
@@ -81,8 +87,8 @@ class Artifacts:
             RegistryError: there is none.
         """
         local = local_path(address)
-        if local is None and (self._cache / sha256).is_dir():
-            local = self._cache / sha256
+        if local is None and (self._location.cache / sha256).is_dir():
+            local = self._location.cache / sha256
         try:
             content = read_json(_bundle(local) / MANIFEST) if local is not None else self._read_remote(address)
         except (OSError, ValueError) as error:
@@ -122,7 +128,7 @@ class Artifacts:
 
         with tempfile.TemporaryDirectory() as folder:
             try:
-                return read_json(Path(self._repository(address).download_artifacts(f"{_BUNDLE}/{MANIFEST}", dst_path=folder)))
+                return read_json(Path(self._repository(address).download_artifacts(f"{BUNDLE}/{MANIFEST}", dst_path=folder)))
             except MlflowException as error:
                 raise RegistryError(f"{masked(address)}: no manifest to read: {masked(str(error.message))}") from None
 
@@ -139,7 +145,7 @@ class Artifacts:
     def _repository(self, address: str) -> Any:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        return get_artifact_repository(address, tracking_uri=self._tracking_uri)
+        return get_artifact_repository(address, tracking_uri=self._location.tracking_uri)
 
 
 def local_path(address: str) -> Path | None:
@@ -168,7 +174,7 @@ def remove(path: Path) -> None:
 
 def _bundle(root: Path) -> Path:
     """The bundle below an artifact: what was registered by an earlier version is the bundle itself."""
-    return root / _BUNDLE if (root / _BUNDLE).is_dir() else root
+    return root / BUNDLE if (root / BUNDLE).is_dir() else root
 
 
 def _is_whole(target: Path, sha256: str) -> bool:

@@ -17,7 +17,6 @@ by `recsys.registry.load`.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +39,7 @@ from recsys.registry.location import HOME, Location, home
 if TYPE_CHECKING:
     import pandas as pd
 
-MODEL, BUNDLE, MLMODEL = "model", "bundle", "MLmodel"
+BUNDLE, MLMODEL = "bundle", "MLmodel"
 _DEFAULT_K = 10
 _AT_ONCE = 64  # requests that are computed together
 
@@ -110,7 +109,7 @@ def _load_pyfunc(data_path: str, model_config: dict[str, Any] | None = None) -> 
     return Scorer(recommender)
 
 
-def write_flavor(root: Path, bundle: Path, location: Location, run_id: str | None = None) -> None:
+def write_flavor(root: Path, bundle: Path, location: Location, run_id: str) -> None:
     """Write everything of the MLflow model but the bundle itself.
 
     Args:
@@ -133,7 +132,7 @@ def write_flavor(root: Path, bundle: Path, location: Location, run_id: str | Non
     words, numbers = Array(DataType.string), Array(DataType.double)
     optional = [ColSpec(DataType.long, "k", required=False), ColSpec(DataType.string, "request_time", required=False)]
     model = Model(
-        artifact_path=MODEL,
+        artifact_path="models",
         run_id=run_id,
         utc_time_created=manifest.created.astimezone(UTC).replace(tzinfo=None),
         signature=ModelSignature(
@@ -149,27 +148,6 @@ def write_flavor(root: Path, bundle: Path, location: Location, run_id: str | Non
     libraries = {name: version for name, version in manifest.environment.items() if name not in ("python", "machine")}
     write_bytes(root / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in libraries.items()).encode())
     model.save(str(root / MLMODEL))
-
-
-def log_flavor(client: Any, run_id: str, bundle: Path, location: Location) -> str:
-    """Log a bundle as an MLflow model of a run; returns the source of the model version to be.
-
-    Args:
-        client: an ``MlflowClient``.
-        run_id: the run.
-        bundle: the bundle's directory.
-        location: whose online store holds its features.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        write_flavor(Path(name), bundle, location, run_id)
-        client.log_artifacts(run_id, name, MODEL)
-    client.log_artifacts(run_id, str(bundle), f"{MODEL}/{BUNDLE}")
-    return f"{client.get_run(run_id).info.artifact_uri}/{MODEL}"
-
-
-def bundle_of(model: Path) -> Path:
-    """The bundle in the downloaded artifacts of a model version; they are the bundle itself where they hold no MLflow model."""
-    return model / BUNDLE if (model / MLMODEL).is_file() else model
 
 
 def _reader(location: Location, manifest: Manifest) -> Config:

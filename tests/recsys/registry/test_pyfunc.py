@@ -29,8 +29,8 @@ from recsys.core.errors import BundleError
 from recsys.core.files import read_json, write_json
 from recsys.inference.recommender import Recommender
 from recsys.inference.request import Request
-from recsys.registry import Location
-from recsys.registry.pyfunc import BUNDLE, MLMODEL, bundle_of, log_flavor
+from recsys.registry import Evidence, Location, Registry
+from recsys.registry.pyfunc import BUNDLE, MLMODEL
 from recsys.training.tracking import start_run
 
 ROOT = Path(__file__).parents[3]
@@ -48,24 +48,20 @@ class Registered:
 
     @property
     def bundle(self) -> Path:
-        return bundle_of(self.source)
+        return self.source / BUNDLE
 
 
 @pytest.fixture(scope="module")
 def registered(tiny_run, tmp_path_factory: pytest.TempPathFactory) -> Registered:
-    """The tiny run's bundle, logged with its flavor, and the alias champion on it; with the run's online store."""
-    from mlflow import MlflowClient
-
+    """The tiny run's bundle as the champion; with the run's online store."""
     home = tmp_path_factory.mktemp("flavored")
     location = Location.under(home)
     shutil.copytree(Location.under(tiny_run.home).online, location.online)
     with start_run(location.tracking_uri, location.artifacts, "e", "r") as tracker:
-        client = MlflowClient(location.tracking_uri, location.tracking_uri)
-        source = log_flavor(client, tracker.run_id, tiny_run.directory / "bundle", location)
-        client.create_registered_model("recsys")
-        version = client.create_model_version("recsys", source, tracker.run_id)
-        client.set_registered_model_alias("recsys", "champion", version.version)
-    return Registered(home, location, Path(source.removeprefix("file://")))
+        registry, bundle = Registry(location), tiny_run.directory / "bundle"
+        version = registry.register(bundle, "recsys", tracker.run_id)
+        registry.promote("recsys", version, gates=(), evidence=Evidence.of(bundle), expected=None)
+    return Registered(home, location, Path(registry.version("recsys", version).source.removeprefix("file://")))
 
 
 @pytest.fixture
@@ -179,7 +175,6 @@ def test_the_model_is_described_and_nothing_of_it_is_pickled(registered: Registe
 def test_the_bundle_inside_stays_a_verified_bundle(tracking: None, registered: Registered, tiny_run) -> None:
     load()  # MLflow writes a file of its own beside MLmodel
     assert verify(registered.bundle).sha256 == verify(tiny_run.directory / "bundle").sha256
-    assert bundle_of(tiny_run.directory / "bundle") == tiny_run.directory / "bundle"
 
 
 def test_features_come_from_the_home_of_the_environment(
