@@ -61,6 +61,27 @@ class RankingBatch(_Batch):
         return replace(self, weights=weights)
 
 
+@dataclass(frozen=True)
+class TiledBatch:
+    """R candidates of B ≤ R users for a ranker, in which what is a user's is there once.
+
+    Attributes:
+        batch: R rows without labels. Under the keys in ``once`` its first B rows hold the users' ids and the others none; under all other
+            keys, and in the dense columns, row r holds what belongs to candidate r.
+        users: B.
+        user_of_row: int64 ``[R]``, the user of each candidate.
+        once: the keys that belong to users.
+    """
+
+    batch: RankingBatch
+    users: int
+    user_of_row: Tensor
+    once: frozenset[str]
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
 @dataclass
 class SequenceBatch(_Batch):
     """B histories for a retriever, and the events to predict from their prefixes.

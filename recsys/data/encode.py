@@ -5,6 +5,7 @@ The training loader and the server both call `Encoder.transform`, so what a mode
 """
 
 import operator
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from recsys.core.errors import DataError, SchemaError
+from recsys.core.errors import DataError, SchemaError, unknown
 from recsys.data.batch import RankingBatch
 from recsys.data.encoded import EncodedRows, KeyedRows, is_wide, matrix
 from recsys.data.encoding import fitted as state
@@ -36,6 +37,7 @@ from recsys.data.encoding.config import (
 from recsys.data.encoding.hashing import HashCoder, RawCoder
 from recsys.data.jagged import Jagged
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
+from recsys.data.tiles import Part, TiledRows
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq}
 _Ids = np.ndarray | Jagged  # int64 [B], or a list of them for each row
@@ -82,13 +84,13 @@ class Encoder:
         return cls(config, state.fit(config, Columns(table)))
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Read an encoder that `save` wrote.
+    def load(cls, directory: Path, *, mmap: bool = False) -> Self:
+        """Read an encoder that `save` wrote; with ``mmap`` its vocabularies are the file's own pages.
 
         Raises:
             BundleError: a file is absent, cannot be read, or was changed.
         """
-        return cls(*state.load(Path(directory)))
+        return cls(*state.load(Path(directory), mmap=mmap))
 
     def save(self, directory: Path) -> None:
         """Write ``encoder.json`` and ``vocabularies.arrow`` into ``directory``."""
@@ -176,13 +178,78 @@ class Encoder:
 
         Strings that come as a dictionary are looked up once for each of its values.
         """
-        columns = Columns(table, dictionaries=True)
-        if len(columns) == 0:
-            raise DataError("expected at least one row to encode, got none")
+        columns = _columns(table)
+        ids, dense = self._encode(columns, self.feature_columns)
+        labels = self._labels(columns)
+        weights = None if labels is None or self.config.weight is None else _weights(self.config.weight, columns)
+        return self._rows(ids, dense, len(columns), labels, weights)
+
+    def tiled(self, users: pa.Table, user_of_row: np.ndarray, items: pa.Table, item_of_row: np.ndarray | None = None) -> TiledRows:
+        """Encode R ≥ 1 candidates of users, each user and each item once.
+
+        Put together by rows it equals `rows` of the join, ``users[user_of_row[r]]`` beside ``items[item_of_row[r]]``, without labels.
+
+        Args:
+            users: the columns of some features. A user without a candidate is left out.
+            user_of_row: int64 ``[R]``.
+            items: the columns of all other features; R rows, or M.
+            item_of_row: int64 ``[R]``; None where row r is item r.
+
+        Raises:
+            SchemaError: a column is in both tables or in none, or of another type than its encoding expects; or of lists that are aligned
+                with each other some are in one table and some in the other.
+            DataError: no candidate; aligned lists of different lengths.
+        """
+        asked, user_of_row = np.unique(user_of_row, return_inverse=True)
+        users = users if len(asked) == users.num_rows else users.take(pa.array(asked))
+        of_users = {names: _is_of_first(names, users, items) for names in self._units}
+        user_part, item_part = (
+            self._part(table, [name for names, first in of_users.items() if first is wanted for name in names])
+            for table, wanted in ((users, True), (items, False))
+        )
+        return TiledRows(self.spec, user_part, item_part, user_of_row, item_of_row)
+
+    @cached_property
+    def _units(self) -> tuple[tuple[str, ...], ...]:
+        """What is encoded by itself: columns, and lists that are aligned with each other."""
+        units = [unit for f in self.config.features for unit in ((f.keys, (f.target,)) if isinstance(f, Sequence) else ((f.feature,),))]
+        return tuple(dict.fromkeys(units))
+
+    def _part(self, table: pa.Table, names: Collection[str]) -> Part:
+        columns = _columns(table)
+        ids, dense = self._encode(columns, names)
+        return Part(self._rows(ids, dense, len(columns)), tuple(name for name in self.spec.dense if name in dense))
+
+    def _rows(
+        self,
+        ids: dict[str, _Ids],
+        dense: dict[str, np.ndarray],
+        count: int,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> EncodedRows:
+        """Rows of the keys and dense columns that there are, in the order of the spec."""
+        wide = is_wide(self.spec)
+        sparse, sequences = (
+            KeyedRows.make(tuple(key for key in keys if key in ids), ids, count, wide=wide)
+            for keys in (self.spec.bag_keys, self.spec.sequence_keys)
+        )
+        columns = matrix([dense[name] for name in self.spec.dense if name in dense], count, np.float32)
+        return EncodedRows(sparse, sequences, columns, labels, weights)
+
+    def _encode(self, columns: Columns, names: Collection[str]) -> tuple[dict[str, _Ids], dict[str, np.ndarray]]:
+        """The ids by key and the dense columns of the features that read the columns ``names``."""
         ids: dict[str, _Ids] = {}
-        dense: list[np.ndarray] = []
+        dense: dict[str, np.ndarray] = {}
         for feature in self.config.features:
             match feature:
+                case Sequence():
+                    if feature.items in names:
+                        ids |= self._histories(feature, columns)
+                    if feature.target in names:
+                        ids[feature.target] = _single(columns.strings(feature.target), self._coders[item_table(feature)])
+                case _ if feature.feature not in names:
+                    continue
                 case Categorical():
                     ids[feature.feature] = _single(columns.strings(feature.feature), self._coders[pooled_table(feature)])
                 case Bag():
@@ -190,18 +257,8 @@ class Encoder:
                 case Bucket():
                     ids[feature.feature] = _single(columns.numbers(feature.feature), self._coders[feature.feature])
                 case Dense():
-                    dense += self._dense(feature, columns.numbers(feature.feature))
-                case Sequence():
-                    ids |= self._sequence(feature, columns)
-        labels = self._labels(columns)
-        wide = is_wide(self.spec)
-        return EncodedRows(
-            sparse=KeyedRows.make(self.spec.bag_keys, ids, len(columns), wide=wide),
-            sequences=KeyedRows.make(self.spec.sequence_keys, ids, len(columns), wide=wide),
-            dense=matrix(dense, len(columns), np.float32),
-            labels=labels,
-            weights=None if labels is None or self.config.weight is None else _weights(self.config.weight, columns),
-        )
+                    dense |= zip(feature.columns, self._dense(feature, columns.numbers(feature.feature)), strict=True)
+        return ids, dense
 
     def _dense(self, feature: Dense, column: Scalars) -> list[np.ndarray]:
         mean, deviation = self._fitted.scales.get(feature.feature, (0.0, 1.0))
@@ -209,16 +266,12 @@ class Encoder:
         values = np.where(column.present, scaled, 0.0)
         return [values, ~column.present] if feature.indicator else [values]
 
-    def _sequence(self, feature: Sequence, columns: Columns) -> dict[str, _Ids]:
-        """The target, the items and what is aligned with them; the lengths of the items are those of every extra."""
+    def _histories(self, feature: Sequence, columns: Columns) -> dict[str, _Ids]:
+        """The items and what is aligned with them; the lengths of the items are those of every extra."""
         items = columns.string_lists(feature.items)
         kept = items.last(feature.max_length)
-        coder = self._coders[item_table(feature)]
         offsets = _offsets(kept.lengths)
-        encoded: dict[str, _Ids] = {
-            feature.items: Jagged(look_up(coder, kept.flatten()), offsets),
-            feature.target: _single(columns.strings(feature.target), coder),
-        }
+        encoded: dict[str, _Ids] = {feature.items: Jagged(look_up(self._coders[item_table(feature)], kept.flatten()), offsets)}
         for extra in feature.extra:
             lists = self._aligned(extra, feature, items, columns)
             rows = np.full(offsets[-1], NO_VALUE, dtype=np.int64)
@@ -246,6 +299,25 @@ class Encoder:
         if absent:
             raise SchemaError(f"missing label column {absent[0]!r}: expected all of {list(self.label_columns)} or none")
         return matrix([_label(task, columns.numbers(task.feature)) for task in self.config.tasks], len(columns), np.float32)
+
+
+def _columns(table: pa.Table | pa.RecordBatch) -> Columns:
+    columns = Columns(table, dictionaries=True)
+    if len(columns) == 0:
+        raise DataError("expected at least one row to encode, got none")
+    return columns
+
+
+def _is_of_first(names: tuple[str, ...], first: pa.Table, second: pa.Table) -> bool:
+    """Whether columns that are encoded together are those of the first of two tables, and not of the second."""
+    of_first, of_second = ([name for name in names if name in table.column_names] for table in (first, second))
+    if both := [name for name in of_first if name in of_second]:
+        raise SchemaError(f"column {both[0]!r}: expected once, but the table of users and the table of items have it")
+    if absent := [name for name in names if name not in of_first and name not in of_second]:
+        raise SchemaError(f"missing column: {unknown('column', absent[0], (*first.column_names, *second.column_names))}")
+    if of_first and of_second:
+        raise SchemaError(f"columns {of_first[0]!r} and {of_second[0]!r}: aligned lists, expected in one table, got users' and items'")
+    return bool(of_first)
 
 
 def _keys_of_lists(feature: Feature) -> tuple[str, ...]:

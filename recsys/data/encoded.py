@@ -61,6 +61,28 @@ class KeyedRows:
         lists = {key: _concat([column, *(other.lists[key] for other in others)]) for key, column in self.lists.items()}
         return type(self)(self.keys, torch.cat([self.single, *(other.single for other in others)]), lists)
 
+    def beside(self, other: Self, keys: tuple[str, ...]) -> Self:
+        """The same rows under the keys of both, which have none in common, in the order of ``keys``."""
+        lists = self.lists | other.lists
+        plain = [key for key in (*self.keys, *other.keys) if key not in lists]
+        places = [plain.index(key) for key in keys if key not in lists]
+        return type(self)(keys, torch.cat([self.single, other.single], dim=1)[:, places], {key: lists[key] for key in keys if key in lists})
+
+    def extended(self, rows: int) -> Self:
+        """These N rows and empty ones behind them, ``rows`` in all: so every key has lists."""
+        kept = np.minimum(np.arange(rows + 1), len(self.single))
+        ids = self.single.T.contiguous().numpy()
+        column = 0
+        lists: dict[str, Jagged] = {}
+        for key in self.keys:
+            if key in self.lists:
+                found = self.lists[key]
+                lists[key] = Jagged(found.values, found.offsets[kept])
+            else:
+                lists[key] = Jagged(ids[column], kept)
+                column += 1
+        return type(self)(self.keys, self.single.new_empty(rows, 0), lists)
+
     def keyed(self) -> KeyedJaggedTensor:
         """All rows: int64 values and int32 lengths, one key after another."""
         rows, single = self.single.shape

@@ -86,8 +86,8 @@ def save(directory: Path, config: EncoderConfig, fitted: Fitted) -> None:
     write_json(directory / JSON_FILE, content)
 
 
-def load(directory: Path) -> tuple[EncoderConfig, Fitted]:
-    """Read what `save` wrote.
+def load(directory: Path, *, mmap: bool = False) -> tuple[EncoderConfig, Fitted]:
+    """Read what `save` wrote, or map its vocabularies.
 
     Raises:
         BundleError: a file is absent, cannot be read, or is not the one that was written (the fingerprint differs).
@@ -98,7 +98,7 @@ def load(directory: Path) -> tuple[EncoderConfig, Fitted]:
             raise BundleError(f"{directory / JSON_FILE}: format {content['format']!r}, expected {FORMAT}")
         config = parse(EncoderConfig, content["config"], source=str(directory / JSON_FILE))
         fitted = Fitted(
-            _load_vocabularies(directory / ARROW_FILE),
+            _load_vocabularies(directory / ARROW_FILE, mmap),
             {name: np.array(edges, dtype=np.float64) for name, edges in content["edges"].items()},
             {name: (float(mean), float(deviation)) for name, (mean, deviation) in content["scales"].items()},
         )
@@ -111,8 +111,8 @@ def load(directory: Path) -> tuple[EncoderConfig, Fitted]:
     return config, fitted
 
 
-def _load_vocabularies(path: Path) -> dict[str, pa.Array]:
-    with pa.ipc.open_file(path.read_bytes()) as reader:
+def _load_vocabularies(path: Path, mmap: bool) -> dict[str, pa.Array]:
+    with pa.ipc.open_file(pa.memory_map(str(path)) if mmap else pa.BufferReader(path.read_bytes())) as reader:
         table = reader.read_all()
     return {name: values.values for name, values in zip(table["table"].to_pylist(), table["values"], strict=True)}
 
