@@ -19,9 +19,11 @@ from recsys.core.errors import DataError, RecsysError
 from recsys.data.batch import RankingBatch
 from recsys.data.spec import InputSpec, TableSpec
 from recsys.embedding.ids import ManagedIds
-from recsys.embedding.tables import Embedded, EmbeddingTables, keyed
+from recsys.embedding.served import ServedTables
+from recsys.embedding.tables import Embedded, EmbeddingTables, key_widths, keyed
 
 _HEADER = 4  # a row opens with its scale and its offset, fp16 each
+_FP16 = torch.finfo(torch.float16).max
 
 
 class QuantizedTables(nn.Module):
@@ -46,7 +48,7 @@ class QuantizedTables(nn.Module):
         if config.managed:
             self.ids = ManagedIds(spec, config.managed, torch.device("cpu"))
         self._lookups: list[_Lookup] = []
-        widths = {t.name: config.dims.get(t.name, config.dim) for t in spec.tables}
+        widths = {t.name: config.dim_of(t.name) for t in spec.tables}
         pooling = PoolingMode.SUM if config.pooling == "sum" else PoolingMode.MEAN
         self.pooled, self.unpooled = _Rows(), _Rows()
         if pooled := [t for t in spec.tables if t.bags]:
@@ -62,6 +64,11 @@ class QuantizedTables(nn.Module):
 
     def _rows(self) -> dict[str, Tensor]:
         return dict(self.pooled.named_buffers()) | dict(self.unpooled.named_buffers())
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """See `EmbeddingTables.widths`."""
+        return key_widths(self.spec, self.config)
 
     @property
     def bytes(self) -> int:
@@ -169,7 +176,7 @@ class _Lookup:
         return {key: JaggedTensor(values=part, lengths=j.lengths()) for (key, j), part in zip(jagged.items(), parts, strict=True)}
 
 
-def quantize(tables: EmbeddingTables) -> QuantizedTables:
+def quantize(tables: EmbeddingTables | ServedTables) -> QuantizedTables:
     """A copy of ``tables`` in int8, on the CPU.
 
     Raises:
@@ -180,11 +187,12 @@ def quantize(tables: EmbeddingTables) -> QuantizedTables:
     quantized = QuantizedTables(tables.spec, tables.config)
     weights = {name.split(".")[-2]: weight.detach().cpu() for name, weight in tables.named_parameters() if name.endswith(".weight")}
     for name, rows in quantized._rows().items():
-        if not bool((weights[name].abs() <= torch.finfo(torch.float16).max).all()):
+        low, high = (float(end) for end in weights[name].aminmax())
+        if not -_FP16 <= low <= high <= _FP16:
             raise RecsysError(f"table {name!r}: expected finite weights within ±65504 to quantize, got others")
         stored = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(weights[name].contiguous(), 8)
         rows.copy_(torch.cat([stored[:, -_HEADER:], stored[:, :-_HEADER]], dim=1))
-    if tables.config.managed:
+    if isinstance(tables, EmbeddingTables) and tables.config.managed:
         quantized.ids.load_state_dict(tables.ids.state_dict())
     return quantized.eval()
 

@@ -108,6 +108,10 @@ class EmbeddingTables(nn.Module):
         init_std: NonNegativeFloat = 0.01
         l2: NonNegativeFloat = 0.0
 
+        def dim_of(self, table: str) -> int:
+            """The width of a table."""
+            return self.dims.get(table, self.dim)
+
     def __init__(self, spec: InputSpec, config: Config, device: torch.device | None = None) -> None:
         super().__init__()
         self.spec, self.config = spec, config
@@ -132,13 +136,12 @@ class EmbeddingTables(nn.Module):
 
     def dim_of(self, table: str) -> int:
         """The width of a table."""
-        return self.config.dims.get(table, self.config.dim)
+        return self.config.dim_of(table)
 
     @property
     def widths(self) -> dict[str, int]:
         """The width of each key's vectors, pooled keys first."""
-        pooled = {key: self.dim_of(table.name) for table in self.spec.tables for key in table.bags}
-        return pooled | {key: self.dim_of(table.name) for table in self.spec.tables for key in table.sequences}
+        return key_widths(self.spec, self.config)
 
     def _build_pooled(self) -> FusedEmbeddingBagCollection | None:
         pooling = PoolingType.SUM if self.config.pooling == "sum" else PoolingType.MEAN
@@ -297,6 +300,12 @@ def _optimizers(collection: nn.Module) -> list[KeyedOptimizer]:
         return [optimizer for child in collection.children() for optimizer in _optimizers(child)]
     optimizer: Any = collection.fused_optimizer
     return [optimizer if isinstance(optimizer, KeyedOptimizer) else optimizer()]
+
+
+def key_widths(spec: InputSpec, config: "EmbeddingTables.Config") -> dict[str, int]:
+    """The width of each key's vectors, pooled keys first."""
+    pooled = {key: config.dim_of(table.name) for table in spec.tables for key in table.bags}
+    return pooled | {key: config.dim_of(table.name) for table in spec.tables for key in table.sequences}
 
 
 def dense_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -69,6 +69,26 @@ class HSTULayer(nn.Module):
         pooled_bld = (weights_bhll @ v_bhlc).transpose(1, 2).flatten(2)
         return self._out(pooled_bld, u_bld)
 
+    def candidates(self, x_bld: Tensor, lengths_b: Tensor, of_row: Tensor, candidates_rd: Tensor) -> Tensor:
+        """``[R, d]``: candidates, each as the newest event behind one of B padded rows, which do not see it (M-FALCON in the paper).
+
+        Args:
+            x_bld: the rows, as `forward` takes them.
+            lengths_b: int64 ``[B]``, how many events of each row are there; at most N - 1.
+            of_row: int64 ``[R]``, the row that each candidate stands behind.
+            candidates_rd: ``[R, d]``.
+        """
+        _, v_bhlc, _, k_bhlc = self.parts(self.norm_in(x_bld))
+        u_r1d, v_rh1c, q_rh1c, k_rh1c = self.parts(self.norm_in(candidates_rd)[:, None])
+        back_rl = lengths_b[of_row][:, None] - torch.arange(x_bld.shape[1], device=x_bld.device)
+        scale = 1 / math.sqrt(k_bhlc.shape[3])
+        scores_rh1l = q_rh1c @ k_bhlc[of_row].transpose(2, 3) * scale + self.distance[back_rl.clamp(0, self.max_length - 1)][:, None, None]
+        weights_rh1l = torch.where(back_rl[:, None, None] > 0, functional.silu(scores_rh1l) / self.max_length, 0.0)
+        own_rh11 = functional.silu((q_rh1c * k_rh1c).sum(3, keepdim=True) * scale + self.distance[0]) / self.max_length
+        pooled_rh1c = weights_rh1l @ v_bhlc[of_row] + own_rh11 * v_rh1c
+        added_r1d = self._out(pooled_rh1c.transpose(1, 2).flatten(2), u_r1d)
+        return candidates_rd + added_r1d[:, 0]
+
     def _out(self, pooled: Tensor, u: Tensor) -> Tensor:
         out: Tensor = self.out(self.dropout(self.norm_out(pooled) * u))
         return out

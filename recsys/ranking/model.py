@@ -3,8 +3,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,15 @@ from recsys.core import components
 from recsys.core.components import component_config
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError
-from recsys.data.batch import RankingBatch
+from recsys.data.batch import RankingBatch, TiledBatch
 from recsys.data.spec import InputSpec
+from recsys.embedding.served import new_tables
 from recsys.embedding.tables import Embedded, EmbeddingTables, dense_parameters
 from recsys.ranking import checks
 from recsys.ranking.history import HistoryEncoder, TargetAttention
 from recsys.ranking.losses import masked_bce
 from recsys.ranking.part import Part
+from recsys.ranking.vectors import Vectors, vectors
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Ranker(nn.Module, ABC):
         self.config, self.spec = config, spec
         if twice := [field for field in spec.fields if spec.fields.count(field) > 1]:
             raise ConfigError(f"inputs: the name {twice[0]!r} is used twice among {', '.join(spec.fields)}")
-        self.tables = EmbeddingTables(spec=spec, config=config.embedding, device=torch.get_default_device())
+        self.tables = new_tables(spec, config.embedding, torch.get_default_device())
         widths = self.tables.widths
         self.histories = nn.ModuleList(
             components.build("history", config.history, s, widths[s.keys[0]], [widths[key] for key in s.keys[1:]]) for s in spec.sequences
@@ -122,34 +125,45 @@ class Ranker(nn.Module, ABC):
                 if any(True for _ in module.parameters()):
                     module.compile(options=dict(self.compile_options))
 
-    def embed(self, batch: RankingBatch) -> Embedded:
+    def embed(self, batch: RankingBatch | TiledBatch) -> Embedded:
         """Look the batch up in the tables.
 
         Raises:
             DataError: a field is absent or a row is beyond its table; the error names the field.
         """
+        rows = batch.batch if isinstance(batch, TiledBatch) else batch
         try:
-            embedded: Embedded = self.tables(batch)
+            embedded: Embedded = self.tables(rows)
         except (RuntimeError, LookupError, ValueError) as error:
-            checks.explain(batch, self.spec, error)
+            checks.explain(rows, self.spec, error)
             raise
         return embedded
+
+    def with_tables(self, tables: nn.Module) -> Self:
+        """The same ranker with other tables, or what stands for them; all other parts are shared, and this one keeps its own."""
+        other = copy(self)
+        other._modules = {**self._modules, "tables": tables}
+        return other
 
     def diagnose(self, batch: RankingBatch) -> str | None:
         """What is wrong with a batch, for whoever finds a loss that is not finite: see `recsys.ranking.checks.problem`."""
         return checks.problem(batch, self.spec)
 
-    def score(self, embedded: Embedded, batch: RankingBatch) -> Tensor:
+    def score(self, embedded: Embedded, batch: RankingBatch | TiledBatch) -> Tensor:
         """Logits ``[B, tasks]`` from looked-up embeddings; of the batch itself only the dense columns are read."""
         return self.interact(self.fields(embedded, batch))
 
-    def forward(self, batch: RankingBatch) -> Tensor:
+    def forward(self, batch: RankingBatch | TiledBatch) -> Tensor:
         """Logits ``[B, tasks]``."""
         return self.score(self.embed(batch), batch)
 
     @torch.no_grad()
-    def predict(self, batch: RankingBatch) -> Tensor:
-        """Probabilities ``[B, tasks]``, without gradients. The caller has put the model into evaluation mode."""
+    def predict(self, batch: RankingBatch | TiledBatch) -> Tensor:
+        """Probabilities ``[B, tasks]``, without gradients. The caller has put the model into evaluation mode.
+
+        Of a `TiledBatch`, what belongs to users is looked up once for each of them, and what a history is to any candidate is computed
+        once: its events' vectors, and their keys and values where the attention has some.
+        """
         return torch.sigmoid(self(batch))
 
     def loss(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -171,7 +185,7 @@ class Ranker(nn.Module, ABC):
     def interact(self, x_bw: Tensor) -> Tensor:
         """Logits ``[B, tasks]`` from the fields' vectors, one after another."""
 
-    def fields(self, embedded: Embedded, batch: RankingBatch) -> Tensor:
+    def fields(self, embedded: Embedded, batch: RankingBatch | TiledBatch) -> Tensor:
         """The vectors of the fields, one after another in the order of `widths`: ``[B, W]``.
 
         One tensor and not one for each field: copying hundreds of narrow columns back and forth costs more than the products of a small
@@ -180,15 +194,19 @@ class Ranker(nn.Module, ABC):
         Raises:
             DataError: the dense columns are not what the spec says.
         """
-        dense = batch.dense
+        return self.fields_of(vectors(embedded, batch, self.spec))
+
+    def fields_of(self, inputs: Vectors) -> Tensor:
+        """See `fields`; from what was looked up, so that no table has a part in it."""
+        dense = inputs.dense
         if dense.dtype != torch.float32 or dense.shape[1:] != (len(self.spec.dense),):
             raise DataError(f"dense: expected float32 [B, {len(self.spec.dense)}], got {dense.dtype} {list(dense.shape)}")
-        parts, targets = [embedded.pooled.values()], set[str]()
+        parts, targets = [inputs.pooled], set[str]()
         for history in self._encoders():
             if (target := history.sequence.target) not in targets:  # two histories may share a candidate
-                parts.append(embedded.sequences[target].values())
+                parts.append(inputs.values[target])
                 targets.add(target)
-            parts.append(history(embedded.sequences).flatten(1))
+            parts.append(history.read(inputs.values, inputs.reads[history.sequence.name]).flatten(1))
         parts = [part for part in (*parts, dense) if part.shape[1]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

@@ -31,11 +31,12 @@ class ActivationUnit(nn.Module):
         super().__init__()
         self.weigh = mlp((4 * dim, *hidden, 1), activation=nn.PReLU)
 
-    def forward(self, target_bd: Tensor, events_nd: Tensor, row_n: Tensor) -> Tensor:
-        """Pool the N events of B rows: ``[B, d]``; zero for a row without events."""
-        target_nd = target_bd[row_n]
-        weights_n1 = self.weigh(torch.cat([events_nd, target_nd, events_nd - target_nd, events_nd * target_nd], dim=1))
-        return segment_sum(weights_n1 * events_nd, row_n, target_bd.shape[0])
+    def forward(self, target_bd: Tensor, events_nd: Tensor, row_p: Tensor, event_p: Tensor | None = None) -> Tensor:
+        """Pool the events of B rows, which may share them (`Events`): ``[B, d]``; zero for a row without events."""
+        events_pd = events_nd if event_p is None else events_nd[event_p]
+        target_pd = target_bd[row_p]
+        weights_p1 = self.weigh(torch.cat([events_pd, target_pd, events_pd - target_pd, events_pd * target_pd], dim=1))
+        return segment_sum(weights_p1 * events_pd, row_p, target_bd.shape[0])
 
 
 class DotAttention(nn.Module):
@@ -56,15 +57,16 @@ class DotAttention(nn.Module):
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
-    def forward(self, target_bd: Tensor, events_nd: Tensor, row_n: Tensor) -> Tensor:
-        """Pool the N events of B rows: ``[B, d]``; zero for a row without events."""
+    def forward(self, target_bd: Tensor, events_nd: Tensor, row_p: Tensor, event_p: Tensor | None = None) -> Tensor:
+        """Pool the events of B rows, which may share them (`Events`): ``[B, d]``; zero for a row without events."""
         query_bhd, key_nhd, value_nhd = (
             project(x).unflatten(1, (self.heads, -1))
             for project, x in ((self.query, target_bd), (self.key, events_nd), (self.value, events_nd))
         )
-        scores_nh = (query_bhd[row_n] * key_nhd).sum(dim=2) / key_nhd.shape[2] ** 0.5
-        weights_nh = segment_softmax(scores_nh, row_n, target_bd.shape[0])
-        pooled_bhd = segment_sum(weights_nh[:, :, None] * value_nhd, row_n, target_bd.shape[0])
+        key_phd, value_phd = (key_nhd, value_nhd) if event_p is None else (key_nhd[event_p], value_nhd[event_p])
+        scores_ph = (query_bhd[row_p] * key_phd).sum(dim=2) / key_phd.shape[2] ** 0.5
+        weights_ph = segment_softmax(scores_ph, row_p, target_bd.shape[0])
+        pooled_bhd = segment_sum(weights_ph[:, :, None] * value_phd, row_p, target_bd.shape[0])
         out_bd: Tensor = self.out(pooled_bhd.flatten(1))
         return out_bd
 
@@ -97,5 +99,5 @@ class TargetAttention(HistoryEncoder):
 
     def encode(self, events: Events) -> Tensor:
         """``[B, 1, d]``."""
-        pooled_bd = self.unit(events.target, events.vectors, events.row)
+        pooled_bd = self.unit(events.target, events.vectors, events.row, events.event)
         return torch.where(events.lengths[:, None] > 0, pooled_bd, self.empty)[:, None]

@@ -2,7 +2,7 @@
 """HSTU: a history encoded by itself, so that it becomes several vectors."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from recsys.core.errors import ConfigError
 from recsys.data.spec import SequenceSpec
 from recsys.layers.hstu import HSTULayer
 from recsys.ranking.history.attention import TargetAttention
-from recsys.ranking.history.base import Events, HistoryConfig, HistoryEncoder
+from recsys.ranking.history.base import Events, Histories, HistoryConfig, HistoryEncoder
 
 
 @register("history", "hstu")
@@ -74,6 +74,9 @@ class HSTU(HistoryEncoder):
 
     def encode(self, events: Events) -> Tensor:
         """``[B, n, d]``."""
+        if events.histories is not None:
+            return self._encode_shared(events, events.histories)
+        events = events.spread()
         kept_b = events.lengths.long().clamp(max=self.config.max_length - self.config.candidate)
         x_bld = self._pad(events, kept_b)
         for layer in self.layers:
@@ -82,6 +85,44 @@ class HSTU(HistoryEncoder):
         if self.attention is not None:
             read.append(self.attention.encode(self._unpad(x_bld, events, kept_b))[:-1])
         return torch.cat(read, dim=1)
+
+    def _encode_shared(self, events: Events, histories: Histories) -> Tensor:
+        """``[R, n, d]``: each history once, since no event sees the candidate; then each candidate behind its history."""
+        window, lengths_b = self.config.max_length - self.config.candidate, histories.offsets.diff()
+        kept_b = lengths_b.clamp(max=window)
+        place_l = torch.arange(window if torch.compiler.is_compiling() else max(1, int(kept_b.max())), device=kept_b.device)
+        count = events.vectors.shape[0]
+        source_bl = torch.where(place_l < kept_b[:, None], (histories.offsets[1:] - kept_b)[:, None] + place_l, count)
+        x_bld = functional.embedding(source_bl, torch.cat([events.vectors, events.vectors.new_zeros(1, self.dim)]))
+        candidate_rd = events.target
+        for layer in self.layers:
+            if self.config.candidate:
+                candidate_rd = cast(HSTULayer, layer).candidates(x_bld, kept_b, histories.of_row, candidate_rd)
+            x_bld = layer(x_bld)
+        read = []
+        if self.empty is not None:
+            wanted = self.config.vectors - self.config.candidate
+            place_rv = kept_b[histories.of_row][:, None] - wanted + torch.arange(wanted, device=kept_b.device)
+            encoded_rvd = x_bld[histories.of_row[:, None], place_rv.clamp(min=0)]
+            read.append(torch.where(place_rv[:, :, None] >= 0, encoded_rvd, self.empty))
+        if self.config.vectors and self.config.candidate:
+            read.append(candidate_rd[:, None])
+        if self.attention is not None:
+            read.append(self.attention.encode(self._shared_events(x_bld, events, histories, kept_b))[:-1])
+        return torch.cat(read, dim=1)
+
+    def _shared_events(self, x_bld: Tensor, events: Events, histories: Histories, kept_b: Tensor) -> Events:
+        """As `_unpad` of rows that share histories: what the window left out is read by one row more."""
+        assert events.event is not None
+        lengths_b, count, rows = histories.offsets.diff(), events.vectors.shape[0], events.lengths.shape[0]
+        history_n = torch.repeat_interleave(lengths_b, output_size=count)
+        place_n = torch.arange(count, device=kept_b.device) - (histories.offsets[1:] - kept_b)[history_n]
+        encoded_nd = x_bld[history_n, place_n.clamp(min=0)]
+        row_p = torch.where(place_n[events.event] >= 0, events.row, rows)
+        kept_r = kept_b[histories.of_row]
+        left_out = (events.lengths - kept_r).sum(dim=0, keepdim=True)
+        target = torch.cat([events.target, events.target.new_zeros(1, self.dim)])
+        return Events(encoded_nd, row_p, torch.cat([kept_r, left_out]), target, events.event)
 
     def _pad(self, events: Events, kept_b: Tensor) -> Tensor:
         """``[B, L, d]``: the last events of each row from the left, the candidate behind them, zeros behind it."""
