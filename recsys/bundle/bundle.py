@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -38,6 +38,7 @@ from recsys.core.config import Config, parse
 from recsys.core.errors import BundleError
 from recsys.core.files import new_directory, read_json, write_json
 from recsys.data.encode import Encoder
+from recsys.embedding.quantize import quantize as int8
 from recsys.ranking.calibration import Calibrator, NoCalibration, from_state
 from recsys.ranking.model import Ranker
 from recsys.retrieval.base import Retriever
@@ -114,38 +115,46 @@ class Bundle:
         return manifest
 
     @classmethod
-    def load(cls, directory: Path) -> "Bundle":
+    def load(cls, directory: Path, *, mmap: bool = False, quantize: Literal["int8"] | None = None) -> "Bundle":
         """Verify every hash, then build every part. A bundle of an older format is migrated; its files stay as they are.
+
+        Args:
+            directory: of the bundle.
+            mmap: map what is only read, so that several processes of one host share its pages: weights, item vectors, texts of items,
+                vocabularies. The models are for inference alone then, and the files must stay as they are.
+            quantize: ``int8`` keeps the ranker's tables in a quarter of the memory, see `recsys.embedding.quantize.QuantizedTables`.
 
         Raises:
             BundleError: a file is absent, foreign or changed, the format is unknown, or the parts do not belong together.
         """
         with opened(directory) as (manifest, root):
-            bundle = cls._build(manifest, root)
+            bundle = cls._build(manifest, root, mmap, quantize)
         bundle._check_together(directory)
         return bundle
 
     @classmethod
-    def _build(cls, manifest: Manifest, directory: Path) -> "Bundle":
-        encoder = Encoder.load(directory / "encoder")
+    def _build(cls, manifest: Manifest, directory: Path, mmap: bool, quantize: Literal["int8"] | None) -> "Bundle":
+        encoder = Encoder.load(directory / "encoder", mmap=mmap)
         if encoder.fingerprint() != manifest.encoder:
             raise BundleError(f"{directory}: encoder {encoder.fingerprint()} is not the manifest's {manifest.encoder}")
-        catalogue = Catalogue.load(directory / "catalogue.arrow")
+        catalogue = Catalogue.load(directory / "catalogue.arrow", mmap=mmap)
         items = load_item_table(directory / "retriever" / "items.safetensors")
-        ranker = load_module(directory / "ranker", "ranker", encoder.spec)
-        retriever = load_module(directory / "retriever", "retriever", items)
+        ranker: Ranker = load_module(directory / "ranker", "ranker", encoder.spec, mmap=mmap or quantize is not None)
+        if quantize is not None:
+            ranker.register_module("tables", int8(ranker.tables))
+        retriever = load_module(directory / "retriever", "retriever", items, mmap=mmap)
         return cls(
             manifest=manifest,
             features=read_json(directory / "features.json"),
             settings=parse(Settings, read_json(directory / "settings.json"), source=str(directory / "settings.json")),
             metrics=read_json(directory / "metrics.json"),
-            items=read_table(directory / "items.arrow"),
+            items=read_table(directory / "items.arrow", mmap=mmap),
             catalogue=catalogue,
             encoder=encoder,
             ranker=ranker,
             retriever=retriever,
             item_table=items,
-            index=load_index(directory / "index", catalogue.snapshot()),
+            index=load_index(directory / "index", catalogue.snapshot(), mmap=mmap),
             tokenizer=None if items.codes is None else load_tokenizer(directory / "tokenizer"),
             calibration=from_state(read_json(directory / "calibration.json")),
             golden=load_golden(directory),

@@ -53,7 +53,7 @@ def check_pair(retriever: Retriever | type[Retriever], index: Index | type[Index
         )
 
 
-def load_index(directory: Path, view: CatalogueView) -> Index:
+def load_index(directory: Path, view: CatalogueView, *, mmap: bool = False) -> Index:
     """Read an index of whatever class; see `Index.load`.
 
     Raises:
@@ -64,7 +64,7 @@ def load_index(directory: Path, view: CatalogueView) -> Index:
         cls: type[Index] = components.get("index", name)
     except (OSError, ValueError, KeyError, TypeError, ComponentError) as error:
         raise BundleError(f"{directory}: cannot read the index: {error}") from None
-    return cls.load(directory, view)
+    return cls.load(directory, view, mmap=mmap)
 
 
 def _name(component: type) -> str:

@@ -22,7 +22,7 @@ from recsys.retrieval.catalogue.dense import DenseIndex
 from recsys.retrieval.catalogue.index import IndexMeta, same
 from recsys.retrieval.catalogue.live import CatalogueView
 from recsys.retrieval.catalogue.placement import Device, Parameters, Placed, placed, selection
-from recsys.retrieval.catalogue.vector_rows import Growth
+from recsys.retrieval.catalogue.vector_rows import Growth, read_index
 from recsys.retrieval.state import SlotVectors
 
 _STRUCTURE = "structure.faiss"
@@ -112,11 +112,11 @@ class ApproximateIndex(DenseIndex):
             effort *= 2
 
     @classmethod
-    def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None) -> Self:
+    def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None, mmap: bool = False) -> Self:
         """See `Index.load`."""
-        config, flat, meta = cls._load_parts(directory, view, content_hash)
+        config, flat, meta = cls._load_parts(directory, view, content_hash, mmap)
         try:
-            structure = faiss.read_index(str(directory / _STRUCTURE))
+            structure = read_index(directory / _STRUCTURE, mmap)
         except RuntimeError as error:
             raise BundleError(f"{directory}: cannot read the index: {error}") from None
         if not isinstance(structure, cls.structure):

@@ -84,7 +84,7 @@ class CodeIndex(Index):
             self._save_meta(root)
 
     @classmethod
-    def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None) -> Self:
+    def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None, mmap: bool = False) -> Self:
         """See `Index.load`."""
         try:
             config, meta = cls._load_meta(directory, view, content_hash)

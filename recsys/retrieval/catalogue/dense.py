@@ -27,7 +27,7 @@ from recsys.retrieval.catalogue.index import Array, Exclude, Excluded, Index, In
 from recsys.retrieval.catalogue.live import CatalogueView
 from recsys.retrieval.catalogue.placement import Device, Placed, placed, selection
 from recsys.retrieval.catalogue.topk import best, keys_of
-from recsys.retrieval.catalogue.vector_rows import Growth, VectorRows, flat_index
+from recsys.retrieval.catalogue.vector_rows import Growth, VectorRows, flat_index, read_index
 from recsys.retrieval.state import SlotVectors
 
 _FLAT = "vectors.faiss"
@@ -176,19 +176,21 @@ class DenseIndex(Index):
             self.compacted()._save_into(root)
 
     @classmethod
-    def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None) -> Self:
+    def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None, mmap: bool = False) -> Self:
         """See `Index.load`."""
-        return cls(*cls._load_parts(directory, view, content_hash))
+        return cls(*cls._load_parts(directory, view, content_hash, mmap))
 
     def _save_into(self, root: Path) -> None:
         faiss.write_index(self._rows.main, str(root / _FLAT))
         self._save_meta(root)
 
     @classmethod
-    def _load_parts(cls, directory: Path, view: CatalogueView, content_hash: str | None) -> tuple[Any, faiss.IndexFlatIP, IndexMeta]:
+    def _load_parts(
+        cls, directory: Path, view: CatalogueView, content_hash: str | None, mmap: bool
+    ) -> tuple[Any, faiss.IndexFlatIP, IndexMeta]:
         try:
             config, meta = cls._load_meta(directory, view, content_hash)
-            flat = faiss.read_index(str(directory / _FLAT))
+            flat = read_index(directory / _FLAT, mmap)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
             raise BundleError(f"{directory}: cannot read the index: {error}") from None
         if not isinstance(flat, faiss.IndexFlatIP):

@@ -139,13 +139,14 @@ class Index(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None) -> Self:
+    def load(cls, directory: Path, view: CatalogueView, *, content_hash: str | None = None, mmap: bool = False) -> Self:
         """Read what `save` wrote, and hold that it fits.
 
         Args:
             directory: the index's directory.
             view: the catalogue that it is to be searched with. Its live bits may have changed since, its rows not.
             content_hash: what the content must have come from, where it is to be compared.
+            mmap: use the file's own pages for what is only read, where the index has a form for that.
 
         Raises:
             BundleError: files are absent or broken, or belong to another state, content or catalogue; names both sides.

@@ -162,14 +162,14 @@ class Catalogue:
         write_bytes(path, sink.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> "Catalogue":
-        """Read what `save` wrote; rows, live bits and version are as they were.
+    def load(cls, path: Path, *, mmap: bool = False) -> "Catalogue":
+        """Read what `save` wrote, or map its ids; rows, live bits and version are as they were.
 
         Raises:
             BundleError: the file is absent, is not a catalogue, or its content does not have the digest that it names.
         """
         try:
-            table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+            table = pa.ipc.open_file(pa.memory_map(str(path)) if mmap else pa.BufferReader(path.read_bytes())).read_all()
         except (OSError, pa.ArrowInvalid) as error:
             raise BundleError(f"{path}: cannot read the catalogue: {error}") from None
         stored = table.schema.metadata or {}

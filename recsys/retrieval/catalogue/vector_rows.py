@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 # torch before FAISS, as everywhere in this project: whichever comes first owns the OpenMP settings.
@@ -13,6 +14,8 @@ from pydantic import Field
 
 from recsys.core.config import Config as BaseConfig
 from recsys.retrieval.catalogue.placement import Placed, selection
+
+_faiss: Any = faiss  # its annotations lack what its Python side adds
 
 
 class Growth(BaseConfig):
@@ -103,6 +106,11 @@ def flat_index(vectors: np.ndarray) -> faiss.IndexFlatIP:
     made = faiss.IndexFlatIP(vectors.shape[1])
     made.add(vectors)
     return made
+
+
+def read_index(file: Path, mmap: bool) -> faiss.Index:
+    """A FAISS index of whatever class. With ``mmap`` its codes and its graph are the file's own pages, where FAISS can do that."""
+    return faiss.read_index(str(file), _faiss.IO_FLAG_MMAP_IFC if mmap else 0)
 
 
 def _stored(index: faiss.IndexFlatIP) -> np.ndarray:
