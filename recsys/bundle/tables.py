@@ -12,7 +12,7 @@ def write_table(path: Path, table: pa.Table) -> None:
         writer.write_table(table)
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read an Arrow IPC file."""
-    with pa.OSFile(str(path), "rb") as source:
+def read_table(path: Path, *, mmap: bool = False) -> pa.Table:
+    """Read an Arrow IPC file, or map it."""
+    with pa.memory_map(str(path)) if mmap else pa.OSFile(str(path), "rb") as source:
         return pa.ipc.open_file(source).read_all()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from recsys.core.schema import REQUEST_TIME
+from recsys.inference.frame import read_items
 from recsys.inference.request import Reason
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 REASONS = 3
 
 
-def explain(recommender: "Recommender", users: "Users", b: int, rows: np.ndarray) -> list[tuple[Reason, ...]]:
+def explain(recommender: "Recommender", users: "Users", b: int, rows: np.ndarray, items: pa.Table) -> list[tuple[Reason, ...]]:
     """For each of the given items of request ``b``: up to three events whose absence lowers its score most.
 
     Args:
@@ -26,8 +28,9 @@ def explain(recommender: "Recommender", users: "Users", b: int, rows: np.ndarray
         users: the requests.
         b: which of them.
         rows: int64 ``[C]`` catalogue rows.
+        items: their features, as they were read to rank them.
     """
-    effect = erasure_effects(recommender, users, b, rows)
+    effect = erasure_effects(recommender, users, b, rows, items)
     history = users.table.column(recommender.bundle.settings.history_feature)[b].as_py() or []
     reasons = []
     for effects in effect.T:
@@ -36,8 +39,16 @@ def explain(recommender: "Recommender", users: "Users", b: int, rows: np.ndarray
     return reasons
 
 
-def erasure_effects(recommender: "Recommender", users: "Users", b: int, rows: np.ndarray) -> np.ndarray:
-    """Float ``[L, C]``: how far the score of each of C items falls when event j of the L in the history is taken away."""
+def erasure_effects(recommender: "Recommender", users: "Users", b: int, rows: np.ndarray, items: pa.Table | None = None) -> np.ndarray:
+    """Float ``[L, C]``: how far the score of each of C items falls when event j of the L in the history is taken away.
+
+    Args:
+        recommender: the path that scored the items.
+        users: the requests.
+        b: which of them.
+        rows: int64 ``[C]`` catalogue rows.
+        items: their features; they are read where they are not given.
+    """
     settings = recommender.bundle.settings
     one = users.table.slice(b, 1)
     length = len(one.column(settings.history_feature)[0].as_py() or [])
@@ -45,7 +56,11 @@ def erasure_effects(recommender: "Recommender", users: "Users", b: int, rows: np
         return np.zeros((length, len(rows)), np.float32)
     without = _without_each(one, length, settings.history_columns)
     variants = recommender.users_from(pa.concat_tables([one, without]))
-    scored = recommender.rank(variants, recommender.score(variants, np.tile(rows, (length + 1, 1))))
+    if items is None:
+        at = one.column(REQUEST_TIME).take(pa.array(np.zeros(len(rows), np.int64)))
+        items = read_items(recommender.features, recommender.view.take(rows), at)
+    candidates = recommender.score(variants, np.tile(rows, (length + 1, 1)))
+    scored = recommender.rank(variants, candidates, items, np.tile(np.arange(len(rows)), length + 1))
     return np.asarray(scored.score[0] - scored.score[1:])
 
 

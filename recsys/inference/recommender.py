@@ -14,12 +14,12 @@ from torch import Tensor
 
 from recsys.bundle.bundle import Bundle
 from recsys.core.schema import TIME
-from recsys.core.status import status_column
-from recsys.data.batch import SequenceBatch
+from recsys.data.batch import SequenceBatch, TiledBatch
 from recsys.data.jagged import Jagged
 from recsys.inference import frame, rules
 from recsys.inference.explain import explain
 from recsys.inference.features import FeatureReader
+from recsys.inference.parity import LIST, Parity, Predicts, compare
 from recsys.inference.request import InvalidRequest, Request, Response, Scored
 
 
@@ -57,12 +57,20 @@ class Ranked:
 
     Attributes:
         items: the item features that the ranker read, see `Recommender.items`.
+        item_of_row: int64, which row of them belongs to each candidate that is there; None where they stand in the same order.
     """
 
     candidates: Candidates
     items: pa.Table
     probability: np.ndarray
     score: np.ndarray
+    item_of_row: np.ndarray | None = None
+
+    def items_of(self, b: int, places: np.ndarray) -> pa.Table:
+        """The item features of some candidates of request ``b``, given by their places in its list; each is there."""
+        present = self.candidates.rows >= 0
+        row = np.cumsum(present).reshape(present.shape)[b, places] - 1
+        return self.items.take(pa.array(row if self.item_of_row is None else self.item_of_row[row]))
 
 
 class Recommender:
@@ -78,8 +86,7 @@ class Recommender:
         self.features = features
         self.view = bundle.catalogue.snapshot()
         self.scorable = bundle.retriever.scorable.numpy()
-        self._group = bundle.calibration.column
-        self._columns = _with_status([*bundle.encoder.feature_columns, *([] if self._group is None else [self._group])])
+        self.ranker: Predicts = bundle.ranker
         self._task = bundle.encoder.spec.tasks.index(bundle.settings.task)
 
     def recommend(self, requests: Sequence[Request]) -> list[Response]:
@@ -139,31 +146,57 @@ class Recommender:
         return frame.read_items(self.features, self.view.take(candidates.rows[present]), at)
 
     @torch.inference_mode()
-    def rank(self, users: Users, candidates: Candidates, items: pa.Table | None = None) -> Ranked:
+    def rank(self, users: Users, candidates: Candidates, items: pa.Table | None = None, item_of_row: np.ndarray | None = None) -> Ranked:
         """Score the candidates with the ranker and combine both opinions (`rules.combine`).
 
         Args:
             users: B requests.
             candidates: of each.
             items: what `items` gave for them; it is read where it is not given.
+            item_of_row: int64, which row of ``items`` belongs to each candidate that is there; None where they stand in the same order.
         """
         items = self.items(users, candidates) if items is None else items
         present = candidates.rows >= 0
         probability = np.zeros(candidates.rows.shape, np.float32)
         if present.any():
-            read = users.table.select([name for name in users.table.column_names if name in self._columns])
-            rows = frame.join(read, np.nonzero(present)[0], items)
-            predicted: Tensor = self.bundle.ranker.predict(self.bundle.encoder.transform(rows))[:, self._task]
-            groups = None if self._group is None else rows.column(self._group)
+            batch = self.batch(users, candidates, items, item_of_row)
+            predicted: Tensor = self.ranker.predict(batch)[:, self._task]
+            groups = self._groups(users, candidates, items, item_of_row)
             probability[present] = self.bundle.calibration.apply(predicted.numpy(), groups)
         score = rules.combine(candidates.log_probability, probability, self.bundle.settings.rank_weight)
-        return Ranked(candidates, items, probability, np.where(present, score, -np.inf).astype(np.float32))
+        return Ranked(candidates, items, probability, np.where(present, score, -np.inf).astype(np.float32), item_of_row)
+
+    def batch(self, users: Users, candidates: Candidates, items: pa.Table, item_of_row: np.ndarray | None = None) -> TiledBatch:
+        """What the ranker reads of all candidates that are there, of which there is one at least; see `rank`."""
+        return self.bundle.encoder.tiled(users.table, np.nonzero(candidates.rows >= 0)[0], items, item_of_row).batch()
+
+    @torch.inference_mode()
+    def adopt(self, ranker: Predicts, users: Users) -> Parity:
+        """Let another form of the bundle's ranker answer from now on, if it agrees with the bundle's own (`Parity.holds`).
+
+        Args:
+            ranker: such as `recsys.inference.compiled.compile_ranker` gives.
+            users: whose candidates are ranked by both, to compare them.
+        """
+        found = self.compared(ranker, users)
+        if found.holds:
+            self.ranker = ranker
+        return found
+
+    @torch.inference_mode()
+    def compared(self, ranker: Predicts, users: Users) -> Parity:
+        """How far another form of the bundle's ranker agrees with the bundle's own, on the candidates of some users."""
+        candidates = self.retrieve(users, max(self.bundle.settings.candidates, 2 * LIST))
+        present = candidates.rows >= 0
+        if not present.any():
+            return Parity(rows=0)
+        return compare(self.bundle.ranker, ranker, self.batch(users, candidates, self.items(users, candidates)), self._task)
 
     def respond(self, request: Request, b: int, users: Users, ranked: Ranked) -> Response:
         """The answer to request ``b``: the best of its candidates, with reasons where they are asked for."""
         order = rules.top(ranked.score[b], ranked.candidates.rows[b], request.k)
         rows = ranked.candidates.rows[b][order]
-        reasons = explain(self, users, b, rows) if request.explain else [()] * len(rows)
+        reasons = explain(self, users, b, rows, ranked.items_of(b, order)) if request.explain else [()] * len(rows)
         items = tuple(
             Scored(
                 item_id=item_id,
@@ -177,6 +210,16 @@ class Recommender:
         flags = (("new_user",) if _length(users.history, b) == 0 else ()) + (("short_list",) if len(items) < request.k else ())
         return Response(request.user_id, items, self.bundle.manifest.sha256, flags)
 
+    def _groups(self, users: Users, candidates: Candidates, items: pa.Table, item_of_row: np.ndarray | None) -> pa.ChunkedArray | None:
+        """The values by which the calibration tells the candidates that are there apart; None where it does not."""
+        column = self.bundle.calibration.column
+        if column is None:
+            return None
+        if column in users.table.column_names:
+            return users.table.column(column).take(pa.array(np.nonzero(candidates.rows >= 0)[0]))
+        values = items.column(column)
+        return values if item_of_row is None else values.take(pa.array(item_of_row))
+
     def _rows_of(self, table: pa.Table, column: str) -> Jagged:
         """The catalogue rows of a column of id lists; unknown ids are left out, a null is an empty list."""
         lists = table.column(column).combine_chunks()
@@ -188,11 +231,6 @@ class Recommender:
 
     def _sequences(self, users: Users) -> SequenceBatch:
         return SequenceBatch(items=torch.from_numpy(users.history.values), offsets=torch.from_numpy(users.history.offsets))
-
-
-def _with_status(features: Sequence[str]) -> set[str]:
-    """The columns of features, and those of their statuses."""
-    return {*features, *map(status_column, features)}
 
 
 def _length(jagged: Jagged, b: int) -> int:

@@ -13,9 +13,11 @@ from feature_store.offline import OfflineReader
 from feature_store.online import OnlineReader, SQLiteStore
 from recsys.bundle.bundle import Bundle
 from recsys.core.config import parse
+from recsys.core.status import status_column
 from recsys.data.datasets.synthetic import Synthetic
-from recsys.inference import rules
+from recsys.inference import frame, rules
 from recsys.inference.explain import erasure_effects
+from recsys.inference.features import FeatureReader
 from recsys.inference.recommender import Recommender
 from recsys.inference.request import InvalidRequest, Request
 from recsys.ranking.calibration import NoCalibration, Platt
@@ -194,3 +196,65 @@ def test_a_bundle_loads_as_it_was_saved(bundle: Bundle, tiny_run, tmp_path: Path
     assert manifest.sha256 == bundle.manifest.sha256
     with pytest.raises(FileExistsError):
         bundle.save(tmp_path / "copy")
+
+
+class Counting:
+    """A feature reader that remembers what was asked for."""
+
+    def __init__(self, reader: FeatureReader) -> None:
+        self._reader = reader
+        self.asked: list[tuple[str, int]] = []
+
+    def read(self, service: str, spine: pa.Table) -> pa.Table:
+        self.asked.append((service, spine.num_rows))
+        return self._reader.read(service, spine)
+
+
+@pytest.mark.parametrize("which", ["offline", "online"])
+def test_the_ranker_says_what_it_says_of_the_join_written_out(request: pytest.FixtureRequest, which: str) -> None:
+    recommender = request.getfixturevalue(which)
+    bundle, at = recommender.bundle, pa.array([NOW] * 4, pa.timestamp("us", tz="UTC"))
+    users = recommender.users(["5", "nobody", "17", "100"], at)
+    rows = np.arange(40).reshape(4, 10).copy()
+    rows[2], rows[3, 4:] = -1, -1
+    ranked = recommender.rank(users, recommender.score(users, rows))
+    known = {*bundle.encoder.feature_columns, *map(status_column, bundle.encoder.feature_columns)}
+    read = users.table.select([name for name in users.table.column_names if name in known])
+    joined = frame.join(read, np.nonzero(rows >= 0)[0], ranked.items)
+    expected = bundle.calibration.apply(bundle.ranker.predict(bundle.encoder.transform(joined))[:, 0].numpy())
+    np.testing.assert_allclose(ranked.probability[rows >= 0], expected, rtol=0, atol=1e-6)
+    assert (ranked.probability[rows < 0] == 0).all() and np.isneginf(ranked.score[rows < 0]).all()
+
+
+def test_what_is_a_users_is_looked_up_once_for_a_request(offline: Recommender) -> None:
+    counts: list[tuple[int, int]] = []
+    hook = offline.bundle.ranker.tables.register_forward_pre_hook(
+        lambda _, given: counts.append(
+            (given[0].sequences["history_item"].values().numel(), given[0].sparse["user_gender"].values().numel())
+        )
+    )
+    try:
+        users = offline.users(["5", "17"], pa.array([NOW] * 2, pa.timestamp("us", tz="UTC")))
+        offline.rank(users, offline.retrieve(users, 20))
+    finally:
+        hook.remove()
+    assert counts == [(len(users.history.values), 2)]
+
+
+def test_reasons_cost_no_more_reading_of_items(online: Recommender) -> None:
+    reader = Counting(online.features)
+    counting = Recommender(online.bundle, reader)
+    (plain,), (explained,) = counting.recommend([ask("20", k=4)]), counting.recommend([ask("20", k=4, explain=True)])
+    assert [service for service, _ in reader.asked] == ["seen", "user", "item"] * 2
+    assert [item.item_id for item in explained.items] == [item.item_id for item in plain.items]
+
+
+def test_effects_are_the_same_whether_items_are_given_or_read(online: Recommender) -> None:
+    users = online.users(["20", "7"], pa.array([NOW] * 2, pa.timestamp("us", tz="UTC")))
+    ranked = online.rank(users, online.retrieve(users, 20))
+    places = np.array([3, 0, 11])
+    rows = ranked.candidates.rows[1][places]
+    given = erasure_effects(online, users, 1, rows, ranked.items_of(1, places))
+    assert ranked.items_of(1, places)["item_id"].to_pylist() == online.view.take(rows).to_pylist()
+    np.testing.assert_allclose(given, erasure_effects(online, users, 1, rows), rtol=0, atol=1e-6)
+    assert np.abs(given).max() > 1e-3
