@@ -1,30 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the champion: ``python -m serving --port 8000``."""
+"""Serve the champion: ``python -m serving --port 8000``. Every option is a field of `serving.settings.Settings`."""
 
-import argparse
-import logging
-from pathlib import Path
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 
-from recsys.registry import Location, home
-from serving.app import create_app
-from serving.engine import Engine, load
+from recsys.core.errors import ConfigError
+from serving.settings import Settings
+
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported, so not before the workers
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="recsys serve", description="Serve a registered bundle over HTTP.")
-    parser.add_argument("--model", default="models:/recsys@champion", help="models:/<name>@<alias> or models:/<name>/<version>")
-    parser.add_argument("--home", type=Path, default=home(), help="the folder of registry and online stores (RECSYS_HOME)")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-waiting", type=int, default=64, help="requests beyond this many are rejected at once")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    location = Location.under(arguments.home)
-    engine = Engine(lambda: load(arguments.model, location), max_waiting=arguments.max_waiting)
-    uvicorn.run(create_app(engine), host=arguments.host, port=arguments.port, log_level="warning")
+    try:
+        settings = Settings.from_arguments()
+    except ConfigError as error:
+        sys.exit(f"recsys serve: {error}")
+    os.environ |= settings.environment()
+    # Once uvicorn has drained, it raises the signal that ended it again, for whoever had a handler before: an orderly end is status 0.
+    signal.signal(signal.SIGTERM, _end)
+    with shared_metrics(settings.workers):
+        uvicorn.run(
+            "serving.app:from_environment",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            log_level="warning",
+            timeout_graceful_shutdown=settings.drain_seconds,
+        )
+
+
+@contextmanager
+def shared_metrics(workers: int) -> Iterator[None]:
+    """Where several workers count together; the folder is removed at the end."""
+    if workers == 1 or METRICS_FOLDER in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="recsys-metrics-") as folder:
+        os.environ[METRICS_FOLDER] = folder
+        yield
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: takes requests in on the event loop, computes them in batches on one thread, and follows the champion on another."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import pyarrow as pa
+
+from recsys.core.deadline import RejectReason
+from recsys.core.schema import TIME
+from serving.engine import ladder
+from serving.engine.batch import Batch, Tools
+from serving.engine.breaker import Breaker
+from serving.engine.cache import LRU
+from serving.engine.entry import Entry
+from serving.engine.explaining import Explainer
+from serving.engine.finishing import Finisher
+from serving.engine.hook import Hook, OnAnswer
+from serving.engine.loaded import Loaded
+from serving.engine.pace import Pace
+from serving.engine.queue import Limits, RowQueue
+from serving.engine.reading import Reads
+from serving.engine.source import Source
+from serving.engine.swap import Follower, Slots
+from serving.engine.verify import NOBODY
+from serving.engine.work import Answer, Rejected, Work
+from serving.metrics import Metrics
+from serving.settings import Settings
+
+log = logging.getLogger("serving")
+
+_TOO_LATE = "the deadline came before the request could be begun"
+
+
+class Engine:
+    """See `serving.engine`.
+
+    Args:
+        source: which bundle to serve.
+        settings: sizes and times.
+        on_answer: told of every answer, off the path that serves; what it raises is logged.
+
+    Attributes:
+        metrics: what it counts.
+        draining: whether it is about to end: it answers, but wants no more to be sent to it.
+    """
+
+    def __init__(self, source: Source, settings: Settings, *, on_answer: OnAnswer | None = None) -> None:
+        self.settings = settings
+        self.metrics = metrics = Metrics()
+        self.draining = False
+        self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
+        pace = Pace()
+        self._slots = Slots(settings.max_batch_rows, settings.keep_previous_seconds, pace, metrics)
+        self._follower = Follower(source, self._slots, settings.poll_seconds, settings.retry_seconds, self._tick)
+        limits = Limits(settings.max_batch_rows, settings.most_waiting_rows, settings.max_delay_ms / 1000)
+        self._queue = RowQueue(limits, pace)
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._hook = None if on_answer is None else Hook(on_answer, metrics.unlogged.inc)
+        self._reads = Reads(settings.read_threads, settings.read_share, self.breaker, self._read_failed)
+        self._finisher = Finisher(metrics, self._hook)
+        self._tools = Tools(self._reads, LRU(settings.cached_candidates), Explainer(), self._finisher, metrics)
+        self._thread = threading.Thread(target=self._compute, name="model", daemon=True)
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """The bundle that answers; None before the first. Read it once and stay with it."""
+        return self._slots.loaded
+
+    @property
+    def problem(self) -> str | None:
+        """Why no bundle is loaded, or why the last swap failed; None where all is well."""
+        return self._slots.problem
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that computes runs."""
+        return self._thread.is_alive()
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why no requests should be sent here now; None where they should."""
+        if self.loaded is None:
+            return self.problem or "no model is loaded"
+        if self.draining:
+            return "the server is about to end"
+        if not self.alive:
+            return "the thread that computes has ended"
+        if self.settings.ready_needs_store and self.breaker.open:
+            return "the feature store does not answer"
+        return None
+
+    def start(self) -> None:
+        """Begin to load and to compute; returns at once."""
+        self._thread.start()
+        self._follower.start()
+
+    def drain(self) -> None:
+        """Say from now on that the server is not ready."""
+        self.draining = True
+
+    def stop(self) -> None:
+        """Answer what waits, and take no more."""
+        self._follower.stop()
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(self.settings.drain_seconds)
+        self._tools.explainer.close()
+        self._reads.close()
+        if self._hook is not None:
+            self._hook.close()
+
+    def swap(self, load: Callable[[], Loaded]) -> Loaded:
+        """Put another bundle live, see `Slots.swap`. The follower brings back what its source names, if that is another one."""
+        return self._slots.swap(load)
+
+    async def answer(self, work: Work) -> Answer:
+        """Answer a request before its deadline, as well as time and feature store allow. Cancelling the call takes the request back.
+
+        Raises:
+            Rejected: it cannot be answered; says for which of the fixed reasons.
+        """
+        entry = self._entered(work)
+        waiting = asyncio.wrap_future(entry.future)
+        try:
+            await asyncio.wait({waiting}, timeout=max(0.0, entry.last_call - time.monotonic()))
+            if waiting.done() or not entry.claim():
+                return await waiting
+        except asyncio.CancelledError:
+            waiting.cancel()
+            if entry.claim():
+                self._forget(entry)
+            raise
+        waiting.cancel()
+        self._forget(entry)
+        return self._last_call(entry)
+
+    def _entered(self, work: Work) -> Entry:
+        """The request, waiting."""
+        loaded = self.loaded
+        if loaded is None:
+            raise Rejected(RejectReason.DEPENDENCY, self.problem or "no model is loaded")
+        item_rows = None
+        if work.item_ids is not None:
+            item_rows = loaded.recommender.view.rows(list(work.item_ids))
+            if (item_rows < 0).any():
+                unknown = work.item_ids[int(item_rows.argmin())]
+                raise Rejected(RejectReason.INVALID_INPUT, f"item_ids: {unknown!r} is not in the catalogue")
+        rows = loaded.recommender.wanted([work.request]) if item_rows is None else len(item_rows)
+        entry = Entry(work, loaded, rows, item_rows, self.settings.reserve_ms / 1000)
+        with self._changed:
+            if self._stopped:
+                raise Rejected(RejectReason.DEPENDENCY, "the server has ended")
+            self._queue.offer(entry, time.monotonic())
+            self.metrics.queued(len(self._queue), self._queue.rows)
+            self._changed.notify()
+        return entry
+
+    def _forget(self, entry: Entry) -> None:
+        with self._changed:
+            self._queue.remove(entry)
+            self.metrics.queued(len(self._queue), self._queue.rows)
+
+    def _last_call(self, entry: Entry) -> Answer:
+        """What there is when time is nearly over."""
+        if entry.started is None:
+            raise Rejected(RejectReason.DEADLINE_BEFORE_START, _TOO_LATE)
+        if entry.work.deadline.expired:
+            raise Rejected(RejectReason.DEADLINE_IN_STAGE, "the deadline came while the request was computed")
+        answer = ladder.best_known(entry)
+        self._finisher.answered(entry, answer)
+        return answer
+
+    def _compute(self) -> None:
+        while self._step():
+            continue
+
+    def _step(self) -> bool:
+        """Compute the next batch; False at the end. Nothing of it is held while the next one is waited for."""
+        batch = self._next()
+        if not batch:
+            return batch is not None
+        rows, began = sum(entry.rows for entry in batch), time.monotonic()
+        self.metrics.batch(len(batch), rows)
+        try:
+            Batch(batch[0].loaded, batch, self._tools).run()
+        except Exception:
+            log.exception("a batch of %d requests failed", len(batch))
+            self._reject(batch, RejectReason.INTERNAL, "the server failed; its log says why")
+        with self._changed:
+            self._queue.done(rows, time.monotonic() - began)
+        return True
+
+    def _next(self) -> list[Entry] | None:
+        """The next batch, which may be empty; None at the end."""
+        with self._changed:
+            while (due := self._queue.due(time.monotonic())) is None or (due > 0 and not self._stopped):
+                if due is None and self._stopped:
+                    return None
+                self._changed.wait(due)
+            now = time.monotonic()
+            batch, late = self._queue.take(now)
+            self.metrics.queued(len(self._queue), self._queue.rows)
+        self._reject(late, RejectReason.DEADLINE_BEFORE_START, _TOO_LATE)
+        for entry in batch:
+            entry.started = now
+            entry.known.stages["queue"] = now - entry.arrived
+        return batch
+
+    def _reject(self, entries: Sequence[Entry], reason: RejectReason, message: str) -> None:
+        for entry in entries:
+            entry.resolve(Rejected(reason, message))
+
+    def _tick(self) -> None:
+        """Now and then: let the former bundle go, and try a store that was left alone, whether or not anybody asks for something."""
+        self._slots.release()
+        loaded = self.loaded
+        if loaded is not None and self.breaker.due:
+            cutoff = time.monotonic() + self.settings.recommend_deadline_ms / 1000
+            now = pa.array([datetime.now(UTC)], TIME)
+            read = self._reads.begin(lambda: loaded.recommender.users([NOBODY], now), [cutoff])
+            for _ in read.groups():
+                continue
+        self.metrics.store_open.set(self.breaker.open)
+
+    def _read_failed(self, problem: str) -> None:
+        self.metrics.failed("read")
+        log.warning("reading features failed: %s", problem)

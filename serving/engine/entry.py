@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request inside the engine: what it waits for, what is known for it so far, and who may answer it."""
+
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serving.engine.loaded import Loaded
+from serving.engine.work import Answer, FeatureAges, Work
+
+_LARGEST_RESERVE = 0.25
+
+
+@dataclass(eq=False)
+class Entry:
+    """One request, from when it is taken in until it is answered. It is answered once: by whoever claims it first.
+
+    Attributes:
+        work: what was asked.
+        loaded: the bundle that answers, the one that was live when it came.
+        rows: how many candidates it has.
+        item_rows: int64 ``[rows]``, the catalogue rows to order; None to recommend.
+        reserve: seconds before the deadline that are kept for a fallback list.
+        arrived: monotonic seconds.
+        future: the answer, or a `Rejected`.
+        started: monotonic seconds at which its batch was formed.
+        known: what a fallback list can be made of.
+    """
+
+    work: Work
+    loaded: Loaded
+    rows: int
+    item_rows: np.ndarray | None
+    reserve: float
+    arrived: float = field(default_factory=time.monotonic)
+    future: "Future[Answer]" = field(default_factory=Future)
+    started: float | None = None
+    known: "Known" = field(default_factory=lambda: Known())
+    _claimed: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # A short deadline is not all reserve.
+        self.reserve = min(self.reserve, _LARGEST_RESERVE * max(0.0, self.work.deadline.at - self.arrived))
+
+    @property
+    def cutoff(self) -> float:
+        """The monotonic second after which no stage begins for it."""
+        return self.work.deadline.at - self.reserve
+
+    @property
+    def last_call(self) -> float:
+        """The monotonic second at which it is answered with what is known, whatever is still being computed."""
+        return self.work.deadline.at - 0.5 * self.reserve
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more: it was answered, or its client has gone."""
+        return self._claimed
+
+    def claim(self) -> bool:
+        """Whether the caller, the first to ask, is the one that answers."""
+        with self._lock:
+            first, self._claimed = not self._claimed, True
+            return first
+
+    def settle(self, outcome: "Answer | BaseException") -> None:
+        """Hand the outcome to whoever waits; for the one that claimed it."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+    def resolve(self, outcome: "Answer | BaseException") -> None:
+        """Answer it, unless somebody has."""
+        if self.claim():
+            self.settle(outcome)
+
+
+@dataclass
+class Known:
+    """What is known for a request so far, for a list in a hurry.
+
+    Attributes:
+        seen: int64, catalogue rows that the user is not to be shown again; None where that is not known.
+        new_user: whether the user has no history.
+        candidates: catalogue rows and the retriever's log-probabilities, ``[C]`` each.
+        answer: a whole answer that lacks its reasons only.
+        ages: of the user's features.
+        stages: seconds by stage.
+    """
+
+    seen: np.ndarray | None = None
+    new_user: bool = False
+    candidates: tuple[np.ndarray, np.ndarray] | None = None
+    answer: Answer | None = None
+    ages: FeatureAges = field(default_factory=FeatureAges)
+    stages: dict[str, float] = field(default_factory=dict)

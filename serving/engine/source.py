@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where bundles come from: which one ought to answer, asked often, and how it is loaded."""
+
+import re
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+from feature_store.definitions import FeatureRepo
+from feature_store.online import OnlineReader, OnlineStore, SQLiteStore
+from recsys.core.config import parse
+from recsys.core.errors import RegistryError
+from recsys.inference.frame import USER_SERVICE
+from recsys.ranking.mixers import fold_mixing
+from recsys.registry import Location, Registry
+from serving.engine.loaded import Loaded
+
+_SAMPLE = 3
+_FOLLOWED = re.compile(r"^models:/(?P<model>[^/@]+)@champion$")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The bundle that ought to answer."""
+
+    name: str
+    version: int
+    sha256: str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """See `Loaded.key`."""
+        return self.version, self.sha256
+
+
+class Source(Protocol):
+    """What the engine follows."""
+
+    def target(self) -> Target:
+        """Which bundle ought to answer now. Cheap: it is asked every second.
+
+        Raises:
+            RecsysError: there is none.
+        """
+        ...
+
+    def load(self, target: Target) -> Loaded:
+        """Load it, verified. May take long; is called on a thread of its own.
+
+        Raises:
+            RecsysError: the registry refuses it, or its features were not materialised.
+        """
+        ...
+
+
+class RegistrySource:
+    """Bundles of a registry: of the champion, the promotion log is followed; any other address is what it was at first.
+
+    Args:
+        uri: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+        location: of the registry.
+        remembered_users: see `Loaded.of`.
+    """
+
+    def __init__(self, uri: str, location: Location, remembered_users: int = 10_000) -> None:
+        self._uri, self._location, self._remembered_users = uri, location, remembered_users
+        self._registry: Registry | None = None
+        self._fixed: Target | None = None
+
+    def target(self) -> Target:
+        """See `Source.target`."""
+        if followed := _FOLLOWED.match(self._uri):
+            event = self._opened().log.champion(followed["model"])
+            if event is None:
+                raise RegistryError(f"{self._uri}: the promotion log knows no champion")
+            return Target(event.model, event.to_version, event.sha256)
+        if self._fixed is None:
+            self._fixed = Target(*self._opened().resolve(self._uri))
+        return self._fixed
+
+    def load(self, target: Target) -> Loaded:
+        """See `Source.load`. Mixing matrices that depend on parameters alone are computed here, once."""
+        bundle, version = self._opened().load(f"models:/{target.name}/{target.version}")
+        if bundle.manifest.sha256 != target.sha256:
+            raise RegistryError(f"{self._uri}: version {version} has sha256 {bundle.manifest.sha256}, expected {target.sha256}: refused")
+        fold_mixing(bundle.ranker)
+        repo = parse(FeatureRepo, bundle.features, source="features.json")
+        store = SQLiteStore.open(self._location.online_store(bundle.manifest.feature_versions))
+        return Loaded.of(
+            bundle,
+            OnlineReader(repo, store),
+            name=target.name,
+            version=version,
+            sample=_some_users(repo, store),
+            remembered_users=self._remembered_users,
+            close=store.close,
+        )
+
+    def _opened(self) -> Registry:
+        """The registry, opened when it is there."""
+        if self._registry is None:
+            self._registry = Registry(self._location)
+        return self._registry
+
+
+def _some_users(repo: FeatureRepo, store: OnlineStore) -> list[str]:
+    """A few users that have events."""
+    views = [repo.view(name) for name in repo.service(USER_SERVICE).views]
+    for view in views:
+        if repo.source(view.source).kind == "events":
+            with store.snapshot() as snapshot:
+                return [user for user, _ in islice(snapshot.scan(view.name), _SAMPLE)]
+    return []

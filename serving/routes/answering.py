@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every route that gives a list shares: its deadline, its request id, its client that may go, the shape of its answer."""
+
+import asyncio
+import math
+import re
+import time
+import uuid
+from typing import Any
+
+from fastapi import Request, Response
+
+from recsys.core.deadline import Deadline, RejectReason
+from serving.engine import Answer, Engine, Rejected, Work
+from serving.schemas import ErrorOut, FeaturesOut, ItemOut, ListOut, ModelOut, ReasonOut
+from serving.settings import Settings
+
+ARRIVED = "recsys.arrived"
+DEADLINE_HEADER, ID_HEADER = "x-deadline-ms", "x-request-id"
+ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorOut} for code in (400, 422, 429, 500, 503, 504)}
+
+_ID = re.compile(r"[!-~]{1,128}")
+
+
+def deadline_of(request: Request, asked_ms: float | None, default_ms: float, settings: Settings) -> Deadline:
+    """The deadline, from the arrival of the request: what the body or the header asks for, whichever is less, or the default.
+
+    Raises:
+        Rejected: the header is not a positive number.
+    """
+    asked = [] if asked_ms is None else [asked_ms]
+    if (header := request.headers.get(DEADLINE_HEADER)) is not None:
+        asked.append(_milliseconds(header))
+    return Deadline(request.scope[ARRIVED] + min([*(asked or [default_ms]), settings.largest_deadline_ms]) / 1000)
+
+
+def request_id_of(request: Request) -> str:
+    """The caller's id where it gave a printable one of at most 128 characters, else a new one."""
+    given = request.headers.get(ID_HEADER, "")
+    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def answer(engine: Engine, request: Request, work: Work) -> Response:
+    """The answer as JSON; a client that goes before it comes takes the request back.
+
+    Raises:
+        Rejected: see `Engine.answer`; ``cancelled`` where the client has gone.
+    """
+    computed = asyncio.ensure_future(engine.answer(work))
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({computed, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not computed.done():
+            raise Rejected(RejectReason.CANCELLED, "the client has gone")
+        found = await computed
+    finally:
+        computed.cancel()
+        gone.cancel()
+    out = _list_out(work, found, took_ms=1000 * (time.monotonic() - request.scope[ARRIVED]))
+    return Response(out.model_dump_json(), media_type="application/json", headers={ID_HEADER: work.request_id})
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+def _milliseconds(header: str) -> float:
+    try:
+        value = float(header)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise Rejected(RejectReason.INVALID_INPUT, f"{DEADLINE_HEADER}: expected a positive number of milliseconds, got {header[:50]!r}")
+    return value
+
+
+def _list_out(work: Work, answer: Answer, took_ms: float) -> ListOut:
+    loaded, ages = answer.loaded, answer.ages
+    titles = loaded.titles
+    return ListOut(
+        request_id=work.request_id,
+        user_id=answer.response.user_id,
+        items=[
+            ItemOut(
+                item_id=item.item_id,
+                title=titles.get(item.item_id),
+                score=item.score,
+                log_probability=item.log_probability,
+                probability=None if math.isnan(item.probability) else item.probability,
+                reasons=[ReasonOut(item_id=r.item_id, title=titles.get(r.item_id), weight=r.weight) for r in item.reasons],
+            )
+            for item in answer.response.items
+        ],
+        model=ModelOut(name=loaded.name, version=loaded.version, sha256=loaded.sha256, features=loaded.features),
+        features=FeaturesOut(cached=ages.cached is not None, cached_age_seconds=ages.cached, newest_event_age_seconds=ages.newest_event),
+        flags=list(answer.response.flags),
+        stages_ms={stage: 1000 * seconds for stage, seconds in answer.stages.items()},
+        took_ms=took_ms,
+    )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the server runs: one typed set of settings.
+
+They come from options (``--max-batch-rows``) and, where there is none, from the environment (``RECSYS_SERVE_MAX_BATCH_ROWS``), through
+which worker processes get theirs.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field
+
+from recsys.core.config import Config, parse
+from recsys.registry.location import HOME, home
+
+PREFIX = "RECSYS_SERVE_"
+
+
+class Settings(Config):
+    """The settings. Every field has an option and an environment variable of its name."""
+
+    model: str = Field("models:/recsys@champion", description="models:/<name>@<alias> or models:/<name>/<version>")
+    home: Path = Field(default_factory=home, description=f"the folder of registry and online stores ({HOME})")
+    host: str = Field("127.0.0.1", description="the address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="the port to listen on")
+    workers: int = Field(1, ge=1, description="processes that share the port")
+
+    max_batch_rows: int = Field(2048, ge=1, description="candidates of all requests of a batch together")
+    max_delay_ms: float = Field(2.0, ge=0, description="how long the first request of a batch waits for others")
+    queue_rows: int | None = Field(None, ge=1, description="candidates that may wait; by default four batches")
+    recommend_deadline_ms: float = Field(120.0, gt=0, description="of /v1/recommend, where a request asks for none")
+    rank_deadline_ms: float = Field(50.0, gt=0, description="of /v1/rank, where a request asks for none")
+    largest_deadline_ms: float = Field(10_000.0, gt=0, description="what a request may ask for at most; more is cut to this")
+    reserve_ms: float = Field(10.0, ge=0, description="kept of a deadline for the fallback list")
+
+    read_share: float = Field(0.5, gt=0, le=1, description="of the time that is left, what one read of features may take")
+    read_threads: int = Field(4, ge=1, description="threads that read features")
+    breaker_failures: int = Field(5, ge=1, description="failed reads in a row after which the store is left alone")
+    breaker_seconds: float = Field(2.0, gt=0, description="how long it is left alone before one read tries it again")
+    remembered_users: int = Field(10_000, ge=1, description="users whose last features are kept for when the store fails")
+    cached_candidates: int = Field(10_000, ge=1, description="retrieved lists that are kept")
+    ready_needs_store: bool = Field(True, description="whether /readyz fails while the store is left alone")
+
+    poll_seconds: float = Field(1.0, gt=0, description="how often the promotion log is asked who the champion is")
+    retry_seconds: float = Field(5.0, gt=0, description="between attempts to load a bundle that failed")
+    keep_previous_seconds: float = Field(600.0, ge=0, description="how long the former champion stays warm for a rollback")
+    grace_seconds: float = Field(1.0, ge=0, description="between SIGTERM, when /readyz fails, and the end of accepting requests")
+    drain_seconds: int = Field(30, ge=1, description="how long requests under way may take to end after that")
+
+    @property
+    def most_waiting_rows(self) -> int:
+        """How many candidates may wait."""
+        return self.queue_rows or 4 * self.max_batch_rows
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """The settings of ``RECSYS_SERVE_*``.
+
+        Raises:
+            ConfigError: a variable names no setting, or has a value that does not fit; names it.
+        """
+        return parse(cls, _given(os.environ if environment is None else environment), source="environment")
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> Self:
+        """The settings of the command line, then of the environment.
+
+        An unknown option ends the program; errors otherwise as for `from_environment`.
+        """
+        parser = argparse.ArgumentParser(prog="recsys serve", description="Serve a registered bundle over HTTP.")
+        for name, field in cls.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            parser.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description} (default: {default})", metavar="VALUE")
+        chosen = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+        return parse(cls, _given(os.environ if environment is None else environment) | chosen, source="arguments and environment")
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which `from_environment` makes the same settings."""
+        return {PREFIX + name.upper(): str(value) for name, value in self.model_dump(mode="json").items() if value is not None}
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
