@@ -162,7 +162,7 @@ def test_no_stage_begins_after_the_deadline(load: Load, monkeypatch: pytest.Monk
         assert ends[0] <= first.deadline.at
         return [started.result(), waiting.exception(), first.deadline.at]
 
-    with running(Switch(v1=lambda: loaded)) as engine:
+    with running(Switch(v1=lambda: loaded), reserve_ms=100) as engine:
         calls.clear()
         engine._queue.pace.__init__()  # what the slow warm-up taught would reject the second at once
         answer, rejected, deadline = asyncio.run(ask(engine))

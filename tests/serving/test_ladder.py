@@ -3,6 +3,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def engine(load: Load, faulty: Faulty) -> Iterator[Engine]:
     # A breaker that never opens: what it does is tested apart.
-    with running(Switch(v1=lambda: load(reader=faulty)), breaker_failures=10**6, read_threads=16) as engine:
+    with running(Switch(v1=lambda: load(reader=faulty)), breaker_failures=10**6, read_threads=16, reserve_ms=100) as engine:
         yield engine
 
 
@@ -134,8 +135,6 @@ def test_without_a_retriever_the_popular_list_leaves_out_what_was_seen(
 
 @pytest.mark.parametrize("fault", ["fails", "hangs", "is not finite"])
 def test_without_a_ranker_the_order_is_the_retrievers(engine: Engine, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    from dataclasses import replace
-
     loaded = engine.loaded
     assert loaded is not None
     rank = loaded.recommender.rank
@@ -169,7 +168,7 @@ def test_reasons_that_come_too_late_are_left_out(engine: Engine, monkeypatch: py
 
 
 def test_who_has_little_time_does_not_take_it_from_who_has_more(load: Load, faulty: Faulty) -> None:
-    with running(Switch(v1=lambda: load(reader=faulty)), max_delay_ms=100, breaker_failures=10**6) as engine:
+    with running(Switch(v1=lambda: load(reader=faulty)), max_delay_ms=100, breaker_failures=10**6, reserve_ms=100) as engine:
         one(engine, work("2"))
         break_(faulty, "slow", "user")
         faulty.delay = 0.5
@@ -179,7 +178,7 @@ def test_who_has_little_time_does_not_take_it_from_who_has_more(load: Load, faul
 
 
 def test_a_dead_store_is_left_alone_and_tried_again(load: Load, faulty: Faulty) -> None:
-    with running(Switch(v1=lambda: load(reader=faulty)), breaker_failures=3, breaker_seconds=0.3, read_threads=8) as engine:
+    with running(Switch(v1=lambda: load(reader=faulty)), breaker_failures=3, breaker_seconds=0.3, read_threads=8, reserve_ms=100) as engine:
         one(engine, work("2"))
         break_(faulty, "slow", "user", "seen", "item")
         for _ in range(2):
