@@ -14,26 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from feature_store.comparing import Compared, compare
 from feature_store.definitions import FeatureRepo
 from feature_store.offline import OfflineReader
-from feature_store.served import ENTITY, FORMAT, FORMAT_KEY, REQUEST_PREFIX, SERVICE, SUFFIX, VERSION, ServedColumns
+from feature_store.served import ENTITY, PART, REQUEST_PREFIX, SERVICE, VERSION, ServedColumns, read_served
 from recsys.core.errors import DataError
-from recsys.core.schema import REQUEST_TIME, Column, FeatureSchema, Kind
+from recsys.core.part_log import SUFFIX, part_files
+from recsys.core.schema import REQUEST_TIME
 from recsys.core.status import ValueStatus, status_column
 
 ALERT = 0.005
 DAY_US = 86_400_000_000
-_HEAD = FeatureSchema(
-    columns=(
-        Column(name=SERVICE, kind=Kind.CATEGORICAL),
-        Column(name=VERSION, kind=Kind.CATEGORICAL),
-        Column(name=ENTITY, kind=Kind.ID),
-        Column(name=REQUEST_TIME, kind=Kind.TIME),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,7 @@ def audit(repo: FeatureRepo, tables: Mapping[str, pa.Table], folder: Path, *, al
         DataError: there is no part, or one is damaged or not of a served log; names the file.
         SchemaError: a part lacks a column of its service's features, or has it with another type; names the file.
     """
-    parts = sorted(folder.glob(f"*{SUFFIX}"))
+    parts = part_files(folder)
     if not parts:
         raise DataError(f"{folder}: expected the parts (*{SUFFIX}) of a served log, found none")
     reader = OfflineReader(repo, tables)
@@ -127,7 +119,7 @@ def audit(repo: FeatureRepo, tables: Mapping[str, pa.Table], folder: Path, *, al
     tallies = {(each.service, column.name): _Tally() for each in services for column in each.features}
     total = compared = 0
     for path in parts:
-        part = read_part(path)
+        part = read_served(path)
         total += part.num_rows
         for columns in services:
             mine = pc.and_(pc.equal(part.column(SERVICE), columns.service), pc.equal(part.column(VERSION), columns.version))
@@ -139,28 +131,8 @@ def audit(repo: FeatureRepo, tables: Mapping[str, pa.Table], folder: Path, *, al
     return AuditReport(len(parts), compared, total - compared, alert, features)
 
 
-def read_part(path: Path) -> pa.Table:
-    """A file of a served log.
-
-    Raises:
-        DataError: it is damaged or something else; names the file.
-        SchemaError: it lacks a column that every part has; names the file.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            part = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"served part {path}: not a whole Parquet file: {error}") from None
-    found = (part.schema.metadata or {}).get(FORMAT_KEY)
-    if found != FORMAT:
-        expected = f"{FORMAT_KEY.decode()} = {FORMAT.decode()}"
-        raise DataError(f"served part {path}: expected the metadata {expected} of a served log, got {found}")
-    _HEAD.conform(part, what=f"served part {path}")
-    return part
-
-
 def _compare(columns: ServedColumns, rows: pa.Table, reader: OfflineReader, tallies: dict[tuple[str, str], "_Tally"], path: Path) -> None:
-    served = columns.schema().conform(rows, what=f"served part {path}")
+    served = columns.schema().conform(rows, what=f"{PART} {path}")
     spine = {columns.entity: rows.column(ENTITY), REQUEST_TIME: rows.column(REQUEST_TIME)}
     for column in columns.request:
         if REQUEST_PREFIX + column.name in rows.column_names:

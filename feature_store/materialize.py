@@ -16,7 +16,8 @@ from feature_store.online.base import OnlineStore, Transaction, ViewState
 from feature_store.online.packing import pack
 from feature_store.online.reader import Stored, check_versions
 from recsys.core.errors import ConfigError, DataError
-from recsys.core.schema import INGEST_SEQ
+from recsys.core.schema import INGEST_SEQ, USER
+from recsys.core.tombstones import Tombstones
 
 OVERLAP = 10_000
 BATCH_ENTITIES = 4096
@@ -63,6 +64,7 @@ def materialize(
     full: bool = False,
     overlap: int = OVERLAP,
     progress: Progress | None = None,
+    forgotten: Tombstones | None = None,
 ) -> MaterializeReport:
     """Write every view of ``repo`` that is not of the request in one transaction: readers see either all of it or nothing.
 
@@ -77,6 +79,7 @@ def materialize(
         full: write every view anew.
         overlap: how far ``ingest_seq`` may run ahead of a row that is committed to the table later.
         progress: see `Progress`.
+        forgotten: users whose rows are left out, although the tables hold them.
 
     Raises:
         DataError: a table is absent or breaks a rule of its source, or a view would be written anew from a table that ends before
@@ -86,14 +89,15 @@ def materialize(
     """
     views = [view for view in (compile_view(repo, each.name) for each in repo.views) if not view.is_request]
     with store.transaction() as transaction:
-        done = [_materialize_view(view, source_table(view, tables), transaction, full, overlap, progress) for view in views]
+        done = [_materialize_view(view, source_table(view, tables), transaction, full, overlap, progress, forgotten) for view in views]
         return MaterializeReport(transaction.id + 1, tuple(done))
 
 
-def append(repo: FeatureRepo, source: str, events: pa.Table, store: OnlineStore) -> int:
+def append(repo: FeatureRepo, source: str, events: pa.Table, store: OnlineStore, *, forgotten: Tombstones | None = None) -> int:
     """Make new events of a source visible online at once; returns the number of the snapshot that shows them.
 
-    The watermarks stay, so the same events are expected in the source's table later, with the same ``ingest_seq``, and count once.
+    The watermarks stay, so the same events are expected in the source's table later, with the same ``ingest_seq``, and count once. Events
+    of users who are ``forgotten`` are left out.
 
     Raises:
         ConfigError: there is no such source, or it has no events.
@@ -104,6 +108,7 @@ def append(repo: FeatureRepo, source: str, events: pa.Table, store: OnlineStore)
     if (kind := repo.source(source).kind) != "events":
         raise ConfigError(f"source {source!r} is {kind}; only events can be appended")
     views = tuple(compile_view(repo, view.name) for view in repo.views if view.source == source)
+    events = forgotten.without(events, USER) if forgotten else events
     with store.transaction() as transaction:
         check_versions(views, transaction)
         for view in views:
@@ -112,11 +117,19 @@ def append(repo: FeatureRepo, source: str, events: pa.Table, store: OnlineStore)
 
 
 def _materialize_view(
-    view: CompiledView, table: pa.Table, transaction: Transaction, full: bool, overlap: int, progress: Progress | None
+    view: CompiledView,
+    table: pa.Table,
+    transaction: Transaction,
+    full: bool,
+    overlap: int,
+    progress: Progress | None,
+    forgotten: Tombstones | None,
 ) -> MaterializedView:
     name = view.view.name
     rows = read_rows(view, table)
     newest = None if view.is_static else pc.max(rows.column(INGEST_SEQ)).as_py()
+    if forgotten:
+        rows = read_rows(view, forgotten.without(table, USER))
     state = transaction.states().get(name)
     if state is not None and state.version != view.version:
         state = None

@@ -6,12 +6,6 @@ A part is a Parquet file of rows with the columns ``service``, ``service_version
 service's features are null.
 """
 
-import hashlib
-import io
-import logging
-import os
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,25 +13,26 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from feature_store.compiled import compile_view
 from feature_store.definitions import FeatureRepo
 from recsys.core.errors import ConfigError
-from recsys.core.files import write_bytes
+from recsys.core.hashing import is_sampled
+from recsys.core.part_log import PartLog, read_part
 from recsys.core.schema import REQUEST_TIME, TIME, Column, Dtype, FeatureSchema, Kind
 from recsys.core.status import status_column
 
-log = logging.getLogger(__name__)
-
 SERVICE, VERSION, ENTITY, REQUEST_PREFIX = "service", "service_version", "entity", "request__"
 FORMAT_KEY, FORMAT = b"recsys.served", b"1"
-SUFFIX = ".parquet"
-
-
-def is_sampled(key: str, share: float) -> bool:
-    """Whether a key belongs to the sample: the same answer in every process and at every time, so that all its requests are there."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") < share * 2**64
+PART = "served part"
+_HEAD = FeatureSchema(
+    columns=(
+        Column(name=SERVICE, kind=Kind.CATEGORICAL),
+        Column(name=VERSION, kind=Kind.CATEGORICAL),
+        Column(name=ENTITY, kind=Kind.ID),
+        Column(name=REQUEST_TIME, kind=Kind.TIME),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -100,10 +95,6 @@ class ServedLog:
         flush_rows: how many waiting rows make a file.
         flush_seconds: how long a row waits at most until its file is written.
 
-    Attributes:
-        written: rows in files.
-        dropped: rows that were sampled and are in no file.
-
     Raises:
         ConfigError: ``share`` is not between 0 and 1, or a feature has the name of a part's own column.
     """
@@ -121,16 +112,20 @@ class ServedLog:
         if not 0 <= share <= 1:
             raise ConfigError(f"served log: share: expected a number between 0 and 1, got {share}")
         self._columns = {service.name: ServedColumns.of(repo, service.name) for service in repo.services}
-        self._repo, self._folder, self._share = repo, folder, share
-        self._capacity, self._flush_rows, self._flush_seconds = capacity, min(flush_rows, capacity), flush_seconds
-        self._waiting: list[tuple[ServedColumns, pa.Table]] = []
-        self._rows = 0
-        self._closed = False
-        self._wake = threading.Condition()
-        self._parts = 0
-        self.written = self.dropped = 0
-        self._thread = threading.Thread(target=self._write_until_closed, name="served-log", daemon=True)
-        self._thread.start()
+        self._repo, self._share = repo, share
+        self._log: PartLog[tuple[ServedColumns, pa.Table]] = PartLog(
+            folder, _table, name="served log", capacity=capacity, flush_rows=flush_rows, flush_seconds=flush_seconds
+        )
+
+    @property
+    def written(self) -> int:
+        """Rows in files."""
+        return self._log.written
+
+    @property
+    def dropped(self) -> int:
+        """Rows that were sampled and are in no file."""
+        return self._log.dropped
 
     def offer(self, service: str, features: pa.Table) -> None:
         """Take the sampled rows of what a reader gave for ``service``; rows without a key or a time are left out. Returns at once.
@@ -140,53 +135,17 @@ class ServedLog:
         """
         columns = self._columns.get(service) or ServedColumns.of(self._repo, service)
         chosen = features.filter(self._chosen(features, columns.entity))
-        if not chosen.num_rows:
-            return
-        with self._wake:
-            if self._closed or self._rows + chosen.num_rows > self._capacity:
-                self.dropped += chosen.num_rows
-                return
-            self._waiting.append((columns, chosen))
-            self._rows += chosen.num_rows
-            if self._rows >= self._flush_rows:
-                self._wake.notify()
+        if chosen.num_rows:
+            self._log.offer((columns, chosen), chosen.num_rows)
 
     def close(self) -> None:
         """Write what waits, and take no more."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join()
+        self._log.close()
 
     def _chosen(self, features: pa.Table, entity: str) -> pa.Array:
         keys = features.column(entity).cast(pa.string())
         of_key = {key: key is not None and is_sampled(key, self._share) for key in pc.unique(keys).to_pylist()}
         return pa.array(np.array([of_key[key] for key in keys.to_pylist()], bool) & np.asarray(pc.is_valid(features.column(REQUEST_TIME))))
-
-    def _write_until_closed(self) -> None:
-        closed = False
-        while not closed:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closed or self._rows >= self._flush_rows, self._flush_seconds)
-                taken, count, closed = self._waiting, self._rows, self._closed
-                self._waiting, self._rows = [], 0
-            if taken:
-                self._write(taken, count)
-
-    def _write(self, taken: list[tuple[ServedColumns, pa.Table]], count: int) -> None:
-        try:
-            table = pa.concat_tables([columns.rows(read) for columns, read in taken], promote_options="default")
-            content = io.BytesIO()
-            pq.write_table(table.replace_schema_metadata({FORMAT_KEY: FORMAT}), content)
-            self._parts += 1
-            name = f"part-{time.time_ns():020d}-{os.getpid()}-{self._parts:06d}{SUFFIX}"
-            write_bytes(self._folder / name, content.getvalue())
-        except Exception:
-            log.exception("served log: %d rows could not be written to %s and are dropped", count, self._folder)
-            with self._wake:
-                self.dropped += count
-        else:
-            self.written += count
 
 
 class Reader(Protocol):
@@ -209,3 +168,20 @@ class LoggedReader:
         features = self._reader.read(service, spine)
         self._served.offer(service, features)
         return features
+
+
+def read_served(path: Path) -> pa.Table:
+    """A part of a served log.
+
+    Raises:
+        DataError: it is damaged or something else; names the file.
+        SchemaError: it lacks a column that every part has; names the file.
+    """
+    part = read_part(path, FORMAT_KEY, FORMAT, PART)
+    _HEAD.conform(part, what=f"{PART} {path}")
+    return part
+
+
+def _table(taken: list[tuple[ServedColumns, pa.Table]]) -> pa.Table:
+    table = pa.concat_tables([columns.rows(read) for columns, read in taken], promote_options="default")
+    return table.replace_schema_metadata({FORMAT_KEY: FORMAT})

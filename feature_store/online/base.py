@@ -7,7 +7,7 @@ A store keeps, for every view and entity, the packed rows of that entity (`featu
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
@@ -93,6 +93,21 @@ class OnlineStore(ABC):
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Transaction]:
         """Write: everything is committed at once when the context ends, and nothing if it ends with an error."""
+
+    @abstractmethod
+    def forget(self, views: Collection[str], entity: str) -> tuple[str, ...]:
+        """Erase an entity from some views: its values, those of earlier snapshots, and what files still hold of them.
+
+        A snapshot that is read from meanwhile may still show it until its context ends, and no longer. Called again, also after a crash in
+        the middle, it finds nothing and leaves no trace.
+
+        Args:
+            views: those of this kind of entity. (The same id may be that of another kind in other views.)
+            entity: its id.
+
+        Returns:
+            The views that held it, sorted.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -2,7 +2,7 @@
 """An online store in the memory of this process: for tests, notebooks and offline evaluation of the online path."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -89,6 +89,15 @@ class MemoryStore(OnlineStore):
             transaction = _MemoryTransaction(self._content)
             yield transaction
             self._content = transaction.content()
+
+    def forget(self, views: Collection[str], entity: str) -> tuple[str, ...]:
+        """See `OnlineStore.forget`."""
+        with self._writing:
+            content = self._content
+            found = tuple(sorted(view for view in views if entity in content.values.get(view, {})))
+            without = {view: {key: value for key, value in content.values[view].items() if key != entity} for view in found}
+            self._content = _Content(content.id + bool(found), content.states, content.values | without)
+        return found
 
     def close(self) -> None:
         """Nothing to release."""

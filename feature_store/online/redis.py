@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -272,6 +272,19 @@ class RedisStore(OnlineStore):
             finally:
                 self.client.eval(scripts.RELEASE, 1, self.key("lock"), token)
 
+    def forget(self, views: Collection[str], entity: str) -> tuple[str, ...]:
+        """See `OnlineStore.forget`. It waits for its turn, as a writer does, and erases all versions, so that older snapshots show nothing.
+
+        What Redis itself wrote to disk (RDB, AOF) holds older commands until it writes these files again.
+        """
+        with self._named():
+            token = self._turn()
+            try:
+                self._tidy()
+                return self._erase(views, entity)
+            finally:
+                self.client.eval(scripts.RELEASE, 1, self.key("lock"), token)
+
     def close(self) -> None:
         """Close all connections."""
         self.client.close()
@@ -333,6 +346,27 @@ class RedisStore(OnlineStore):
         for some in _parts(self.client.sscan_iter(entities, count=BATCH), BATCH):
             self.client.unlink(*(self.value(epoch, view, entity.decode()) for entity in some))
         self.client.unlink(entities)
+
+    def _erase(self, views: Collection[str], entity: str) -> tuple[str, ...]:
+        """Remove an entity's values of every epoch that is still there, in one transaction of Redis."""
+        attempts = [int(number) for number in cast(list[bytes], self.client.zrange(self.key("commits"), 0, -1))]
+        dropped = [
+            json.loads(one) for number in attempts for one in cast(list[bytes], self.client.lrange(self.key("dropped", number), 0, -1))
+        ]
+        standing = [(view, epoch) for view, (_, epoch) in self.head().states.items()]
+        places = [(view, epoch) for view, epoch in (*standing, *map(tuple, dropped)) if view in views]
+        found = {view for view, epoch in places if self.client.exists(self.value(epoch, view, entity))}
+        pipeline = self.client.pipeline(transaction=True)
+        for view, epoch in places:
+            value = self.value(epoch, view, entity)
+            pipeline.delete(value)
+            pipeline.srem(self.key("entities", epoch, view), entity)
+            for number in attempts:
+                pipeline.srem(self.key("written", number), value)
+        if found:
+            pipeline.hincrby(self.key("head"), "id", 1)
+        pipeline.execute()
+        return tuple(sorted(found))
 
     def _written(self, attempt: int) -> Iterator[tuple[bytes, ...]]:
         """The keys that an attempt wrote to."""

@@ -6,7 +6,7 @@ SQLite's, so the data, the watermarks and the new snapshot number become visible
 """
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -124,6 +124,29 @@ class SQLiteStore(OnlineStore):
             yield _SQLiteTransaction(connection)
             connection.execute("UPDATE store SET snapshot = snapshot + 1")
             connection.execute("COMMIT")
+
+    def forget(self, views: Collection[str], entity: str) -> tuple[str, ...]:
+        """See `OnlineStore.forget`. The file is written anew, which takes as long as that, and the space of what was erased is given back.
+
+        Raises:
+            FeatureStoreError: see the class; and where somebody reads from a snapshot for so long that its content has to stay.
+        """
+        if self.config.read_only:
+            raise FeatureStoreError(f"online store {self.config.path} was opened for reading only")
+        with self._connection() as connection:
+            connection.execute("PRAGMA secure_delete = ON")
+            connection.execute("BEGIN IMMEDIATE")
+            rows = connection.execute("SELECT view FROM log WHERE entity = ?", (entity,)).fetchall()
+            found = tuple(sorted(view for (view,) in rows if view in views))
+            connection.executemany("DELETE FROM log WHERE view = ? AND entity = ?", ((view, entity) for view in found))
+            connection.execute("UPDATE store SET snapshot = snapshot + ?", (bool(found),))
+            connection.execute("COMMIT")
+            # Older pages of the file and of its log may hold it as well, also those of a call that died: both are rewritten, found or not.
+            connection.execute("VACUUM")
+            (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise FeatureStoreError(f"online store {self.config.path}: a snapshot is still read from; forget again once that has ended")
+        return found
 
     def close(self) -> None:
         """Close all connections that are not in use."""

@@ -15,6 +15,7 @@ from pipelines.graph.step import Context
 from pipelines.steps.features import feature_tables
 from pipelines.steps.prepared import load_prepared
 from recsys.core.files import read_json, write_json
+from recsys.core.tombstones import Tombstones
 from recsys.registry.location import Location
 
 if TYPE_CHECKING:
@@ -58,14 +59,16 @@ def stands(recipe: "Recipe", home: Path, result: Path) -> str | None:
 def run(context: Context) -> None:
     """Write the store, and ``online.json``: what it holds, and how far.
 
-    Days may be completed late, below the watermark of what came after them, so a data set of days is written anew.
+    Days may be completed late, below the watermark of what came after them, so a data set of days is written anew. Users who were forgotten
+    (`recsys forget`) stay away, although the data holds them again.
     """
     recipe, prepared = context.recipe, load_prepared(context.inputs["splits"])
     path = online_path(recipe.features, context.home)
     path.parent.mkdir(parents=True, exist_ok=True)
     store = SQLiteStore(SQLiteStore.Config(path=path))
     try:
-        materialize(recipe.features, feature_tables(recipe.features, prepared.dataset), store, full=prepared.daily)
+        tables, forgotten = feature_tables(recipe.features, prepared.dataset), Tombstones.under(context.home)
+        materialize(recipe.features, tables, store, full=prepared.daily, forgotten=forgotten)
         write_json(context.out / _STORE, {"services": versions(recipe.features), "views": _states(store)})
     finally:
         store.close()

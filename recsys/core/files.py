@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing files so that nobody ever sees half of one: a temporary name first, then a rename."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from recsys.core.errors import DataError
 
 
 def sha256_file(path: Path) -> str:
@@ -84,3 +87,21 @@ def replace_directory(whole: Path, out: Path) -> None:
         out.rename(old)
     whole.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder for one process at a time; the lock goes with the process.
+
+    Raises:
+        DataError: another one holds it; ``refusal`` is the message.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(refusal) from None
+        yield
+    finally:
+        os.close(lock)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable 64-bit hashes of ids: the same in every process, on every machine and with every version of a library."""
 
+import hashlib
 from typing import TypeAlias
 
 import numpy as np
@@ -65,3 +66,8 @@ def hash64(values: Values, seed: int = 0) -> np.ndarray:
         wide_type = pa.large_string() if "string" in kind else pa.large_binary()
         return _mix(_hash_bytes(pc.fill_null(values.cast(wide_type), "" if "string" in kind else b"")) ^ key)
     raise SchemaError(f"ids: expected strings, binary or integers, got {values.type}")
+
+
+def is_sampled(key: str, share: float) -> bool:
+    """Whether a key belongs to a sample: the same answer in every process and at every time, so that all that has this key is there."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") < share * 2**64

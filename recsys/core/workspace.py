@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder for a long job that may be killed and run again: it holds what is done so far, and becomes the result at the end."""
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recsys.core.errors import DataError
-from recsys.core.files import canonical_json, read_json, replace_directory, write_json
+from recsys.core.files import canonical_json, exclusive, read_json, replace_directory, write_json
 from recsys.core.scatter import parquet_files
 
 PLAN, RESULT = "plan.json", "result"
@@ -51,12 +48,7 @@ def workspace(out: Path, plan: Any) -> Iterator[Path]:
     """
     work = work_folder(out)
     work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{out}: another run is making it at this moment") from None
+    with exclusive(work, f"{out}: another run is making it at this moment"):
         if not _same(work / PLAN, plan):
             for left in work.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -66,8 +58,6 @@ def workspace(out: Path, plan: Any) -> Iterator[Path]:
         yield work
         replace_directory(work / RESULT, out)
         shutil.rmtree(work)
-    finally:
-        os.close(lock)
 
 
 def _same(path: Path, plan: Any) -> bool:

@@ -13,15 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from feature_store import served as served_module
 from feature_store.audit import AuditReport, audit
 from feature_store.comparing import compare, edit_distance
 from feature_store.definitions import FeatureRepo
 from feature_store.materialize import materialize
 from feature_store.offline import OfflineReader
 from feature_store.online import MemoryStore, OnlineReader
-from feature_store.served import LoggedReader, ServedLog, is_sampled
+from feature_store.served import LoggedReader, ServedLog
+from recsys.core import part_log
 from recsys.core.errors import ConfigError, DataError, SchemaError
+from recsys.core.hashing import is_sampled
 from recsys.core.status import ValueStatus
 
 
@@ -214,14 +215,14 @@ def test_spines_of_several_types_are_one_file(world: Callable[..., Any], tmp_pat
 def test_a_full_log_drops_and_counts_and_never_waits(world: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     w = world(8)
     writing, go_on = threading.Event(), threading.Event()
-    original = served_module.write_bytes
+    original = part_log.write_bytes
 
     def slow(path: Path, content: bytes) -> None:
         writing.set()
         assert go_on.wait(30)
         original(path, content)
 
-    monkeypatch.setattr(served_module, "write_bytes", slow)
+    monkeypatch.setattr(part_log, "write_bytes", slow)
     spine = pa.table({"user_id": ["u1"] * 10, "request_time": [w.at(900)] * 10})
     features = OfflineReader(w.repo, w.tables).read("user", spine)
     log = ServedLog(tmp_path, w.repo, share=1.0, capacity=30, flush_rows=10)
@@ -281,7 +282,7 @@ def test_a_damaged_or_foreign_file_is_named(world: Callable[..., Any], tmp_path:
     assert audit(w.repo, w.tables, tmp_path).alarms == ()
     foreign = tmp_path / "zz.parquet"
     pq.write_table(pa.table({"x": [1]}), foreign)
-    with pytest.raises(DataError, match=f"served part {foreign}: expected the metadata recsys.served = 1 of a served log, got None"):
+    with pytest.raises(DataError, match=f"served part {foreign}: expected the metadata recsys.served = 1, got None"):
         audit(w.repo, w.tables, tmp_path)
     foreign.unlink()
     table = pq.read_table(part)

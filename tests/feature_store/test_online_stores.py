@@ -167,6 +167,76 @@ def test_readers_see_whole_transactions_while_writers_take_turns(store: OnlineSt
     assert _all(store) == dict.fromkeys(keys, b"50")
 
 
+def test_a_forgotten_entity_is_as_one_that_never_was(store: OnlineStore) -> None:
+    odd = "ü'\":*%"
+    reference = MemoryStore()
+    for each in (store, reference):
+        with each.transaction() as transaction:
+            for view in ("v", "w", "items"):
+                transaction.write(view, {"a": b"1", "b": b"2"} | ({} if each is reference and view != "items" else {odd: b"gone"}))
+                transaction.set_state(view, ViewState("1", 7))
+    with store.snapshot() as before:
+        number = before.id
+    assert store.forget(["v", "w", "no such view"], odd) == ("v", "w")
+    with store.snapshot() as snapshot, reference.snapshot() as other:
+        assert snapshot.digest() == other.digest() and snapshot.id == number + 1
+        assert snapshot.multi_get({"v": [odd, "a"], "items": [odd]}) == {"v": [None, b"1"], "items": [b"gone"]}
+        assert [entity for entity, _ in snapshot.scan("v")] == ["a", "b"]
+    assert store.forget(["v", "w"], odd) == ()
+    with store.snapshot() as snapshot:
+        assert snapshot.id == number + 1
+    _fill(store, **{odd: b"new"})  # and the store goes on
+    assert _all(store)[odd] == b"new"
+
+
+def test_forgetting_in_an_empty_store(store: OnlineStore) -> None:
+    assert store.forget(["v"], "a") == ()
+    _fill(store, a=b"1")
+    assert _all(store) == {"a": b"1"}
+
+
+def test_sqlite_keeps_no_byte_of_whom_it_forgot(tmp_path: Path) -> None:
+    path, secret = tmp_path / "s.sqlite", b"never-to-be-found"
+    store = SQLiteStore(SQLiteStore.Config(path=path))
+    reader = SQLiteStore.open(path)
+    for size in (10, 3000, 200, 30_000):  # values that grew left their old bytes in free pages
+        _fill(store, **{secret.decode(): secret * size, "b": b"x" * 5000, "c": b"y" * size})
+    _fill(store, **{str(n): b"z" * 100 for n in range(2000)})
+    assert _all(reader)["b"] == b"x" * 5000
+    bytes_of = lambda: b"".join(file.read_bytes() for file in sorted(tmp_path.iterdir()))  # noqa: E731
+    assert secret in bytes_of()
+    assert store.forget(["v"], secret.decode()) == ("v",)
+    assert secret not in bytes_of() and {file.name for file in tmp_path.iterdir()} <= {"s.sqlite", "s.sqlite-wal", "s.sqlite-shm"}
+    assert len(_all(reader)) == 2002 and _all(reader)["b"] == b"x" * 5000
+
+
+def test_sqlite_that_died_after_its_commit_forgets_the_bytes_next_time(tmp_path: Path) -> None:
+    path, secret = tmp_path / "s.sqlite", b"never-to-be-found"
+    store = SQLiteStore(SQLiteStore.Config(path=path))
+    _fill(store, **{secret.decode(): secret * 3000, "b": b"x"})
+    store.close()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA secure_delete = OFF")
+    connection.execute("DELETE FROM log WHERE entity = ?", (secret.decode(),))
+    connection.commit()
+    connection.close()
+    assert secret in path.read_bytes()
+    assert SQLiteStore(SQLiteStore.Config(path=path)).forget(["v"], secret.decode()) == ()
+    assert secret not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_sqlite_says_that_a_snapshot_is_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feature_store.online.sqlite.BUSY_SECONDS", 0.05)
+    store = SQLiteStore(SQLiteStore.Config(path=tmp_path / "s"))
+    _fill(store, a=b"1", b=b"2")
+    with store.snapshot() as snapshot, pytest.raises(FeatureStoreError, match="a snapshot is still read from; forget again"):
+        snapshot.states()
+        store.forget(["v"], "a")
+    assert store.forget(["v"], "a") == () and _all(store) == {"b": b"2"}
+    with pytest.raises(FeatureStoreError, match="was opened for reading only"):
+        SQLiteStore.open(tmp_path / "s").forget(["v"], "a")
+
+
 def test_sqlite_read_only(tmp_path: Path) -> None:
     path = tmp_path / "a store.sqlite"
     with pytest.raises(FeatureStoreError, match=r"a store\.sqlite: no such file; materialise the features first"):

@@ -130,3 +130,30 @@ def test_errors_name_the_server(monkeypatch: pytest.MonkeyPatch, redis_url: str)
 
 def _fails(*_: object) -> None:
     raise redis.ConnectionError("gone")
+
+
+def test_no_key_names_whom_redis_forgot(redis_url: str) -> None:
+    """Neither a version, nor a value of a view that was cleared, nor what a dead writer left, nor a list of what was written."""
+    store, secret = make(redis_url), "never-to-be-found"
+    fill(store, **{secret: b"1", "a": b"1"})
+    fill(store, **{secret: b"2"})
+    with store.transaction() as transaction:
+        transaction.clear("v")
+        transaction.write("v", {secret: b"3", "b": b"3"})
+        transaction.set_state("v", ViewState("2", 8))
+    dead = store.transaction()
+    dead.__enter__().write("v", {secret: b"dead"})
+    del dead
+    store.client.delete(store.key("lock"))
+
+    def names() -> set[bytes]:
+        keys = set(store.client.keys(store.key("*")))
+        return keys | {member for key in keys if store.client.type(key) == b"set" for member in store.client.smembers(key)}
+
+    assert any(secret.encode() in name for name in names())
+    with store.snapshot() as old:
+        assert old.multi_get({"v": [secret]}) == {"v": [b"3"]}
+        assert store.forget(["v"], secret) == ("v",)
+        assert old.multi_get({"v": [secret, "b"]}) == {"v": [None, b"3"]}
+    assert not any(secret.encode() in name for name in names())
+    assert content(store) == {"b": b"3"} and store.forget(["v"], secret) == ()
