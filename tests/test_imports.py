@@ -33,6 +33,7 @@ LEVELS = (
     {"training", "evaluation"},
     {"bundle", "scaling"},
     {"inference"},
+    {"decisions"},
     {"registry"},
 )
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}

@@ -44,7 +44,9 @@ def test_two_who_add_at_once_lose_nothing(tmp_path: Path) -> None:
         one.add("c")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not a list of tombstones"), ('{"format": 9, "key": "", "hashes": []}', "expected 1, got 9")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not a list of tombstones"), ('{"format": 9, "key": "", "hashes": []}', "expected 1, got 9")]
+)
 def test_a_damaged_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / FILE).write_text(text)
     with pytest.raises(DataError, match=message):
