@@ -118,6 +118,7 @@ def join_decisions(decisions: Path, feedback: Sequence[Path], out: Path, *, wind
         end = _until(out, until)
         report = _run(decisions, feedback, out, last, window, end if last is None else max(end, last.until.astimezone(UTC)))
         (out / _BEGUN).unlink(missing_ok=True)
+        _tidy(out)
         return report
 
 

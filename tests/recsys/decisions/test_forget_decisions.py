@@ -37,7 +37,7 @@ def test_a_damaged_part_is_named_before_anything_is_rewritten(tmp_path: Path) ->
 
 
 def test_impressions_and_feedback_go_and_the_job_goes_on(tmp_path: Path) -> None:
-    world, decisions, out = simulate(5, requests=400), tmp_path / "decisions", tmp_path / "out"
+    world, decisions, out = simulate(6, requests=400), tmp_path / "decisions", tmp_path / "out"
     log_decisions(decisions, world.decisions)
     half = at(240 * 60)
     files = [
