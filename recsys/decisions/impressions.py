@@ -9,7 +9,7 @@ import pyarrow.csv
 import pyarrow.dataset as ds
 
 from recsys.core.errors import DataError
-from recsys.core.schema import EVENT_TIME, ITEM, Column, Dtype, FeatureSchema, Kind
+from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, ITEM, USER, Column, Dtype, FeatureSchema, Kind
 from recsys.data.dataset_schema import DatasetSchema, InteractionsSchema, ItemsSchema, SourceColumn, TimeColumn, TimeUnit
 from recsys.data.ingest.cast import to_text, to_times, to_values
 from recsys.data.ingest.source import read_table
@@ -38,7 +38,7 @@ SCHEMA = DatasetSchema(
         available_time=TimeColumn(column="available_time"),
         values=(
             SourceColumn(name=LABEL, kind=Kind.LABEL),
-            SourceColumn(name="position", kind=Kind.DENSE, dtype=Dtype.INT),
+            SourceColumn(name="shown_position", source="position", kind=Kind.DENSE, dtype=Dtype.INT),
             SourceColumn(name="propensity", kind=Kind.DENSE),
             SourceColumn(name=REQUEST, kind=Kind.ID),
             SourceColumn(name="list_kind", kind=Kind.CATEGORICAL),
@@ -46,9 +46,12 @@ SCHEMA = DatasetSchema(
     ),
     items=ItemsSchema(),
 )
-"""Impressions as interactions. An impression happened at its request and came to be known when its window closed."""
+"""Impressions as interactions. An impression happened at its request and came to be known when its window closed. (A split of a data set adds
+a column `position` of its own.)"""
 
-IMPRESSIONS = FeatureSchema(columns=tuple(c for c in SCHEMA.interactions.features.columns if c.name != "ingest_seq"))
+_FIXED = tuple(column for column in SCHEMA.interactions.features.columns if column.name in (USER, ITEM, EVENT_TIME, AVAILABLE_TIME))
+_VALUES = tuple(Column(name=value.source_name, kind=value.kind, dtype=value.dtype) for value in SCHEMA.interactions.values)
+IMPRESSIONS = FeatureSchema(columns=(*_FIXED, *_VALUES))
 
 
 def read_feedback(path: Path) -> tuple[pl.DataFrame, int]:

@@ -116,7 +116,7 @@ def test_feedback_becomes_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixtu
     sources = ["--interactions", str(tmp_path / "out"), "--items", str(tmp_path / "items.parquet")]
     assert cli.main(["ingest", *sources, "--schema", str(tmp_path / "out" / "_schema.yaml"), "--out", str(tmp_path / "data")]) == 0
     rows = read_dataset(tmp_path / "data").interactions.to_pylist()
-    assert {(row["request_id"], row["item_id"], row["position"]): row["label"] for row in rows} == world.labels
+    assert {(row["request_id"], row["item_id"], row["shown_position"]): row["label"] for row in rows} == world.labels
     assert len(rows) == len(world.labels) and all(row["available_time"] - row["event_time"] == timedelta(seconds=WINDOW) for row in rows)
 
 
