@@ -5,7 +5,6 @@ An event that was available at the request but not yet in the online store is a 
 row of the same moment knows.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 
 from feature_store.comparing import Compared, compare
 from feature_store.definitions import FeatureRepo
-from feature_store.offline import OfflineReader
+from feature_store.offline import OfflineReader, SourceTables
 from feature_store.served import ENTITY, PART, REQUEST_PREFIX, SERVICE, VERSION, ServedColumns, read_served
 from recsys.core.errors import DataError
 from recsys.core.part_log import SUFFIX, part_files
@@ -96,14 +95,14 @@ class AuditReport:
         return asdict(self) | {"features": features, "alarms": [f"{f.service}.{f.feature}" for f in self.alarms]}
 
 
-def audit(repo: FeatureRepo, tables: Mapping[str, pa.Table], folder: Path, *, alert: float = ALERT) -> AuditReport:
+def audit(repo: FeatureRepo, tables: SourceTables, folder: Path, *, alert: float = ALERT) -> AuditReport:
     """Compare every row of the parts in ``folder`` with the features as of its request time, one part after another.
 
     Numbers that are not integers agree within ``1e-6 * max(1, |a|, |b|)``; all else agrees exactly.
 
     Args:
         repo: the definitions that were served.
-        tables: the sources' tables, which must reach to the last request at least.
+        tables: see `SourceTables`; they must reach to the last request at least.
         folder: of a `feature_store.served.ServedLog`.
         alert: see `AuditReport`.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bringing an online store up to date with the tables of the sources."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from feature_store.compiled import CompiledView, compile_view
 from feature_store.definitions import FeatureRepo
 from feature_store.log import Log, build_log, read_rows
-from feature_store.offline import source_table
+from feature_store.offline import SourceTables, source_table
 from feature_store.online.base import OnlineStore, Transaction, ViewState
 from feature_store.online.packing import pack
 from feature_store.online.reader import Stored, check_versions
@@ -58,7 +58,7 @@ class MaterializeReport:
 
 def materialize(
     repo: FeatureRepo,
-    tables: Mapping[str, pa.Table],
+    tables: SourceTables,
     store: OnlineStore,
     *,
     full: bool = False,
@@ -74,7 +74,7 @@ def materialize(
 
     Args:
         repo: the definitions.
-        tables: the sources' tables by their names.
+        tables: see `SourceTables`; of a Delta table, what lies above the watermark is all that is read.
         store: where to.
         full: write every view anew.
         overlap: how far ``ingest_seq`` may run ahead of a row that is committed to the table later.
@@ -89,7 +89,7 @@ def materialize(
     """
     views = [view for view in (compile_view(repo, each.name) for each in repo.views) if not view.is_request]
     with store.transaction() as transaction:
-        done = [_materialize_view(view, source_table(view, tables), transaction, full, overlap, progress, forgotten) for view in views]
+        done = [_materialize_view(view, tables, transaction, full, overlap, progress, forgotten) for view in views]
         return MaterializeReport(transaction.id + 1, tuple(done))
 
 
@@ -118,7 +118,7 @@ def append(repo: FeatureRepo, source: str, events: pa.Table, store: OnlineStore,
 
 def _materialize_view(
     view: CompiledView,
-    table: pa.Table,
+    tables: SourceTables,
     transaction: Transaction,
     full: bool,
     overlap: int,
@@ -126,15 +126,17 @@ def _materialize_view(
     forgotten: Tombstones | None,
 ) -> MaterializedView:
     name = view.view.name
-    rows = read_rows(view, table)
-    newest = None if view.is_static else pc.max(rows.column(INGEST_SEQ)).as_py()
-    if forgotten:
-        rows = read_rows(view, forgotten.without(table, USER))
     state = transaction.states().get(name)
     if state is not None and state.version != view.version:
         state = None
     reached = None if state is None else state.watermark
     anew = full or view.is_static or state is None
+    above = None if anew or reached is None else reached - overlap
+    table = source_table(view, tables, above=above, besides=(USER,) if forgotten else ())
+    rows = read_rows(view, table)
+    newest = None if view.is_static else pc.max(rows.column(INGEST_SEQ)).as_py()
+    if forgotten:
+        rows = read_rows(view, forgotten.without(table, USER))
     if anew:
         if reached is not None and (newest is None or newest < reached):
             raise DataError(
@@ -142,8 +144,8 @@ def _materialize_view(
                 f"but the store has seen {reached}"
             )
         transaction.clear(name)
-    elif reached is not None:
-        rows = rows.filter(pc.greater(rows.column(INGEST_SEQ), reached - overlap))
+    elif above is not None:
+        rows = rows.filter(pc.greater(rows.column(INGEST_SEQ), above))
     log = build_log(view, rows)
     _merge(view, log, transaction, progress)
     watermark = max((seq for seq in (reached, newest) if seq is not None), default=None)

@@ -10,10 +10,14 @@ from feature_store.compiled import CompiledView, compile_view
 from feature_store.definitions import FeatureRepo
 from feature_store.log import Log, build_log, read_rows
 from feature_store.point_in_time import read_features
+from recsys.core.delta import DeltaVersion
 from recsys.core.errors import DataError, unknown
 from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME
 
 log = logging.getLogger(__name__)
+
+SourceTables = Mapping[str, pa.Table | DeltaVersion]
+"""The sources' tables by their names: in memory, or a version of a Delta table, of which a view's columns are read when they are needed."""
 
 
 class OfflineReader:
@@ -21,12 +25,12 @@ class OfflineReader:
 
     Args:
         repo: the definitions.
-        tables: the sources' tables by their names.
+        tables: see `SourceTables`.
         ignore_available_time: let an event count from its event time on, though it was not available yet: for tables whose available
             times say when a history was loaded, not when its events were known. A warning says so.
     """
 
-    def __init__(self, repo: FeatureRepo, tables: Mapping[str, pa.Table], *, ignore_available_time: bool = False) -> None:
+    def __init__(self, repo: FeatureRepo, tables: SourceTables, *, ignore_available_time: bool = False) -> None:
         if ignore_available_time:
             log.warning(
                 "features are read with ignore_available_time: an event counts from its event_time on, also where it became available "
@@ -71,10 +75,22 @@ class OfflineReader:
         return self._logs[name]
 
 
-def source_table(view: CompiledView, tables: Mapping[str, pa.Table]) -> pa.Table:
-    """The table of a view's source; `DataError` with the nearest name where it was not given."""
+def source_table(view: CompiledView, tables: SourceTables, *, above: int | None = None, besides: tuple[str, ...] = ()) -> pa.Table:
+    """The table of a view's source; `DataError` with the nearest name where it was not given.
+
+    Args:
+        view: whose columns are needed.
+        tables: see `SourceTables`.
+        above: rows whose ``ingest_seq`` is not greater are not needed; a table in memory gives them nonetheless.
+        besides: further columns that are needed, where the table has them.
+    """
     name = view.source.table
     assert name is not None  # only a request has none, and nothing reads its table
     if name not in tables:
         raise DataError(f"source {view.source.name!r}: {unknown('table', name, tables)}")
-    return tables[name]
+    table = tables[name]
+    if not isinstance(table, DeltaVersion):
+        return table
+    wanted = view.columns.names()
+    further = set(besides).intersection(table.schema.names).difference(wanted)
+    return table.read([*wanted, *sorted(further)], above=above)

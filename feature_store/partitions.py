@@ -57,7 +57,7 @@ def join_features(
 
     Args:
         repo: the definitions.
-        tables: the sources' tables by their names: a Parquet file or a folder of them each.
+        tables: the sources' tables by their names: a Parquet file, a folder of them, or a version of a Delta table (``table@v7``) each.
         services: what to read; they may be of different entity types. Features of the request are made of the columns of the spine.
         spine: a Parquet file or a folder of them: the keys of the services' entities, ``request_time``, and whatever is to be kept.
         out: a folder that does not exist.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The history of all entities without a list of them: the features of each one at each of its own event times."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 
 import pyarrow as pa
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from feature_store.compiled import compile_view
 from feature_store.definitions import FeatureRepo
 from feature_store.log import read_rows
-from feature_store.offline import OfflineReader, source_table
+from feature_store.offline import OfflineReader, SourceTables, source_table
 from recsys.core.errors import ConfigError
 from recsys.core.schema import EVENT_TIME, REQUEST_TIME, TIME
 
@@ -19,7 +19,7 @@ PIECE_ROWS = 1 << 16
 
 def scan(
     repo: FeatureRepo,
-    tables: Mapping[str, pa.Table],
+    tables: SourceTables,
     service: str,
     start: datetime,
     end: datetime,
@@ -33,7 +33,7 @@ def scan(
 
     Args:
         repo: the definitions.
-        tables: the sources' tables by their names.
+        tables: see `SourceTables`.
         service: the name of a feature service.
         start: the first time that counts; naive times are taken as UTC.
         end: the first that does not.
@@ -51,7 +51,7 @@ def scan(
     return (reader.read(service, spine.slice(first, rows)) for first in range(0, spine.num_rows, rows))
 
 
-def _spine(repo: FeatureRepo, tables: Mapping[str, pa.Table], service: str, start: datetime, end: datetime) -> pa.Table:
+def _spine(repo: FeatureRepo, tables: SourceTables, service: str, start: datetime, end: datetime) -> pa.Table:
     entity = repo.entity(service)
     views = {view.source.name: view for view in (compile_view(repo, name) for name in repo.service(service).views)}
     parts = []

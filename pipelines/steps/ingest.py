@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.graph.parts import hashes
 from pipelines.graph.step import Context
-from recsys.data.datasets.base import FromFiles, Partitioned, dataset_source
+from recsys.data.datasets.base import FromFiles, Partitioned, Versioned, dataset_source
 from recsys.data.ingest.store import write_dataset
 
 if TYPE_CHECKING:
@@ -24,14 +24,15 @@ def partitions(recipe: "Recipe") -> tuple[str, ...]:
 
 
 def sources(recipe: "Recipe", partition: str | None) -> dict[str, Any]:
-    """The hashes of the files of a day, or of all files where there are no days."""
+    """The hashes of the files of a day, or of all files where there are no days; of a table its version."""
     source = dataset_source(recipe.dataset)
     files: tuple[Path, ...] = ()
     if isinstance(source, Partitioned):
         files = source.day_files(str(partition))
     elif isinstance(source, FromFiles):
         files = source.files()
-    return {name: digest for file in files for name, digest in hashes(file).items()}
+    versions = {"snapshot": source.snapshot()} if isinstance(source, Versioned) else {}
+    return versions | {name: digest for file in files for name, digest in hashes(file).items()}
 
 
 def entity_sources(recipe: "Recipe", _: str | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from recsys.core.config import Config
+from recsys.core.delta import pinned
 from recsys.core.errors import DataError, SchemaError, unknown
 from recsys.core.files import new_file
 from recsys.core.hashing import Values, hash64
@@ -47,11 +48,14 @@ class Chunk(Config):
 
 
 def parquet_files(source: Path) -> list[str]:
-    """The Parquet files of a source (one file, or a folder), in the order in which they make one table.
+    """The Parquet files of a source (one file, a folder, or a version of a Delta table), in the order in which they make one table.
 
     Raises:
+        ConfigError: it is a Delta table, and the library is not installed.
         DataError: there is none, or it cannot be read.
     """
+    if (version := pinned(source)) is not None:
+        return version.files()
     if not source.exists():
         raise DataError(f"{source}: no such file")
     try:

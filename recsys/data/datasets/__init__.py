@@ -3,8 +3,9 @@
 
 from recsys.data.dataset import Dataset, IngestReport, TableCounts, Treatment
 from recsys.data.dataset_schema import DatasetSchema
-from recsys.data.datasets.base import DatasetSource, FromFiles, Partitioned, dataset_source, load_dataset
+from recsys.data.datasets.base import DatasetSource, FromFiles, Partitioned, Versioned, dataset_source, load_dataset
 from recsys.data.datasets.daily import Daily
+from recsys.data.datasets.delta import Delta
 from recsys.data.datasets.ingested import Ingested
 from recsys.data.datasets.movielens_100k import MovieLens100K
 from recsys.data.datasets.synthetic import Synthetic
@@ -14,6 +15,7 @@ __all__ = [
     "Dataset",
     "DatasetSchema",
     "DatasetSource",
+    "Delta",
     "FromFiles",
     "IngestReport",
     "Ingested",
@@ -22,6 +24,7 @@ __all__ = [
     "Synthetic",
     "TableCounts",
     "Treatment",
+    "Versioned",
     "dataset_source",
     "load_dataset",
 ]

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from recsys.core.components import get
 from recsys.core.config import Config
@@ -25,6 +25,15 @@ class FromFiles(DatasetSource, Protocol):
 
     def files(self) -> tuple[Path, ...]:
         """The files and folders that `load` reads."""
+        ...
+
+
+@runtime_checkable
+class Versioned(DatasetSource, Protocol):
+    """A source that reads a version of a table, beside what is in `FromFiles.files`."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain values that name the table and the version."""
         ...
 
 

@@ -3,6 +3,8 @@
 
 from datetime import UTC, datetime
 
+import polars as pl
+
 from recsys.core.errors import DataError
 from recsys.core.schema import EVENT_TIME
 from recsys.data.dataset import Dataset
@@ -54,3 +56,19 @@ def instant(now: datetime | None) -> datetime:
     if now.tzinfo is None:
         raise DataError(f"now: expected a time with an offset from UTC, got {now.isoformat()}")
     return now.astimezone(UTC)
+
+
+def clean(schema: DatasetSchema, raw: RawTable, now: datetime | None = None) -> tuple[pl.DataFrame, Ledger]:
+    """Canonical events by ``event_time``, then place, and what was done to the source's rows; unknown items stay.
+
+    Args:
+        schema: the roles of the source columns.
+        raw: the source of events, in the order of their arrival.
+        now: the latest time at which an event can have happened; by default the present.
+
+    Raises:
+        SchemaError: a column is absent, or holds a value that cannot be cast without loss.
+    """
+    ledger = Ledger("interactions", raw.file, raw.frame.height)
+    events = rules.clean_events(rules.read_events(raw, schema.interactions, ledger), ledger, instant(now))
+    return rules.drop_repeated(events, ledger).sort(EVENT_TIME, ROW), ledger

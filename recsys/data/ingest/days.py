@@ -21,8 +21,7 @@ from recsys.core.schema import EVENT_TIME
 from recsys.data.dataset import Dataset, TableCounts, Treatment
 from recsys.data.dataset_schema import DatasetSchema
 from recsys.data.frames import from_arrow, to_arrow
-from recsys.data.ingest import rules
-from recsys.data.ingest.canonical import instant
+from recsys.data.ingest.canonical import clean
 from recsys.data.ingest.entities import Entities
 from recsys.data.ingest.ledger import ROW, Ledger, sum_treatments
 from recsys.data.ingest.source import RawTable
@@ -73,9 +72,7 @@ def canonical_day(schema: DatasetSchema, day: str, raw: RawTable, *, now: dateti
     Raises:
         SchemaError: a column is absent, or holds a value that cannot be cast without loss.
     """
-    ledger = Ledger("interactions", raw.file, raw.frame.height)
-    events = rules.clean_events(rules.read_events(raw, schema.interactions, ledger), ledger, instant(now))
-    events = rules.drop_repeated(events, ledger).sort(EVENT_TIME, ROW)
+    events, ledger = clean(schema, raw, now)
     first = date.fromisoformat(day).toordinal() * _PER_DAY
     table = to_arrow(events.with_columns(pl.col(ROW) + first), schema.interactions.features)
     return DayEvents(table, DayReport(day=day, counts=ledger.counts(events.height), treatments=tuple(ledger.treatments)))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.dataset
 
+from recsys.core.delta import is_delta
 from recsys.core.errors import DataError, SchemaError, unknown
 from recsys.data.frames import from_arrow
 
@@ -88,11 +89,12 @@ def read_table(path: Path, roles: Mapping[str, str]) -> RawTable:
         roles: the wanted columns by their roles (such as ``interactions.user_id``).
 
     Raises:
-        DataError: the file is absent, of an unknown format, or damaged.
+        DataError: the file is absent, of an unknown format, or damaged, or a Delta table.
         SchemaError: a column is absent.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file")
+    refuse_delta(path)
     try:
         if path.is_dir() or path.suffix.lower() in _PARQUET:
             return RawTable(str(path), _read_parquet(path, roles))
@@ -101,6 +103,14 @@ def read_table(path: Path, roles: Mapping[str, str]) -> RawTable:
     except (pa.ArrowException, pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     raise DataError(f"{path}: unknown format: expected a name with {', '.join((*_PARQUET, *_SEPARATORS))}, or a folder of Parquet files")
+
+
+def refuse_delta(path: Path) -> None:
+    """Raise a `DataError` where a source is a Delta table: its files, read as a folder, would hold what was replaced or never committed."""
+    if is_delta(path):
+        raise DataError(
+            f"{path} is a Delta table, whose rows have no order of arrival: expected files; a recipe reads it as {{name: delta}}"
+        )
 
 
 def _read_parquet(path: Path, roles: Mapping[str, str]) -> pl.DataFrame:

@@ -26,7 +26,7 @@ from recsys.data.ingest import rules
 from recsys.data.ingest.canonical import instant
 from recsys.data.ingest.entities import Entities
 from recsys.data.ingest.ledger import ROW, Ledger, sum_treatments, summary
-from recsys.data.ingest.source import RawTable, read_table, require
+from recsys.data.ingest.source import RawTable, read_table, refuse_delta, require
 from recsys.data.ingest.store import (
     MANIFEST,
     SCHEMA,
@@ -85,6 +85,7 @@ def ingest_partitioned(
     """
     out, engine, source = Path(out_dir).resolve(), engine or Engine(), Path(interactions_path)
     refuse_existing(out, overwrite=overwrite)
+    refuse_delta(source)
     require(str(source), schema.interactions.sources, schema_of(source).names)
     entities = _entities(out.name, schema, Path(items_path), None if users_path is None else Path(users_path))
     plan = {
