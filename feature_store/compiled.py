@@ -8,11 +8,14 @@ import polars as pl
 import pyarrow as pa
 
 from feature_store.definitions import TIMES, FeatureRepo, FeatureView, Source
-from feature_store.features import AnyFeature, Condition, Count, LastN, Mean, Sum, source_columns
-from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, Column, Dtype, FeatureSchema, Kind
+from feature_store.features import Aggregate, AnyFeature, Condition, LastN, source_columns
+from feature_store.partials import Partial, partials_of
+from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, TIME, Column, Dtype, FeatureSchema, Kind
 
 TOKENIZER = "tokenizer"
 """The key, in the metadata of a history's column, of the fingerprint of the item tokenizer whose codes it holds."""
+TILE = "tile"
+"""The column of a tile's number, in what an online store keeps."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class CompiledView:
         source: its source.
         version: see `FeatureRepo.view_version`.
         columns: what is read from the source: the entity, the times of an event, then the values; of a request the values alone.
-        stored: the Arrow schema of one entity's rows, which is ``columns`` without the entity; times are not nullable.
+        events: the Arrow schema of one entity's rows, which is ``columns`` without the entity; times are not nullable.
+        partials: what is kept of each tile; nothing in a view without tiles.
         outputs: the column that each feature becomes, in order; its metadata have `TOKENIZER` where it holds codes.
         conditions: every ``where`` of the view as one boolean Polars expression without nulls.
     """
@@ -33,9 +37,19 @@ class CompiledView:
     source: Source
     version: str
     columns: FeatureSchema
-    stored: pa.Schema
+    events: pa.Schema
+    partials: tuple[Partial, ...]
     outputs: tuple[pa.Field, ...]
     conditions: dict[tuple[Condition, ...], pl.Expr]
+
+    @property
+    def stored(self) -> pa.Schema:
+        """The Arrow schema of what an online store keeps of one entity: its events, or its tiles (see `feature_store.tiles.Tiles`)."""
+        if self.view.tile is None:
+            return self.events
+        times = [pa.field(name, TIME, nullable=False) for name in (EVENT_TIME, AVAILABLE_TIME)]
+        states = [field for place, partial in enumerate(self.partials) for field in partial.fields(str(place))]
+        return pa.schema([pa.field(TILE, pa.int64(), nullable=False), *times, *states])
 
     @property
     def is_static(self) -> bool:
@@ -60,9 +74,10 @@ def compile_view(repo: FeatureRepo, name: str) -> CompiledView:
         source=source,
         version=repo.view_version(name),
         columns=FeatureSchema(columns=(*entity, *stored)),
-        stored=pa.schema([pa.field(c.name, c.arrow, nullable=c.name not in TIMES) for c in stored]),
+        events=pa.schema([pa.field(c.name, c.arrow, nullable=c.name not in TIMES) for c in stored]),
+        partials=() if view.tile is None else tuple(dict.fromkeys(p for feature in view.features for p in partials_of(feature))),
         outputs=tuple(_output(feature) for feature in view.features),
-        conditions={f.where: _compile_conditions(f.where) for f in view.features if isinstance(f, Count | Sum | Mean)},
+        conditions={f.where: _compile_conditions(f.where) for f in view.features if isinstance(f, Aggregate)},
     )
 
 

@@ -3,11 +3,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from feature_store.features import AnyFeature, Attribute, Clock, Feature, LastN, Name, source_columns
+from feature_store.features import TILED_ONLY, Aggregate, AnyFeature, Attribute, Clock, Feature, LastN, Name, source_columns
 from recsys.core.config import Config, Problem
 from recsys.core.errors import ConfigError, unknown
 from recsys.core.files import sha256_json
@@ -57,6 +57,8 @@ class FeatureView(Config):
         entity: one of the source's keys; of a request, a key of any source.
         ttl: seconds. Where the newest counted event is older than this, every value of the view is EXPIRED; an age of exactly ``ttl``
             is still PRESENT. Never expired by default.
+        tile: seconds. An online store then keeps of each entity what is needed of every tile of time, rather than its events; all
+            features are aggregates, whose windows begin where a tile does. See `feature_store.tiles`. No tiles by default.
         features: of the kinds in `feature_store.features`.
     """
 
@@ -64,7 +66,13 @@ class FeatureView(Config):
     source: str
     entity: str
     ttl: PositiveInt | None = None
+    tile: PositiveInt | None = None
     features: Annotated[tuple[Feature, ...], Field(min_length=1)]
+
+    @model_serializer(mode="wrap")
+    def _without_no_tile(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Versions are hashes of what this gives: those from before there was ``tile`` stay what they are."""
+        return {key: value for key, value in dump(self).items() if key != "tile" or value is not None}
 
 
 class FeatureService(Config):
@@ -110,6 +118,7 @@ class FeatureRepo(Config):
             if feature.name in reserved or feature.name.endswith(STATUS_SUFFIX):
                 raise Problem((*at, "features"), f"a feature cannot be named {feature.name!r}: readers use that name themselves")
             _check_kind(feature, source, at)
+            _check_tile(feature, view.tile, at)
         if source.kind != "events" and view.ttl is not None:
             raise Problem((*at, "ttl"), f"source {source.name!r} is {source.kind}: its rows have no age")
         try:
@@ -193,6 +202,18 @@ def _check_kind(feature: AnyFeature, source: Source, at: tuple[str | int, ...]) 
         what = "a table of events" if source.kind == "events" else source.kind
         message = f"feature {feature.name!r} of kind {feature.kind!r} needs {needed}, but source {source.name!r} is {what}"
         raise Problem((*at, "features"), message)
+
+
+def _check_tile(feature: AnyFeature, tile: int | None, at: tuple[str | int, ...]) -> None:
+    named = f"feature {feature.name!r} of kind {feature.kind!r}"
+    if tile is None:
+        if isinstance(feature, TILED_ONLY):
+            raise Problem((*at, "features"), f"{named} needs a view with tiles: expected the key 'tile' of the view, got none")
+        return
+    if not isinstance(feature, Aggregate):
+        raise Problem((*at, "features"), f"{named} is not made of tiles: expected an aggregate, or a view without 'tile'")
+    if feature.window is None or feature.window < tile:
+        raise Problem((*at, "features"), f"{named}: window: expected at least the view's tile of {tile} s, got {feature.window}")
 
 
 def _stamps(view: FeatureView) -> list[str]:

@@ -82,8 +82,20 @@ def _evaluate_piece(view: CompiledView, log: Log, rows: Rows, is_range: np.ndarr
     of_ranges = _evaluate_ranges(view, log, rows.at(ranges))
     late = rows.at(others)
     before = Rows(late.start, picked_from[others], late.time, late.known)
-    picked = _pick(log, Rows(before.stop, late.stop, late.time, late.known))
+    picked = pick(log, Rows(before.stop, late.stop, late.time, late.known))
     of_others = _evaluate_ranges(view, *picked, before=_Evaluation(view, log, before))
+    return interleave(ranges, others, of_ranges, of_others)
+
+
+def interleave(ranges: np.ndarray, others: np.ndarray, of_ranges: Values, of_others: Values) -> Values:
+    """The values of rows of two sorts, each at its place.
+
+    Args:
+        ranges: int64, the places of the first sort.
+        others: int64, those of the second.
+        of_ranges: the values of the first.
+        of_others: those of the second.
+    """
     back = np.argsort(np.concatenate([ranges, others]))
     return [
         (pa.concat_arrays([one, other]).take(pa.array(back)), np.concatenate([its_status, other_status])[back])
@@ -91,7 +103,7 @@ def _evaluate_piece(view: CompiledView, log: Log, rows: Rows, is_range: np.ndarr
     ]
 
 
-def _pick(log: Log, rows: Rows) -> tuple[Log, Rows]:
+def pick(log: Log, rows: Rows) -> tuple[Log, Rows]:
     """A log in which the visible events of each row, and no others, are a range."""
     length = rows.stop - rows.start
     positions = expand(rows.start, length)
@@ -130,13 +142,13 @@ class _Evaluation:
             case Attribute():
                 return self._attribute(feature.column)
             case Count():
-                return _masked(self._count(feature, None), self._additive), self._additive
+                return masked(self._count(feature, None), self._additive), self._additive
             case Sum():
-                return _masked(self._sum(feature), self._additive), self._additive
+                return masked(self._sum(feature), self._additive), self._additive
             case Mean():
                 counted = self._count(feature, feature.column)
                 status = np.where((self._status == ValueStatus.PRESENT) & (counted == 0), np.uint8(ValueStatus.NULL), self._status)
-                return _masked(self._sum(feature) / np.maximum(counted, 1), status), status
+                return masked(self._sum(feature) / np.maximum(counted, 1), status), status
             case LastN():
                 positions, _ = self._last(feature.n)
                 return self._lists(feature.n, self._log.values(feature.column, self._log.places(pa.array(positions)))), self._status
@@ -145,7 +157,7 @@ class _Evaluation:
                 elapsed = np.repeat(self._rows.time, length) - self._log.event_time[positions]
                 return self._lists(feature.n, pa.array(elapsed / SECOND)), self._status
             case _:
-                return _masked(self._age_us() / SECOND, self._status), self._status
+                return masked(self._age_us() / SECOND, self._status), self._status
 
     def _age_us(self) -> np.ndarray:
         """int64 ``[R]``: microseconds since the newest event, 0 where there is none."""
@@ -177,7 +189,7 @@ class _Evaluation:
         start, stop = self._window(feature.window), self._rows.stop
         if column is not None or feature.where:
             before = self._log.cached(
-                ("before", column, feature.where), lambda: _counts(_selected(self._view, self._log, column, feature.where))
+                ("before", column, feature.where), lambda: _counts(chosen(self._view, self._log, column, feature.where))
             )
             start, stop = before[start], before[stop]
         count = np.asarray(stop - start)
@@ -207,12 +219,12 @@ def _sums(view: CompiledView, log: Log, feature: Sum | Mean) -> RangeSums:
 
     def make() -> RangeSums:
         values = np.asarray(log.array(feature.column).cast(pa.float64(), safe=False).fill_null(0.0))
-        return RangeSums(np.where(_selected(view, log, feature.column, feature.where), values, 0.0))
+        return RangeSums(np.where(chosen(view, log, feature.column, feature.where), values, 0.0))
 
     return log.cached(("sums", feature.column, feature.where), make)
 
 
-def _selected(view: CompiledView, log: Log, column: str | None, where: tuple[Condition, ...]) -> np.ndarray:
+def chosen(view: CompiledView, log: Log, column: str | None, where: tuple[Condition, ...]) -> np.ndarray:
     """bool ``[N]``: the events that meet the conditions and have a value in ``column``, if one is given."""
     selected = np.ones(len(log), bool)
     if where:
@@ -220,7 +232,7 @@ def _selected(view: CompiledView, log: Log, column: str | None, where: tuple[Con
     return selected if column is None else selected & np.asarray(pc.is_valid(log.array(column)))
 
 
-def _masked(values: np.ndarray, status: np.ndarray) -> pa.Array:
+def masked(values: np.ndarray, status: np.ndarray) -> pa.Array:
     """The values, null where the status is not PRESENT."""
     return pa.array(values, mask=status != ValueStatus.PRESENT)
 

@@ -4,10 +4,12 @@
 Every kind is a function of the *counted* events of one entity at the request time t: those with ``event_time <= t`` and
 ``available_time <= t``, ordered by (``event_time``, ``ingest_seq``). A window of w seconds keeps the events with ``event_time`` in
 (t − w, t]. A static source counts as one event per entity that has always been known. A source of kind ``request`` has no events: its
-features are functions of the request's row, see `feature_store.request`.
+features are functions of the request's row, see `feature_store.request`. In a view with tiles a window begins where a tile does, see
+`feature_store.tiles`.
 """
 
-from typing import Annotated, Any, Literal, TypeAlias
+import math
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
@@ -48,20 +50,23 @@ class Attribute(Config):
         return Column(name=self.name, kind=self.type, dtype=self.dtype)
 
 
-class _Aggregate(Config):
+class Aggregate(Config):
     """What is computed over the events of a window that meet every condition.
 
     Attributes:
+        invertible: whether what an event added can be taken away again; where it cannot, states can only be merged.
         window: seconds; all of the past by default.
         where: conditions, all of which must hold.
     """
+
+    invertible: ClassVar[bool] = True
 
     name: Name
     window: PositiveInt | None = None
     where: tuple[Condition, ...] = ()
 
 
-class Count(_Aggregate):
+class Count(Aggregate):
     """How many events there are. An entity without events has the count 0, PRESENT."""
 
     kind: Literal["count"] = "count"
@@ -72,7 +77,7 @@ class Count(_Aggregate):
         return Column(name=self.name, kind=Kind.DENSE, dtype=Dtype.INT)
 
 
-class Sum(_Aggregate):
+class Sum(Aggregate):
     """The sum of a column's values; nulls are left out, and a sum of nothing is 0, PRESENT."""
 
     kind: Literal["sum"] = "sum"
@@ -84,7 +89,7 @@ class Sum(_Aggregate):
         return Column(name=self.name, kind=Kind.DENSE)
 
 
-class Mean(_Aggregate):
+class Mean(Aggregate):
     """The mean of a column's values; nulls are left out. Status: MISSING without any event, NULL where no value is left to average."""
 
     kind: Literal["mean"] = "mean"
@@ -94,6 +99,83 @@ class Mean(_Aggregate):
     def output(self) -> Column:
         """The column that it becomes."""
         return Column(name=self.name, kind=Kind.DENSE)
+
+
+class _Extreme(Aggregate):
+    invertible: ClassVar[bool] = False
+
+    column: ColumnName
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.DENSE)
+
+
+class Min(_Extreme):
+    """The smallest of a column's values, of a view with tiles. Status: MISSING without any event, NULL where the window has no value."""
+
+    kind: Literal["min"] = "min"
+
+
+class Max(_Extreme):
+    """The greatest of a column's values, of a view with tiles. Status: MISSING without any event, NULL where the window has no value."""
+
+    kind: Literal["max"] = "max"
+
+
+class Distinct(Aggregate):
+    """About how many distinct values a column has, of a view with tiles; nulls are left out, and of nothing there are 0, PRESENT.
+
+    Attributes:
+        dtype: of the values.
+        precision: p of the HyperLogLog sketch, which has ``2**p`` registers.
+    """
+
+    invertible: ClassVar[bool] = False
+
+    kind: Literal["distinct"] = "distinct"
+    column: ColumnName
+    dtype: Literal[Dtype.STRING, Dtype.INT] = Dtype.STRING
+    precision: int = Field(12, ge=4, le=16)
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.DENSE, dtype=Dtype.INT)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the count, relative to it."""
+        return 1.04 / math.sqrt(1 << self.precision)
+
+
+class Quantile(Aggregate):
+    """About the smallest of a column's values that at least the share ``q`` does not exceed, of a view with tiles.
+
+    Exact while the window has no more than ``size`` values. Status: MISSING without any event, NULL where the window has no value.
+
+    Attributes:
+        q: 0.5 is the median.
+        size: how many events the sample holds.
+    """
+
+    invertible: ClassVar[bool] = False
+
+    kind: Literal["quantile"] = "quantile"
+    column: ColumnName
+    q: FiniteFloat = Field(ge=0, le=1)
+    size: int = Field(1024, ge=16, le=1 << 16)
+
+    @property
+    def output(self) -> Column:
+        """The column that it becomes."""
+        return Column(name=self.name, kind=Kind.DENSE)
+
+    @property
+    def error(self) -> float:
+        """How far the rank of the answer is from ``q``, as a share of the values, in at least 99 of 100 cases (Hoeffding, 1963)."""
+        return math.sqrt(math.log(2 / 0.01) / (2 * self.size))
 
 
 class LastN(Config):
@@ -172,6 +254,10 @@ KINDS: dict[str, type[Config]] = {
     "count": Count,
     "sum": Sum,
     "mean": Mean,
+    "min": Min,
+    "max": Max,
+    "distinct": Distinct,
+    "quantile": Quantile,
     "last_n": LastN,
     "elapsed": Elapsed,
     "age": Age,
@@ -179,15 +265,18 @@ KINDS: dict[str, type[Config]] = {
 }
 
 
-AnyFeature: TypeAlias = Attribute | Count | Sum | Mean | LastN | Elapsed | Age | Clock
+TILED_ONLY = (Min, Max, Distinct, Quantile)
+"""Kinds that are made of tiles alone."""
+
+AnyFeature: TypeAlias = Attribute | Count | Sum | Mean | Min | Max | Distinct | Quantile | LastN | Elapsed | Age | Clock
 Feature: TypeAlias = Annotated[AnyFeature, BeforeValidator(by_kind(KINDS, "kind of feature"))]
 
 
 def source_columns(features: tuple[AnyFeature, ...]) -> dict[str, Column]:
     """The columns that features read from their source, typed.
 
-    ``attribute`` and ``last_n`` declare the type. ``mean``, ``sum`` and conditions on numbers accept any number, conditions on strings
-    a string.
+    ``attribute``, ``last_n`` and ``distinct`` declare the type. Other aggregates and conditions on numbers accept any number, conditions on
+    strings a string.
 
     Raises:
         Problem: two features need one column as different types; names both.
@@ -197,7 +286,7 @@ def source_columns(features: tuple[AnyFeature, ...]) -> dict[str, Column]:
     for feature in features:
         if isinstance(feature, Attribute):
             declared = Column(name=feature.column, kind=feature.type, dtype=feature.dtype)
-        elif isinstance(feature, LastN):
+        elif isinstance(feature, LastN | Distinct):
             declared = Column(name=feature.column, kind=Kind.CATEGORICAL, dtype=feature.dtype)
         else:
             continue
@@ -217,9 +306,9 @@ def source_columns(features: tuple[AnyFeature, ...]) -> dict[str, Column]:
 
 def _loose_uses(feature: AnyFeature) -> list[tuple[str, Kind]]:
     """The columns that an aggregate reads, each as a number (DENSE) or a string (CATEGORICAL)."""
-    if not isinstance(feature, _Aggregate):
+    if not isinstance(feature, Aggregate):
         return []
-    values = [(feature.column, Kind.DENSE)] if isinstance(feature, Sum | Mean) else []
+    values = [(feature.column, Kind.DENSE)] if isinstance(feature, Sum | Mean | Min | Max | Quantile) else []
     return values + [(c.column, Kind.CATEGORICAL if isinstance(c.value, str) else Kind.DENSE) for c in feature.where]
 
 

@@ -27,7 +27,7 @@ class Log:
     Attributes:
         entities: string ``[E]``, distinct.
         offsets: int64 ``[E + 1]``.
-        given: the events with the columns of `CompiledView.stored`.
+        given: the events with the columns of `CompiledView.events`.
         order: int64 ``[N]``, where in ``given`` each event stands; None where they stand there in order. What is read of few of them is
             then taken from there, and columns that nothing needs in order are never put in order.
     """
@@ -43,7 +43,7 @@ class Log:
 
     @cached_property
     def rows(self) -> pa.Table:
-        """``[N]`` with the columns of `CompiledView.stored`."""
+        """``[N]`` with the columns of `CompiledView.events`."""
         return self.given if self.order is None else self.given.take(pa.array(self.order))
 
     @cached_property
@@ -153,7 +153,7 @@ def build_log(view: CompiledView, rows: pa.Table) -> Log:
         twice = encoded.dictionary[int(codes[1:][codes[1:] == codes[:-1]][0])].as_py()
         raise DataError(f"{_what(view)}: expected one row for each {view.view.entity}, but {twice!r} has several")
     offsets = np.searchsorted(codes, np.arange(len(encoded.dictionary) + 1))
-    return Log(encoded.dictionary, offsets, rows.select(view.stored.names).cast(view.stored), order)
+    return Log(encoded.dictionary, offsets, rows.select(view.events.names).cast(view.events), order)
 
 
 def without_nan(rows: pa.Table) -> pa.Table:

@@ -9,12 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_store.compiled import CompiledView, compile_view
+from feature_store.counted import Counted, counted_name
 from feature_store.definitions import FeatureRepo
 from feature_store.log import Log, build_log, read_rows
 from feature_store.offline import SourceTables, source_table
 from feature_store.online.base import OnlineStore, Transaction, ViewState
 from feature_store.online.packing import pack
 from feature_store.online.reader import Stored, check_versions
+from feature_store.tiles import Tiles, tiles_of_events, together
 from recsys.core.errors import ConfigError, DataError
 from recsys.core.schema import INGEST_SEQ, USER
 from recsys.core.tombstones import Tombstones
@@ -112,7 +114,7 @@ def append(repo: FeatureRepo, source: str, events: pa.Table, store: OnlineStore,
     with store.transaction() as transaction:
         check_versions(views, transaction)
         for view in views:
-            _merge(view, build_log(view, read_rows(view, events)), transaction, None)
+            _add(view, read_rows(view, events), transaction, None, 0, None)
         return transaction.id + 1
 
 
@@ -144,29 +146,57 @@ def _materialize_view(
                 f"but the store has seen {reached}"
             )
         transaction.clear(name)
+        if counted_name(name) in transaction.states():
+            transaction.clear(counted_name(name))
     elif above is not None:
         rows = rows.filter(pc.greater(rows.column(INGEST_SEQ), above))
-    log = build_log(view, rows)
-    _merge(view, log, transaction, progress)
     watermark = max((seq for seq in (reached, newest) if seq is not None), default=None)
+    entities = _add(view, rows, transaction, watermark, overlap, progress)
     transaction.set_state(name, ViewState(view.version, watermark))
-    return MaterializedView(name, anew, rows.num_rows, len(log.entities), watermark)
+    return MaterializedView(name, anew, rows.num_rows, entities, watermark)
+
+
+def _add(
+    view: CompiledView, rows: pa.Table, transaction: Transaction, watermark: int | None, overlap: int, progress: Progress | None
+) -> int:
+    """Add the events of ``rows`` to what is stored of their entities; how many these are."""
+    if view.view.tile is None:
+        log = build_log(view, rows)
+        _merge(view, log, transaction, progress)
+        return len(log.entities)
+    counted = Counted(view, transaction)
+    fresh = counted.fresh(rows)
+    log = build_log(view, fresh)
+    _merge(view, log, transaction, progress)
+    counted.add(fresh, watermark, overlap)
+    return len(log.entities)
 
 
 def _merge(view: CompiledView, log: Log, transaction: Transaction, progress: Progress | None) -> None:
-    """Add the events of ``log`` to what is stored of their entities."""
+    """Write what is stored of the entities with the events of ``log``, which for tiles must not be there yet."""
     total = len(log.entities)
     for first in range(0, total, BATCH_ENTITIES):
         last = min(first + BATCH_ENTITIES, total)
         batch = log.slice(first, last)
         (stored,) = Stored(transaction, (view,), batch.entities).logs()
-        if len(stored):
-            # The stored rows come first: of two rows of one event, the first counts.
-            batch = build_log(view, pa.concat_tables([_with_entities(view, stored), _with_entities(view, batch)]))
-        values = pack(batch.rows, batch.offsets)
-        transaction.write(view.view.name, dict(zip(batch.entities.to_pylist(), values, strict=True)))
+        entities, offsets, rows = _with_tiles(view, stored, batch) if isinstance(stored, Tiles) else _with_events(view, stored, batch)
+        transaction.write(view.view.name, dict(zip(entities.to_pylist(), pack(rows, offsets), strict=True)))
         if progress is not None:
             progress(view.view.name, last, total)
+
+
+def _with_events(view: CompiledView, stored: Log, batch: Log) -> tuple[pa.Array, np.ndarray, pa.Table]:
+    """Entities, offsets and rows of all events."""
+    if len(stored):
+        # The stored rows come first: of two rows of one event, the first counts.
+        batch = build_log(view, pa.concat_tables([_with_entities(view, stored), _with_entities(view, batch)]))
+    return batch.entities, batch.offsets, batch.rows
+
+
+def _with_tiles(view: CompiledView, stored: Tiles, batch: Log) -> tuple[pa.Array, np.ndarray, pa.Table]:
+    """Entities, offsets and rows of the tiles, with the events of ``batch`` added."""
+    tiles = together(view, [stored, tiles_of_events(view, batch)])
+    return tiles.entities, tiles.offsets, tiles.table(view)
 
 
 def _with_entities(view: CompiledView, log: Log) -> pa.Table:

@@ -60,6 +60,24 @@ def order_by(*columns: np.ndarray) -> np.ndarray:
     return order
 
 
+def reduce_ranges(operation: np.ufunc, padded: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """``[R]``: what ``operation`` makes of ``padded[start[r]:stop[r]]``, and the last element where there is nothing.
+
+    Args:
+        operation: of two values, such as `np.add`.
+        padded: ``[N + 1]``, N values and what stands for none.
+        start: int64 ``[R]``, at most N.
+        stop: int64 ``[R]``, at most N.
+    """
+    # reduceat works between consecutive bounds. With descending starts, what it visits between two ranges is a single value.
+    order = np.argsort(-start, kind="stable")
+    bounds = np.empty(2 * len(order), np.int64)
+    bounds[0::2], bounds[1::2] = start[order], stop[order]
+    reduced = np.empty(len(order), padded.dtype)
+    reduced[order] = operation.reduceat(padded, bounds)[0::2]
+    return np.where(start < stop, reduced, padded[-1])
+
+
 class RangeSums:
     """Sums over ranges of float64 values that do not depend on what stands outside the range.
 
@@ -87,14 +105,8 @@ class RangeSums:
         """float64 ``[R]``: the sums of ``values[start[r]:stop[r]]``."""
         if self._running is not None:
             return np.asarray(self._running[stop] - self._running[start])
-        # reduceat sums between consecutive bounds. With descending starts, what it sums between two ranges is a single value.
-        order = np.argsort(-start, kind="stable")
-        bounds = np.empty(2 * len(order), np.int64)
-        bounds[0::2], bounds[1::2] = start[order], stop[order]
-        sums = np.empty(len(order))
         with np.errstate(over="ignore", invalid="ignore"):
-            sums[order] = np.add.reduceat(self._padded, bounds)[0::2]
-        return np.where(start < stop, sums, 0.0)
+            return reduce_ranges(np.add, self._padded, start, stop)
 
 
 def running_extremes(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

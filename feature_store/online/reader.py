@@ -12,12 +12,14 @@ from feature_store.log import Log
 from feature_store.online.base import FeatureStoreError, OnlineStore, Snapshot
 from feature_store.online.packing import unpack
 from feature_store.point_in_time import read_features
+from feature_store.tiles import Tiles
 
 
 class OnlineReader:
     """Reads features from what was materialised.
 
-    The store holds every event of an entity, so a time in the past is answered as well as the present.
+    The store holds every event of an entity, so a time in the past is answered as well as the present; except of views with tiles, whose
+    values have the status ERROR before the moment from which on all stored events of the entity count.
 
     Args:
         repo: the definitions; the store must hold just these versions of them.
@@ -41,7 +43,7 @@ class OnlineReader:
             self._repo.check_tokenizer(service, tokenizer)
         return read_features(tuple(self._views[name] for name in self._repo.service(service).views), spine, self._logs)
 
-    def _logs(self, views: tuple[CompiledView, ...], keys: pa.Array) -> list[Log]:
+    def _logs(self, views: tuple[CompiledView, ...], keys: pa.Array) -> list[Log | Tiles]:
         with self._store.snapshot() as snapshot:
             stored = Stored(snapshot, views, keys)
             check_versions(views, snapshot)
@@ -76,8 +78,8 @@ class Stored:
         self._views, self._keys = views, keys
         self._values = snapshot.multi_get({view.view.name: entities for view in views})
 
-    def logs(self) -> list[Log]:
-        """Of each view the log of the entities that are in the store.
+    def logs(self) -> list[Log | Tiles]:
+        """Of each view the log, or the tiles, of the entities that are in the store.
 
         Raises:
             FeatureStoreError: a value is not the view's.
@@ -85,7 +87,8 @@ class Stored:
         return [_log(view, self._keys, self._values[view.view.name]) for view in self._views]
 
 
-def _log(view: CompiledView, keys: pa.Array, values: Sequence[bytes | None]) -> Log:
+def _log(view: CompiledView, keys: pa.Array, values: Sequence[bytes | None]) -> Log | Tiles:
     found = [value for value in values if value is not None]
     rows, offsets = unpack(found, view.stored)
-    return Log(keys.filter(pa.array(np.array([value is not None for value in values], bool))), offsets, rows)
+    entities = keys.filter(pa.array(np.array([value is not None for value in values], bool)))
+    return Log(entities, offsets, rows) if view.view.tile is None else Tiles.of_table(view, entities, offsets, rows)

@@ -45,8 +45,8 @@ def test_late_events_among_many_equal_brute_force(world: Callable[..., Any], see
 
 def test_what_a_late_event_costs_does_not_grow_with_what_was_before(world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     w, picked = world(), []
-    pick = evaluate._pick
-    monkeypatch.setattr(evaluate, "_pick", lambda log, rows: (found := pick(log, rows), picked.append(len(found[0])))[0])
+    pick = evaluate.pick
+    monkeypatch.setattr(evaluate, "pick", lambda log, rows: (found := pick(log, rows), picked.append(len(found[0])))[0])
     definitions = w.definitions | {"views": [view for view in w.definitions["views"] if view["name"] == "popularity"]}
     definitions["services"] = [{"name": "item", "views": ["popularity"]}]
     for before in (100, 10_000):
