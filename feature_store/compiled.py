@@ -14,8 +14,8 @@ from recsys.core.schema import AVAILABLE_TIME, EVENT_TIME, TIME, Column, Dtype, 
 
 TOKENIZER = "tokenizer"
 """The key, in the metadata of a history's column, of the fingerprint of the item tokenizer whose codes it holds."""
-TILE = "tile"
-"""The column of a tile's number, in what an online store keeps."""
+TILE, EVENT = "tile", "event"
+"""The columns of a tile's number, and of the hash of a single event, in what an online store keeps."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CompiledView:
             return self.events
         times = [pa.field(name, TIME, nullable=False) for name in (EVENT_TIME, AVAILABLE_TIME)]
         states = [field for place, partial in enumerate(self.partials) for field in partial.fields(str(place))]
-        return pa.schema([pa.field(TILE, pa.int64(), nullable=False), *times, *states])
+        return pa.schema([*(pa.field(name, pa.int64(), nullable=False) for name in (TILE, EVENT)), *times, *states])
 
     @property
     def is_static(self) -> bool:

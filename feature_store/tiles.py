@@ -4,56 +4,61 @@
 At the request time t an event counts if ``event_time <= t``, ``available_time <= t`` and
 ``floor(event_time / tile) > floor((t - window) / tile)``: the head of the window is exact, and its tail moves by whole tiles (the
 "sawtooth" windows of Chronon). Offline the raw log is evaluated by this definition. Online the tiles of the window are merged, each of
-which holds all of its events that were materialised, the newest tile too. States merge to the bit in any order (`feature_store.partials`),
+which holds all of its events that were materialised. States merge to the bit in any order (`feature_store.partials`),
 so that both give equal values. Values that are not finite are left out like nulls.
 
-What an event has added to a tile cannot be told apart from the rest, so an online store answers from the moment on when all events count
-that it holds of an entity; for an earlier t the status is ERROR. Tiles that no window reaches from that moment on are dropped, but for the
-newest: ``window / tile + 1`` are left at most, whatever the number of events.
+What an event has added to a tile cannot be told apart from the rest. So the `TAIL` events of an entity that came to count last are kept
+beside the tiles, one by one: an online store answers exactly from the moment on when all others count, also where the newest are of a later
+time than the question. For an earlier t the status is ERROR. Tiles that no window reaches from that moment on are dropped, but for the
+newest: ``window / tile + 1`` tiles are left at most, whatever the number of events.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from feature_store.compiled import TILE, CompiledView
+from feature_store.compiled import CompiledView
 from feature_store.evaluate import PIECE_EVENTS, PIECE_ROWS, SECOND, Rows, Values, chosen, interleave, masked, pick
 from feature_store.exact_sums import Sums
 from feature_store.features import AnyFeature, Count, Distinct, Max, Mean, Min, Quantile, Sum
 from feature_store.log import Log
 from feature_store.partials import Counts, ExactSums, Extremes, Partial, Registers, Samples, States, partials_of
-from feature_store.ranges import NEVER, bisect_right, order_by, pieces
+from feature_store.ranges import NEVER, bisect_right, expand, order_by, pieces, reduce_ranges
 from feature_store.sketches import estimate, quantiles, registers
 from recsys.core.hashing import hash64
 from recsys.core.schema import INGEST_SEQ, TIME
 from recsys.core.status import ValueStatus
 
 _VALUE_SEED, _EVENT_SEED = 11, 12
-_NUMBERS = 3
+TAIL = 16
+"""How many events of an entity are kept one by one."""
+_NUMBERS = 4
 """How many columns of `CompiledView.stored` precede the states."""
 S = TypeVar("S", bound=States)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """N tiles of E entities, or single events as tiles. Entity e has those from ``offsets[e]`` to before ``offsets[e + 1]``, ascending.
+    """N tiles of E entities, and single events as tiles. Entity e has those from ``offsets[e]`` to before ``offsets[e + 1]``, ascending.
 
     Attributes:
         entities: string ``[E]``, distinct.
         offsets: int64 ``[E + 1]``.
         tile: int64 ``[N]``: ``floor(event_time / tile)``.
+        event: int64 ``[N]``: the hash of a single event, 0 of a tile.
         newest: int64 ``[N]``, microseconds: the event time of the tile's newest event.
-        since: int64 ``[N]``, microseconds: from when on a single event counts; of tiles, from when on all events of the entity do.
+        since: int64 ``[N]``, microseconds: from when on a single event counts; of a tile, from when on all events of the entity's tiles do.
         states: what is kept, each of N rows.
     """
 
     entities: pa.Array
     offsets: np.ndarray
     tile: np.ndarray
+    event: np.ndarray
     newest: np.ndarray
     since: np.ndarray
     states: dict[Partial, States]
@@ -67,53 +72,79 @@ class Tiles:
         """``[N]`` with the columns of `CompiledView.stored`."""
         times = [pa.array(values, pa.int64()).cast(TIME) for values in (self.newest, self.since)]
         states = [column for partial in view.partials for column in self.states[partial].to_arrow()]
-        return pa.Table.from_arrays([pa.array(self.tile, pa.int64()), *times, *states], schema=view.stored)
+        numbers = [pa.array(values, pa.int64()) for values in (self.tile, self.event)]
+        return pa.Table.from_arrays([*numbers, *times, *states], schema=view.stored)
 
     @classmethod
     def of_table(cls, view: CompiledView, entities: pa.Array, offsets: np.ndarray, table: pa.Table) -> "Tiles":
         """What `table` gave."""
         columns = [column.combine_chunks() for column in table.columns]
-        tile, newest, since = (np.asarray(column.cast(pa.int64())) for column in columns[:_NUMBERS])
+        tile, event, newest, since = (np.asarray(column.cast(pa.int64())) for column in columns[:_NUMBERS])
         states, first = {}, _NUMBERS
         for partial in view.partials:
             last = first + len(partial.fields(""))
             states[partial] = partial.of_arrow(columns[first:last])
             first = last
-        return cls(entities, offsets, tile, newest, since, states)
+        return cls(entities, offsets, tile, event, newest, since, states)
+
+    def latest(self, among: np.ndarray) -> np.ndarray:
+        """int64 ``[E]``: from when on all tiles and events of an entity that are ``among`` (bool ``[N]``) count; `NEVER` without any."""
+        latest = np.full(len(self.entities), NEVER)
+        np.maximum.at(latest, self.entity[among], self.since[among])
+        return latest
 
 
 def tiles_of_events(view: CompiledView, log: Log) -> Tiles:
     """Every event of a log as a tile of its own, in the order of the log."""
     states = {partial: _of_events(view, log, partial) for partial in view.partials}
-    return Tiles(log.entities, log.offsets, log.event_time // _width(view), log.event_time, log.visible_time, states)
+    hashes = _event_hashes(log)
+    return Tiles(log.entities, log.offsets, log.event_time // _width(view), hashes, log.event_time, log.visible_time, states)
 
 
 def together(view: CompiledView, parts: Sequence[Tiles]) -> Tiles:
-    """The tiles of several, one for each entity and number, without those that no window can reach any more."""
+    """The tiles of several, one for each entity and number, without those that no window can reach any more; the last events one by one."""
     entity = pa.concat_arrays([part.entities.take(pa.array(part.entity)) for part in parts]).dictionary_encode()
     codes, table = np.asarray(entity.indices, np.int64), pa.concat_tables([part.table(view) for part in parts])
-    order = order_by(codes, np.asarray(table.column(TILE)))
+    tile, event, newest, since = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tile", "event", "newest", "since"))
+    single = (event != 0) & (since > _sealed_until(codes, event, since, len(entity.dictionary))[codes])
+    event = np.where(single, event, 0)
+    order = order_by(codes, tile, single.astype(np.int64), np.where(single, newest, 0), event)
     offsets = np.searchsorted(codes[order], np.arange(len(entity.dictionary) + 1))
-    return _merged(view, Tiles.of_table(view, entity.dictionary, offsets, table.take(pa.array(order))))
+    tiles = Tiles.of_table(view, entity.dictionary, offsets, table.take(pa.array(order)))
+    return _merged(view, replace(tiles, event=event[order]))
+
+
+def _sealed_until(codes: np.ndarray, event: np.ndarray, since: np.ndarray, entities: int) -> np.ndarray:
+    """int64 ``[E]``: which events are not kept one by one any more: those that count from then on or earlier.
+
+    It depends on the events alone, not on what was sealed before: more than `TAIL` events are not earlier than the last that was.
+    """
+    sealed = np.full(entities, NEVER)
+    np.maximum.at(sealed, codes[event == 0], since[event == 0])
+    order = order_by(codes, since)
+    offsets = np.searchsorted(codes[order], np.arange(entities + 1))
+    place = offsets[1:] - TAIL - 1
+    there = place >= offsets[:-1]
+    return np.maximum(sealed, np.where(there, np.append(since[order], NEVER)[np.where(there, place, -1)], NEVER))
 
 
 def _merged(view: CompiledView, tiles: Tiles) -> Tiles:
-    """One tile for each entity and number."""
-    entity = tiles.entity
+    """One tile for each entity and number, beside the single events."""
+    entity, single = tiles.entity, tiles.event != 0
     begins = np.ones(len(entity), bool)
-    begins[1:] = (entity[1:] != entity[:-1]) | (tiles.tile[1:] != tiles.tile[:-1])
+    begins[1:] = (entity[1:] != entity[:-1]) | (tiles.tile[1:] != tiles.tile[:-1]) | single[1:]
     start = np.flatnonzero(begins)
     stop = np.append(start[1:], len(begins))[: len(start)]
-    since = np.full(len(tiles.entities), NEVER)
-    np.maximum.at(since, entity, tiles.since)
-    entity, number = entity[start], tiles.tile[start]
-    is_newest = np.ones(len(entity), bool)
-    is_newest[:-1] = entity[1:] != entity[:-1]
-    kept = is_newest | (number > (since[entity] - _longest(view) * SECOND) // _width(view))
+    sealed = tiles.latest(~single)
+    entity, number, single = entity[start], tiles.tile[start], single[start]
+    last = np.full(len(tiles.entities), NEVER)
+    np.maximum.at(last, entity[~single], number[~single])
+    kept = single | (number == last[entity]) | (number > (sealed[entity] - _longest(view) * SECOND) // _width(view))
     newest = np.maximum.reduceat(tiles.newest, start) if len(start) else tiles.newest
+    since = np.where(single, tiles.since[start], sealed[entity])
     offsets = np.searchsorted(entity[kept], np.arange(len(tiles.entities) + 1))
     states = {partial: states.over(start[kept], stop[kept]) for partial, states in tiles.states.items()}
-    return Tiles(tiles.entities, offsets, number[kept], newest[kept], since[entity][kept], states)
+    return Tiles(tiles.entities, offsets, number[kept], tiles.event[start][kept], newest[kept], since[kept], states)
 
 
 def evaluate_tiles(view: CompiledView, source: Log | Tiles, keys: pa.Array, time: np.ndarray, known: np.ndarray) -> Iterator[Values]:
@@ -131,9 +162,7 @@ def evaluate_tiles(view: CompiledView, source: Log | Tiles, keys: pa.Array, time
     # An entity without events has an empty range; the last offset stands in for the place -1.
     first, last = source.offsets[place], source.offsets[np.where(place < 0, -1, place + 1)]
     if isinstance(source, Tiles):
-        rows = Rows(first, last, time, known)
-        for piece in pieces(_visited(view, source, rows), rows=PIECE_ROWS, weight=PIECE_EVENTS):
-            yield _evaluate(view, source, rows.at(piece))
+        yield from _evaluate_stored(view, source, place, Rows(first, last, time, known))
         return
     tiles = source.cached("tiles", lambda: tiles_of_events(view, source))
     all_up_to, none_from = source.counted(first, last, time)
@@ -143,6 +172,31 @@ def evaluate_tiles(view: CompiledView, source: Log | Tiles, keys: pa.Array, time
     visited = np.where(is_range, _visited(view, tiles, rows), none_from - picked_from)
     for piece in pieces(visited, rows=PIECE_ROWS, weight=PIECE_EVENTS):
         yield _evaluate_log(view, source, tiles, rows.at(piece), is_range[piece], picked_from[piece])
+
+
+def _evaluate_stored(view: CompiledView, tiles: Tiles, place: np.ndarray, rows: Rows) -> Iterator[Values]:
+    """The rows' entities stand at ``place``, int64 ``[R]``, -1 where there are none."""
+    single = tiles.event != 0
+    sealed, latest = (np.append(tiles.latest(among), NEVER)[place] for among in (~single, np.ones(len(single), bool)))
+    early, all_count = sealed > rows.time, latest <= rows.time
+    for piece in pieces(_visited(view, tiles, rows), rows=PIECE_ROWS, weight=PIECE_EVENTS):
+        some = rows.at(piece)
+        if all_count[piece].all():
+            yield _evaluate(view, tiles, some)
+        else:
+            yield _evaluate(view, *_pick(tiles, some), early[piece])
+
+
+def _pick(tiles: Tiles, rows: Rows) -> tuple[Tiles, Rows]:
+    """Tiles in which those of each row, and of the single events those that count, are a range."""
+    length = rows.stop - rows.start
+    positions = expand(rows.start, length)
+    counts = (tiles.event[positions] == 0) | (tiles.since[positions] <= np.repeat(rows.time, length))
+    offsets = np.concatenate([[0], np.cumsum(counts)])[np.concatenate([[0], np.cumsum(length)])]
+    chosen = positions[counts]
+    states = {partial: states.over(chosen, chosen + 1) for partial, states in tiles.states.items()}
+    numbers = (values[chosen] for values in (tiles.tile, tiles.event, tiles.newest, tiles.since))
+    return Tiles(pa.array([], pa.string()), offsets, *numbers, states), Rows(offsets[:-1], offsets[1:], rows.time, rows.known)
 
 
 def _evaluate_log(view: CompiledView, log: Log, tiles: Tiles, rows: Rows, is_range: np.ndarray, picked_from: np.ndarray) -> Values:
@@ -155,22 +209,22 @@ def _evaluate_log(view: CompiledView, log: Log, tiles: Tiles, rows: Rows, is_ran
     return interleave(ranges, others, *values)
 
 
-def _evaluate(view: CompiledView, tiles: Tiles, rows: Rows) -> Values:
-    evaluation = _Evaluation(view, tiles, rows)
+def _evaluate(view: CompiledView, tiles: Tiles, rows: Rows, early: np.ndarray | None = None) -> Values:
+    evaluation = _Evaluation(view, tiles, rows, np.zeros(len(rows.time), bool) if early is None else early)
     return [evaluation.feature(feature) for feature in view.view.features]
 
 
 class _Evaluation:
-    """The features of rows whose counted events are those of ranges of tiles."""
+    """The features of rows whose counted events are those of ranges of tiles, except where it is too ``early`` to tell (bool ``[R]``)."""
 
-    def __init__(self, view: CompiledView, tiles: Tiles, rows: Rows) -> None:
+    def __init__(self, view: CompiledView, tiles: Tiles, rows: Rows, early: np.ndarray) -> None:
         self._view, self._tiles, self._rows = view, tiles, rows
         some = rows.stop > rows.start
-        newest, since = (np.append(values, 0)[np.where(some, rows.stop - 1, -1)] for values in (tiles.newest, tiles.since))
+        newest = reduce_ranges(np.maximum, np.append(tiles.newest, 0), rows.start, rows.stop)
         status = np.full(len(some), ValueStatus.PRESENT, np.uint8)
         if view.view.ttl is not None:
             status[some & (rows.time - newest > view.view.ttl * SECOND)] = ValueStatus.EXPIRED
-        status[some & (since > rows.time)] = ValueStatus.ERROR
+        status[early] = ValueStatus.ERROR
         status[~rows.known] = ValueStatus.MISSING
         self._additive, self._status = status, np.where(some, status, np.uint8(ValueStatus.MISSING))
         self._merged: dict[tuple[Partial, int | None], States] = {}
@@ -246,7 +300,8 @@ def _one_each(there: np.ndarray) -> np.ndarray:
 def _event_hashes(log: Log) -> np.ndarray:
     """int64 ``[N]``: of what tells an event from the others of its entity, the same in every log that has it."""
     place = hash64(pa.array(log.integers(INGEST_SEQ), pa.int64()), _EVENT_SEED).view(np.int64)
-    return hash64(pa.array(place ^ log.event_time, pa.int64()), _EVENT_SEED).view(np.int64)
+    hashes = hash64(pa.array(place ^ log.event_time, pa.int64()), _EVENT_SEED).view(np.int64)
+    return np.where(hashes == 0, 1, hashes)  # 0 stands for a tile
 
 
 def _window(view: CompiledView, tiles: Tiles, rows: Rows, seconds: int) -> np.ndarray:

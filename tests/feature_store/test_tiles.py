@@ -5,7 +5,7 @@ import copy
 import random
 import uuid
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +102,31 @@ def test_online_is_offline_from_the_last_event_on(world: Callable[..., Any], sto
         same(OnlineReader(repo(), store).read(service, spine), OfflineReader(repo(), w.tables).read(service, spine))
 
 
-def test_earlier_times_are_errors_and_never_wrong(world: Callable[..., Any]) -> None:
+def known_from(w: Any, key: str) -> dict[str, datetime]:
+    """From when on all events of each entity count, but for the last `tiles.TAIL` of them."""
+    counts: dict[str, list[datetime]] = {}
+    for row in w.tables["interactions"].to_pylist():
+        if row[key] is not None:
+            counts.setdefault(row[key], []).append(max(row["event_time"], row["available_time"]))
+    return {entity: sorted(times)[-tiles.TAIL - 1] for entity, times in counts.items() if len(times) > tiles.TAIL}
+
+
+@pytest.mark.parametrize("tail", [0, 3, 16, 1000])
+def test_earlier_times_are_right_or_errors(world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tail: int) -> None:
+    """From the moment on when all but the newest events count the answer is exact, though the newest lie in the future of the question."""
+    monkeypatch.setattr(tiles, "TAIL", tail)
     w, store = world(13, late=0.3), MemoryStore()
     materialize(repo(), w.tables, store)
-    spine = w.spine("item", 2000)
-    online, offline = (reader.read("item", spine).to_pylist() for reader in (OnlineReader(repo(), store), OfflineReader(repo(), w.tables)))
-    events = [row for row in w.tables["interactions"].to_pylist() if row["item_id"] is not None]
-    since = {row["item_id"]: w.at(-1000) for row in events}
-    for row in events:
-        since[row["item_id"]] = max(since[row["item_id"]], row["event_time"], row["available_time"])
-    errors = 0
-    for row, expected in zip(online, offline, strict=True):
-        if row["request_time"] is not None and row["item_id"] in since and row["request_time"] < since[row["item_id"]]:
-            assert (row["i_amount"], row["i_amount__status"], row["i_users__status"]) == (None, ValueStatus.ERROR, ValueStatus.ERROR)
-            errors += 1
-        else:
-            assert row == expected
-    assert 0 < errors < len(online)
+    for service, key, feature in (("item", "item_id", "i_amount"), ("user", "user_id", "t_amount")):
+        spine, since, errors = w.spine(service, 1000), known_from(w, key), 0
+        online, offline = (r.read(service, spine).to_pylist() for r in (OnlineReader(repo(), store), OfflineReader(repo(), w.tables)))
+        for row, expected in zip(online, offline, strict=True):
+            if row["request_time"] is not None and row[key] in since and row["request_time"] < since[row[key]]:
+                assert (row[feature], row[f"{feature}__status"]) == (None, ValueStatus.ERROR)
+                errors += 1
+            else:
+                assert row == expected
+        assert errors < len(online) and (errors > 0) == (tail < 1000)
 
 
 def test_pieces_do_not_change_the_result(world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +139,11 @@ def test_pieces_do_not_change_the_result(world: Callable[..., Any], monkeypatch:
     assert OfflineReader(repo(), w.tables).read("user", spine).equals(expected)
 
 
-@pytest.mark.parametrize("overlap", [0, 50])
-def test_step_by_step_equals_at_once(world: Callable[..., Any], store: OnlineStore, overlap: int) -> None:
+@pytest.mark.parametrize(("overlap", "tail"), [(0, 16), (50, 0), (50, 5)])
+def test_step_by_step_equals_at_once(
+    world: Callable[..., Any], store: OnlineStore, monkeypatch: pytest.MonkeyPatch, overlap: int, tail: int
+) -> None:
+    monkeypatch.setattr(tiles, "TAIL", tail)
     w = world(15, late=0.5)
     for seq in (0, 7, 150, 150, 399, 400, 400):
         materialize(repo(), up_to(w, seq), store, overlap=overlap)
@@ -219,7 +230,7 @@ def test_state_does_not_grow_with_events(world: Callable[..., Any]) -> None:
                 held = unpack([value], view.stored)[0].num_rows
                 longest = max(feature.window for feature in view.view.features)  # type: ignore[union-attr, type-var]
                 assert view.view.tile is not None and longest is not None
-                assert 1 < held <= -(-longest // view.view.tile) + 1
+                assert 1 < held <= -(-longest // view.view.tile) + 1 + tiles.TAIL
                 sizes[count, view.view.name] = len(value)
             (events,) = snapshot.multi_get({"activity": ["u"]})["activity"]
             assert events is not None
@@ -227,10 +238,11 @@ def test_state_does_not_grow_with_events(world: Callable[..., Any]) -> None:
     assert sizes[100_000, "activity"] > 4.9 * sizes[20_000, "activity"]
     assert sizes[100_000, "tiled_expiring"] < 1.05 * sizes[20_000, "tiled_expiring"]
     # Of each tile: a sample of 1024 and one of 16 (two numbers of 9 bytes each), a code for each item, and what does not grow.
-    assert sizes[100_000, "tiled"] < 11 * (18 * (1024 + 16) + 9 * 50 + 1000)
+    assert sizes[100_000, "tiled"] < 11 * (18 * (1024 + 16) + 9 * 50 + 1000) + tiles.TAIL * 500
 
 
-def test_a_late_event_changes_its_own_tile(world: Callable[..., Any]) -> None:
+def test_a_late_event_changes_its_own_tile(world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "TAIL", 0)
     w = world()
     view = compile_view(repo(), "tiled")
     times = [(10.0, 10.0), (40.0, 40.0), (100.0, 100.0), (41.0, 110.0), (200.0, 200.0), (35.0, 201.0)]
