@@ -46,8 +46,8 @@ SCHEMA = DatasetSchema(
     ),
     items=ItemsSchema(),
 )
-"""Impressions as interactions. An impression happened at its request and came to be known when its window closed. (A split of a data set adds
-a column `position` of its own.)"""
+"""Impressions as interactions. An impression happened at its request and came to be known when its window closed. (A split of a data set
+adds a column `position` of its own.)"""
 
 _FIXED = tuple(column for column in SCHEMA.interactions.features.columns if column.name in (USER, ITEM, EVENT_TIME, AVAILABLE_TIME))
 _VALUES = tuple(Column(name=value.source_name, kind=value.kind, dtype=value.dtype) for value in SCHEMA.interactions.values)
