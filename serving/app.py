@@ -3,7 +3,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -12,9 +12,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from recsys.core.deadline import RejectReason
+from recsys.decisions.log import DecisionLog
 from recsys.inference.request import InvalidRequest
 from recsys.registry import Location
-from serving.engine import Engine, RegistrySource, Rejected
+from serving.decided import Decided
+from serving.engine import Engine, Hosting, RegistrySource, Rejected
 from serving.lifecycle import drain_on_sigterm
 from serving.metrics import Metrics
 from serving.observing import Observe
@@ -30,8 +32,8 @@ ROUTES = (recommend.routes, rank.routes, probes.routes)
 _SHOWN = 200
 
 
-def create_app(engine: Engine, settings: Settings) -> FastAPI:
-    """The application around an engine, which it starts and stops."""
+def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None]) -> FastAPI:
+    """The application around an engine, which it starts and stops; ``closing`` is called when the engine has stopped."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -39,6 +41,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         drain_on_sigterm(engine, settings.grace_seconds)
         yield
         await asyncio.to_thread(engine.stop)
+        for close in closing:
+            await asyncio.to_thread(close)
 
     app = FastAPI(title="recsys", version="1", lifespan=lifespan)
     app.add_middleware(Observe, metrics=engine.metrics)
@@ -52,8 +56,12 @@ def from_environment() -> FastAPI:
     """The application of a server or of one of its workers, whose settings are in the environment."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s %(levelname)s %(message)s")
     settings = Settings.from_environment()
-    source = RegistrySource(settings.model, Location.under(settings.home), settings.remembered_users)
-    return create_app(Engine(source, settings), settings)
+    hosting = Hosting(settings.mmap, settings.quantize, settings.compile, settings.remembered_users)
+    source = RegistrySource(settings.model, Location.under(settings.home), hosting)
+    if settings.decisions is None:
+        return create_app(Engine(source, settings), settings)
+    decided = Decided(DecisionLog(settings.decisions, share=settings.decision_share))
+    return create_app(Engine(source, settings, on_answer=decided), settings, decided.close)
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:

@@ -9,7 +9,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -27,6 +27,12 @@ class Settings(Config):
     host: str = Field("127.0.0.1", description="the address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="the port to listen on")
     workers: int = Field(1, ge=1, description="processes that share the port")
+
+    mmap: bool = Field(True, description="whether what is only read of a bundle is mapped, so that processes of a host share it")
+    quantize: Literal["int8"] | None = Field(None, description="int8 keeps the ranker's tables in a quarter of the memory")
+    compile: bool = Field(False, description="whether the ranker is compiled for this host, half a minute for each new bundle")
+    decisions: Path | None = Field(None, description="the folder of the decision log; none is written by default")
+    decision_share: float = Field(0.01, ge=0, le=1, description="of requests whose features and candidates are logged, too")
 
     max_batch_rows: int = Field(2048, ge=1, description="candidates of all requests of a batch together")
     max_delay_ms: float = Field(2.0, ge=0, description="how long the first request of a batch waits for others")

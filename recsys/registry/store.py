@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from recsys.core.errors import RegistryError
 from recsys.registry.artifacts import Artifacts
@@ -70,8 +70,8 @@ class Store:
         found = self.version(model, version)
         return self.artifacts.get(found.source, self._sha256(model, found))
 
-    def load(self, uri: str) -> tuple["Bundle", int]:
-        """The bundle of an address, verified against the log, and its version.
+    def load(self, uri: str, *, mmap: bool = False, quantize: Literal["int8"] | None = None) -> tuple["Bundle", int]:
+        """The bundle of an address, verified against the log, and its version; for the options see `recsys.bundle.bundle.Bundle.load`.
 
         Raises:
             RegistryError: see `resolve`; or the artifact is not the one that was registered.
@@ -80,7 +80,7 @@ class Store:
         from recsys.bundle.bundle import Bundle
 
         model, version, expected = self.resolve(uri)
-        bundle = Bundle.load(self.download(model, version))
+        bundle = Bundle.load(self.download(model, version), mmap=mmap, quantize=quantize)
         if bundle.manifest.sha256 != expected:
             raise RegistryError(f"{uri}: version {version} has sha256 {bundle.manifest.sha256}, but {expected} was registered: refused")
         return bundle, version

@@ -26,7 +26,20 @@ their own.
 
 from serving.engine.engine import Engine
 from serving.engine.loaded import Loaded
-from serving.engine.source import RegistrySource, Source, Target
+from serving.engine.source import Hosting, RegistrySource, Source, Target
 from serving.engine.work import FLAGS, Answer, FeatureAges, Rejected, Served, Work
 
-__all__ = ["FLAGS", "Answer", "Engine", "FeatureAges", "Loaded", "RegistrySource", "Rejected", "Served", "Source", "Target", "Work"]
+__all__ = [
+    "FLAGS",
+    "Answer",
+    "Engine",
+    "FeatureAges",
+    "Hosting",
+    "Loaded",
+    "RegistrySource",
+    "Rejected",
+    "Served",
+    "Source",
+    "Target",
+    "Work",
+]

@@ -20,7 +20,7 @@ from recsys.inference.recommender import Candidates, Ranked, Users
 from serving.engine.candidates import CandidateCache, key_of, list_of, scored, take_users, together
 from serving.engine.entry import Entry
 from serving.engine.explaining import Explainer, Explanation
-from serving.engine.finishing import Finisher, Trace
+from serving.engine.finishing import Finisher
 from serving.engine.ladder import flagged
 from serving.engine.loaded import Loaded
 from serving.engine.reading import Reads
@@ -171,7 +171,7 @@ class Batch:
             self._tools.finisher.fall_back(entry)
             return
         request, finisher = entry.work.request, self._tools.finisher
-        trace = Trace.of(users, ranked, b, entry.rows)
+        trace = finisher.trace(entry, users, ranked, b)
         began = time.monotonic()
         response = self._recommender.respond(replace(request, explain=False), b, users, ranked)
         _note([entry], "respond", time.monotonic() - began)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
-import pyarrow as pa
 
-from recsys.inference.recommender import Ranked, Users
+from recsys.inference.recommender import Candidates, Ranked, Users
 from serving.engine import ladder
+from serving.engine.candidates import take_users
 from serving.engine.entry import Entry
 from serving.engine.hook import Hook
 from serving.engine.work import Answer, Served
@@ -20,26 +20,8 @@ from serving.metrics import Metrics
 class Trace:
     """What one request's list was made of; see `Served`."""
 
-    user: pa.Table
-    rows: np.ndarray
-    log_probability: np.ndarray
-    probability: np.ndarray
-    score: np.ndarray
-    items: pa.Table
-
-    @classmethod
-    def of(cls, users: Users, ranked: Ranked, b: int, width: int) -> "Trace":
-        """That of request ``b``, which has ``width`` candidates."""
-        rows = ranked.candidates.rows
-        before = int(np.count_nonzero(rows[:b] >= 0))
-        return cls(
-            user=users.table.slice(b, 1),
-            rows=rows[b, :width],
-            log_probability=ranked.candidates.log_probability[b, :width],
-            probability=ranked.probability[b, :width],
-            score=ranked.score[b, :width],
-            items=ranked.items.slice(before, int(np.count_nonzero(rows[b] >= 0))),
-        )
+    users: Users
+    ranked: Ranked
 
 
 class Finisher:
@@ -52,6 +34,17 @@ class Finisher:
 
     def __init__(self, metrics: Metrics, hook: Hook | None) -> None:
         self._metrics, self._hook = metrics, hook
+
+    def trace(self, entry: Entry, users: Users, ranked: Ranked, b: int) -> Trace | None:
+        """What the list of request ``b`` of a batch is made of; None where nobody is told."""
+        if self._hook is None:
+            return None
+        rows, one, width = ranked.candidates.rows, slice(b, b + 1), entry.rows
+        before, own = int(np.count_nonzero(rows[:b] >= 0)), int(np.count_nonzero(rows[b] >= 0))
+        candidates = Candidates(rows[one, :width], ranked.candidates.log_probability[one, :width])
+        items = ranked.items.slice(before, own)
+        alone = Ranked(candidates, items, ranked.probability[one, :width], ranked.score[one, :width])
+        return Trace(take_users(entry.loaded.recommender, users, [b]), alone)
 
     def answer(self, entry: Entry, answer: Answer, trace: Trace | None = None) -> None:
         """Answer a request, unless it has been answered."""
@@ -74,21 +67,16 @@ class Finisher:
 
 
 def _served(entry: Entry, answer: Answer, trace: Trace | None) -> Served:
-    rows, log_probability = (None, None) if entry.known.candidates is None else entry.known.candidates
     return Served(
         request_id=entry.work.request_id,
         time=datetime.now(UTC),
         request=entry.work.request,
         deadline=entry.work.deadline,
         loaded=answer.loaded,
-        user=None if trace is None else trace.user,
-        rows=rows if trace is None else trace.rows,
-        log_probability=log_probability if trace is None else trace.log_probability,
-        probability=None if trace is None else trace.probability,
-        score=None if trace is None else trace.score,
-        items=None if trace is None else trace.items,
+        users=None if trace is None else trace.users,
+        ranked=None if trace is None else trace.ranked,
         response=answer.response,
         flags=answer.response.flags,
         stages=answer.stages,
-        ranked=entry.item_rows is not None,
+        given=entry.item_rows is not None,
     )

@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where bundles come from: which one ought to answer, asked often, and how it is loaded."""
 
+import logging
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import islice
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
+
+import pyarrow as pa
 
 from feature_store.definitions import FeatureRepo
 from feature_store.online import OnlineReader, OnlineStore, SQLiteStore
 from recsys.core.config import parse
 from recsys.core.errors import RegistryError
+from recsys.core.schema import TIME
+from recsys.inference.compiled import compile_ranker
 from recsys.inference.frame import USER_SERVICE
 from recsys.ranking.mixers import fold_mixing
 from recsys.registry import Location, Registry
 from serving.engine.loaded import Loaded
+from serving.engine.verify import NOBODY
+
+log = logging.getLogger("serving")
 
 _SAMPLE = 3
 _FOLLOWED = re.compile(r"^models:/(?P<model>[^/@]+)@champion$")
@@ -53,17 +63,37 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Hosting:
+    """How a process keeps the bundles that it serves.
+
+    Attributes:
+        mmap: see `recsys.bundle.bundle.Bundle.load`.
+        quantize: likewise.
+        compile: whether a compiled ranker answers, where it agrees with the bundle's (`Recommender.adopt`).
+        remembered_users: see `Loaded.of`.
+    """
+
+    mmap: bool = False
+    quantize: Literal["int8"] | None = None
+    compile: bool = False
+    remembered_users: int = 10_000
+
+
+_PLAIN = Hosting()
+
+
 class RegistrySource:
     """Bundles of a registry: of the champion, the promotion log is followed; any other address is what it was at first.
 
     Args:
         uri: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
         location: of the registry.
-        remembered_users: see `Loaded.of`.
+        hosting: how bundles are kept here.
     """
 
-    def __init__(self, uri: str, location: Location, remembered_users: int = 10_000) -> None:
-        self._uri, self._location, self._remembered_users = uri, location, remembered_users
+    def __init__(self, uri: str, location: Location, hosting: Hosting = _PLAIN) -> None:
+        self._uri, self._location, self._hosting = uri, location, hosting
         self._registry: Registry | None = None
         self._fixed: Target | None = None
 
@@ -80,27 +110,43 @@ class RegistrySource:
 
     def load(self, target: Target) -> Loaded:
         """See `Source.load`. Mixing matrices that depend on parameters alone are computed here, once."""
-        bundle, version = self._opened().load(f"models:/{target.name}/{target.version}")
+        address, hosting = f"models:/{target.name}/{target.version}", self._hosting
+        bundle, version = self._opened().load(address, mmap=hosting.mmap, quantize=hosting.quantize)
         if bundle.manifest.sha256 != target.sha256:
             raise RegistryError(f"{self._uri}: version {version} has sha256 {bundle.manifest.sha256}, expected {target.sha256}: refused")
         fold_mixing(bundle.ranker)
         repo = parse(FeatureRepo, bundle.features, source="features.json")
         store = SQLiteStore.open(self._location.online_store(bundle.manifest.feature_versions))
-        return Loaded.of(
+        loaded = Loaded.of(
             bundle,
             OnlineReader(repo, store),
             name=target.name,
             version=version,
             sample=_some_users(repo, store),
-            remembered_users=self._remembered_users,
+            remembered_users=hosting.remembered_users,
             close=store.close,
         )
+        if hosting.compile:
+            _compile(loaded, self._location.compiled / bundle.manifest.sha256)
+        return loaded
 
     def _opened(self) -> Registry:
         """The registry, opened when it is there."""
         if self._registry is None:
             self._registry = Registry(self._location)
         return self._registry
+
+
+def _compile(loaded: Loaded, cache: Path) -> None:
+    """Let a compiled ranker answer, if there is one and it agrees with the bundle's on the lists of some users."""
+    compiled = compile_ranker(loaded.recommender.bundle, cache)
+    if compiled is None:
+        return
+    asked = loaded.sample or (NOBODY,)
+    users = loaded.recommender.users(asked, pa.array([datetime.now(UTC)] * len(asked), TIME))
+    parity = loaded.recommender.adopt(compiled, users)
+    loaded.remembered.ranker = loaded.recommender.ranker
+    log.info("%s version %d: compiled ranker: %s", loaded.name, loaded.version, parity.reason or "in use")
 
 
 def _some_users(repo: FeatureRepo, store: OnlineStore) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from serving.engine.loaded import Loaded
 from serving.engine.pace import Pace
 from serving.engine.source import Source, Target
-from serving.engine.verify import check_golden, warm_up
+from serving.engine.verify import check_answers, warm_up
 from serving.metrics import Metrics
 
 log = logging.getLogger("serving")
@@ -67,7 +67,7 @@ class Slots:
                 loaded = load()
                 seen = warm_up(loaded, self._most_rows)
                 recent = () if self.loaded is None else self.loaded.memory.newest(_RECENT_USERS)
-                check_golden(loaded, recent)
+                check_answers(loaded, recent)
             except Exception as error:
                 self.problem = f"{type(error).__name__}: {error}"
                 self._metrics.swaps.labels("failed").inc()

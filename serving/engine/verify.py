@@ -10,13 +10,14 @@ import pyarrow as pa
 
 from recsys.core.errors import BundleError
 from recsys.core.schema import TIME
+from recsys.inference import golden
 from recsys.inference.request import Request, Response
 from serving.engine.loaded import Loaded
 
 NOBODY = "nobody in particular"
 """A user without a history, whom every bundle must have a list for."""
 
-_GOLDEN_K = 10
+_K = 10
 
 
 def warm_up(loaded: Loaded, most_rows: int) -> list[tuple[int, float]]:
@@ -33,18 +34,22 @@ def warm_up(loaded: Loaded, most_rows: int) -> list[tuple[int, float]]:
         began = time.monotonic()
         _answer(loaded, request, size)
         seen.append((size * rows, time.monotonic() - began))
-    _answer(loaded, _ask(request.user_id, k=_GOLDEN_K, explain=True), 1)
+    _answer(loaded, _ask(request.user_id, k=_K, explain=True), 1)
     return seen
 
 
-def check_golden(loaded: Loaded, users: Sequence[str] = ()) -> None:
-    """Ask for lists of one user without a history, of the bundle's sample, and of further users, such as those that came last.
+def check_answers(loaded: Loaded, users: Sequence[str] = ()) -> None:
+    """Answer the requests of which the bundle has recorded answers (`recsys.inference.golden`), and then some others.
+
+    These are of one user without a history, of the bundle's sample, and of further users, such as those that came last.
 
     Raises:
-        BundleError: a list is empty, holds an item that is not live or not finite, or is not sorted; names the user.
+        BundleError: a recorded request is answered otherwise here; or a list is empty, holds an item that is not live or not finite, or is
+            not sorted; names the user.
     """
+    golden.check(loaded.recommender)
     for user in dict.fromkeys((NOBODY, *loaded.sample, *users)):
-        if problem := _problem(loaded, _answer(loaded, _ask(user, k=_GOLDEN_K), 1)):
+        if problem := _problem(loaded, _answer(loaded, _ask(user, k=_K), 1)):
             raise BundleError(f"{loaded.name} version {loaded.version}: the list of user {user!r} {problem}: refused")
 
 

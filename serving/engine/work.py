@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
 
-import numpy as np
-import pyarrow as pa
-
 from recsys.core.deadline import Deadline, RejectReason
+from recsys.inference.recommender import Ranked, Users
 from recsys.inference.request import Request, Response
 from serving.engine.loaded import Loaded
 
@@ -104,8 +102,7 @@ class Answer:
 class Served:
     """The trace of one answer, for a log of decisions.
 
-    What a degraded answer did not come to is None: ``user`` and the candidates for a popular list, ``items`` and the ranker's figures for a
-    list of the retriever alone.
+    Of an answer that was not ranked, such as a popular list, ``users`` and ``ranked`` are None.
 
     Attributes:
         request_id: see `Work`.
@@ -113,16 +110,12 @@ class Served:
         request: see `Work`.
         deadline: see `Work`.
         loaded: the bundle.
-        user: one row of user features with their statuses, as the models read them.
-        rows: int64 ``[C]``, catalogue rows of the candidates.
-        log_probability: float32 ``[C]``, the retriever's.
-        probability: float32 ``[C]``, the ranker's.
-        score: float32 ``[C]``.
-        items: the candidates' rows of item features, ``[C]``.
+        users: the user, with the features that the models read, in one row.
+        ranked: the candidates, their item features and both models' opinions, in one row.
         response: what was answered.
         flags: of the response.
         stages: see `Answer`.
-        ranked: whether the caller gave the candidates (``/v1/rank``).
+        given: whether the caller gave the candidates (``/v1/rank``).
     """
 
     request_id: str
@@ -130,13 +123,9 @@ class Served:
     request: Request
     deadline: Deadline
     loaded: Loaded
-    user: pa.Table | None
-    rows: np.ndarray | None
-    log_probability: np.ndarray | None
-    probability: np.ndarray | None
-    score: np.ndarray | None
-    items: pa.Table | None
+    users: Users | None
+    ranked: Ranked | None
     response: Response
     flags: tuple[str, ...]
     stages: Mapping[str, float]
-    ranked: bool
+    given: bool

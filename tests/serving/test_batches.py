@@ -217,12 +217,12 @@ def test_the_hook_is_told_of_what_was_served(load: Load) -> None:
     for each, answer in zip(asked, answers, strict=True):
         served, recommender = by_id[each.request_id], answer.loaded.recommender
         assert served.response == answer.response and served.loaded is answer.loaded and served.request == each.request
-        assert served.ranked == (each.item_ids is not None) and served.deadline == each.deadline
-        assert served.user is not None and served.user.column("user_id").to_pylist() == [each.request.user_id]
-        assert served.items is not None and served.rows is not None and served.score is not None
-        ids = recommender.view.take(served.rows).to_pylist()
-        assert served.items.column("item_id").to_pylist() == ids and set(served.items.column("request_time").to_pylist()) == {NOW}
-        scores = dict(zip(ids, served.score.tolist(), strict=True))
+        assert served.given == (each.item_ids is not None) and served.deadline == each.deadline
+        assert served.users is not None and served.users.table.column("user_id").to_pylist() == [each.request.user_id]
+        assert served.ranked is not None
+        ids, items = recommender.view.take(served.ranked.candidates.rows[0]).to_pylist(), served.ranked.items
+        assert items.column("item_id").to_pylist() == ids and set(items.column("request_time").to_pylist()) == {NOW}
+        scores = dict(zip(ids, served.ranked.score[0].tolist(), strict=True))
         assert all(scores[item.item_id] == item.score for item in served.response.items)
         assert {"queue", "features", "retrieve", "items", "rank", "respond"} <= served.stages.keys() | {"retrieve"}
 

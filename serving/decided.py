@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the engine answers to the decision log."""
+
+from recsys.decisions.decision import RequestKind, decision_of, evidence_of
+from recsys.decisions.log import DecisionLog
+from serving.engine import Served
+
+
+class Decided:
+    """Writes every answer down; told by the engine, on a thread of its own.
+
+    Args:
+        log: takes the decisions.
+    """
+
+    def __init__(self, log: DecisionLog) -> None:
+        self.log = log
+
+    def __call__(self, served: Served) -> None:
+        """Offer one answer's decision; with its evidence, if it was ranked and the log keeps it."""
+        recommender, evidence = served.loaded.recommender, None
+        kind: RequestKind = "rank" if served.given else "recommend"
+        if served.users is not None and served.ranked is not None and self.log.keeps_evidence(served.request_id):
+            evidence = evidence_of(recommender, served.users, served.ranked, 0, kind=kind)
+        decision = decision_of(
+            recommender,
+            served.request,
+            served.response,
+            evidence,
+            request_id=served.request_id,
+            kind=kind,
+            version=served.loaded.version,
+        )
+        self.log.offer(decision)
+
+    def close(self) -> None:
+        """Write what waits."""
+        self.log.close()
