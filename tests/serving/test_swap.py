@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from recsys.core.errors import BundleError, RecsysError
 from recsys.registry import Location, Registry
 from serving.engine import Answer, Engine, Loaded, RegistrySource
-from serving.engine.verify import check_golden, warm_up
+from serving.engine.verify import check_answers, warm_up
 from tests.serving.support import KNOWN, Switch, one, running, wait_until, work
 
 Load = Callable[..., Loaded]
@@ -138,7 +138,7 @@ def test_a_bundle_whose_lists_make_no_sense_is_refused(load: Load, monkeypatch: 
         return loaded
 
     with pytest.raises(BundleError, match=message):
-        check_golden(broken())
+        check_answers(broken())
     source = Switch(v1=load, v2=broken)
     with running(source) as engine:
         source.wanted = 2
