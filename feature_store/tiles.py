@@ -125,7 +125,7 @@ def _sealed_until(codes: np.ndarray, event: np.ndarray, since: np.ndarray, entit
     offsets = np.searchsorted(codes[order], np.arange(entities + 1))
     place = offsets[1:] - TAIL - 1
     there = place >= offsets[:-1]
-    return np.asarray(np.maximum(sealed, np.where(there, np.append(since[order], NEVER)[np.where(there, place, -1)], NEVER)))
+    return np.asarray(np.maximum(sealed, np.append(since[order], NEVER)[np.where(there, place, -1)]))
 
 
 def _merged(view: CompiledView, tiles: Tiles) -> Tiles:
@@ -193,9 +193,9 @@ def _pick(tiles: Tiles, rows: Rows) -> tuple[Tiles, Rows]:
     positions = expand(rows.start, length)
     counts = (tiles.event[positions] == 0) | (tiles.since[positions] <= np.repeat(rows.time, length))
     offsets = np.concatenate([[0], np.cumsum(counts)])[np.concatenate([[0], np.cumsum(length)])]
-    chosen = positions[counts]
-    states = {partial: states.over(chosen, chosen + 1) for partial, states in tiles.states.items()}
-    tile, event, newest, since = (values[chosen] for values in (tiles.tile, tiles.event, tiles.newest, tiles.since))
+    kept = positions[counts]
+    states = {partial: states.over(kept, kept + 1) for partial, states in tiles.states.items()}
+    tile, event, newest, since = (values[kept] for values in (tiles.tile, tiles.event, tiles.newest, tiles.since))
     picked = Tiles(pa.array([], pa.string()), offsets, tile, event, newest, since, states)
     return picked, Rows(offsets[:-1], offsets[1:], rows.time, rows.known)
 
