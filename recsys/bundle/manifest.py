@@ -18,7 +18,7 @@ from recsys.core.errors import BundleError
 from recsys.core.files import read_json, sha256_file, sha256_json, write_json
 
 MANIFEST = "manifest.json"
-_PARTS = (
+PARTS = (
     "features.json",
     "settings.json",
     "calibration.json",
@@ -173,5 +173,5 @@ def _check_files(directory: Path, files: Mapping[str, FileEntry]) -> None:
 
 
 def _check_parts(directory: Path, names: Collection[str]) -> None:
-    if lacking := [name for name in _PARTS if name not in names]:
+    if lacking := [name for name in PARTS if name not in names]:
         raise BundleError(f"{directory}: {lacking[0]} is absent: {MANIFEST} does not list it")

@@ -74,6 +74,9 @@ def collect(store: Store, keep: int, *, dry_run: bool = False, actor: str | None
     if keep < 1:
         raise RegistryError(f"keep: expected at least 1, since the last version may not have been judged yet; got {keep}")
     models = [_divide(store, name, keep) for name in store.models()]
+    for model in models:
+        if not dry_run:
+            store.project(model.name)  # an alias that a crash left behind the log
     needed = _needed(store, models)
     sources = set(needed.sources)
     for model in models:

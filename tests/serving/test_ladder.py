@@ -15,7 +15,7 @@ from serving.engine import Answer, Engine, Loaded
 from tests.serving.support import KNOWN, Faulty, Switch, one, running, together, wait_until, work
 
 Load = Callable[..., Loaded]
-SECONDS = 0.4
+SECONDS = 1.2  # more than a batch takes on a busy machine
 
 
 def swapped(table: pa.Table) -> pa.Table:
@@ -23,7 +23,7 @@ def swapped(table: pa.Table) -> pa.Table:
 
 
 FAULTS: dict[str, dict[str, Any]] = {
-    "slow": {"delay": 2.0},
+    "slow": {"delay": 4.0},
     "failing": {"error": FeatureStoreError("the store is gone")},
     "broken": {"error": ZeroDivisionError()},
     "no rows": {"garbage": lambda table: table.slice(0, 0)},

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recsys.bundle.manifest import MANIFEST, Manifest, hash_files
+from recsys.bundle.manifest import MANIFEST, PARTS, Manifest, hash_files
+from recsys.bundle.signature import Signature
 from recsys.core.files import write_json
 from recsys.registry import AgainstChampion, Bound, Event, Evidence, Gate, GateResult, Registry
 from recsys.training.tracking import start_run
@@ -19,8 +20,9 @@ WORSE = {"ndcg": {"estimate": -0.1, "low": -0.15, "high": -0.05}}
 
 def write_bundle(directory: Path, *, auc: float = 0.7, features: str = "f", gates: tuple[Gate, ...] = (GATE, NOT_WORSE)) -> Manifest:
     """A directory that `verify` accepts."""
-    (directory / "ranker").mkdir(parents=True)
-    (directory / "ranker" / "model.safetensors").write_bytes(bytes(1000))
+    for name in PARTS:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(bytes(100))
     write_json(directory / "metrics.json", {"auc": auc})
     manifest = Manifest(
         name="m",
@@ -29,6 +31,8 @@ def write_bundle(directory: Path, *, auc: float = 0.7, features: str = "f", gate
         data_snapshot="d",
         feature_versions={"user": features},
         encoder="e",
+        tokenizer=None,
+        signature=Signature(tasks=("like",), services={"user": "user_id"}, request={}, item_id="string"),
         seed=0,
         environment={},
         recipe={"gates": [gate.model_dump() for gate in gates]},

@@ -64,6 +64,15 @@ def files(location: Location) -> set[str]:
     return {name for name in found if "/gates" not in name}
 
 
+def test_an_alias_that_a_crash_left_behind_the_log_is_written_again(stocked: Registry) -> None:
+    stocked._client.set_registered_model_alias("m", "champion", "2")
+    list(collect(stocked, keep=VERSIONS, dry_run=True))
+    with pytest.raises(RegistryError, match="the promotion log says 5"):
+        stocked.resolve("models:/m@champion")
+    list(collect(stocked, keep=VERSIONS))
+    assert stocked.resolve("models:/m@champion")[1] == 5
+
+
 def test_what_is_in_use_stays_with_all_that_it_needs(stocked: Registry) -> None:
     location, before = stocked.location, [event.id for event in stocked.log.events("m")]
     sha = {number: stocked.sha256("m", number) for number in kept(stocked)}
