@@ -54,7 +54,8 @@ def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None])
 
 def from_environment() -> FastAPI:
     """The application of a server or of one of its workers, whose settings are in the environment."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s %(levelname)s %(message)s")
+    # Libraries may have set handlers when they were imported; ours replace them.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s %(levelname)s %(message)s", force=True)
     settings = Settings.from_environment()
     hosting = Hosting(settings.mmap, settings.quantize, settings.compile, settings.remembered_users)
     source = RegistrySource(settings.model, Location.under(settings.home), hosting)

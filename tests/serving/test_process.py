@@ -45,7 +45,7 @@ def status(address: str, path: str = "/readyz") -> int:
 
 
 def test_sigterm_is_unready_then_drained_then_status_zero(tiny_run: Any, tmp_path: Path) -> None:
-    with process(tiny_run.home, tmp_path / "log", "--grace-seconds", "3", "--recommend-deadline-ms", "10000") as (server, address):
+    with process(tiny_run.home, tmp_path / "log", "--grace-seconds", "6", "--recommend-deadline-ms", "10000") as (server, address):
         wait_until(lambda: status(address) == 200, 180)
         codes: list[int] = []
         stopped = threading.Event()
@@ -60,7 +60,7 @@ def test_sigterm_is_unready_then_drained_then_status_zero(tiny_run: Any, tmp_pat
             client.start()
         wait_until(lambda: len(codes) > 10)
         server.send_signal(signal.SIGTERM)
-        wait_until(lambda: status(address) == 503, 2)
+        wait_until(lambda: status(address) == 503, 5)
         assert status(address, "/livez") == 200
         before = len(codes)
         wait_until(lambda: len(codes) > before + 5, 10)
