@@ -4,19 +4,18 @@
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pipelines.recipe import Recipe
-from pipelines.training import CHUNK, CURVE, ENCODER, JOB, WEIGHTS, Validation, fit_ranker
+from pipelines.steps import ranking, retrieving
+from pipelines.training import CURVE, JOB, WEIGHTS, Job
 from recsys.core.config import validate
-from recsys.core.files import read_json, write_json
-from recsys.data.encode import Encoder
-from recsys.data.loader import TableLoader
+from recsys.core.files import new_file, read_json, write_json
 from recsys.embedding.sharding import full_state
 from recsys.training.launch import Attempts, join
-from recsys.training.tracking import NullTracker
+
+_SHARES = {"ranker": ranking.fit_share, "retriever": retrieving.fit_share, "collaborative": retrieving.fit_share}
 
 
 def main(argv: list[str]) -> None:
@@ -24,15 +23,12 @@ def main(argv: list[str]) -> None:
     folder = Path(argv[0])
     with Attempts(folder):
         world = join()
-        job = read_json(folder / JOB)
-        recipe, encoder = validate(Recipe, job["recipe"]), Encoder.load(folder / ENCODER)
-        table = pq.read_table(job["valid"])
-        own = list(TableLoader(table, encoder.transform, batch_size=CHUNK, shuffle=False, world=world))
-        valid = Validation(own, table.num_rows)
-        ranker, curve = fit_ranker(recipe, encoder, Path(job["rows"]), valid, folder, NullTracker(), job["context"])
-        state = full_state(ranker)
+        job = validate(Job, read_json(folder / JOB))
+        model, curve = _SHARES[job.model](job, validate(Recipe, job.recipe), folder)
+        state = full_state(model)
         if world.rank == 0:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+            with new_file(folder / WEIGHTS) as path:
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
             write_json(folder / CURVE, curve)
         dist.barrier()
         dist.destroy_process_group()

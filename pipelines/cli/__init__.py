@@ -15,7 +15,7 @@ VERBS = {
     "run": "run a recipe: from raw events to a promoted bundle, with a report",
     "step": "run one step of a recipe and what it needs, for some days or all; or say what is there, and why the rest is not",
     "dagster": "show the steps of a recipe in Dagster's web UI: runs, days, backfills, schedule",
-    "train": "train a recipe's ranker, in one process or in several",
+    "train": "train a recipe's ranker or a retriever, in one process or in several",
     "pretrain": "train a model over codes on several catalogues, to be used on others",
     "scale": "train models at many sizes and fit scaling laws, with a picture",
     "efficiency": "ask a trained retriever with less of each history, and say what that saves and costs",

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recsys.core.config import load_recipe, recipe_names
+from recsys.core.engine import Engine
 from recsys.core.errors import ConfigError, DataError
 from recsys.registry.location import home
 
@@ -23,7 +24,14 @@ _COLOURS = {"fresh": "green", "stale": "yellow", "missing": "red"}
 
 def main(argv: list[str]) -> int:
     """The command; the status is 1 where a bundle was to be promoted and was refused."""
-    arguments = _parser().parse_args(argv)
+    parser = options("recsys step", "Run one step of a recipe and what it needs, except what is there.")
+    parser.add_argument("name", nargs="?", help="the step; recsys step --list names them")
+    arguments = parser.parse_args(argv)
+    return run(arguments, arguments.name)
+
+
+def run(arguments: argparse.Namespace, name: str | None) -> int:
+    """What the `options` ask for, of a step or, where only that is asked, of all of them; returns the command's status."""
     from pipelines.graph import Runner, status
     from pipelines.pipeline import GRAPH, NAMES
     from pipelines.recipe import Recipe
@@ -34,13 +42,12 @@ def main(argv: list[str]) -> int:
             needs = f" after {', '.join(step.needs)}" if step.needs else ""
             console.print(f"{step.name:14}[dim]{'each day' if step.partitioned else 'once':10}{needs}[/]", highlight=False, soft_wrap=True)
         return 0
-    if arguments.nproc < 1:
-        raise ConfigError(f"--nproc: expected at least 1, got {arguments.nproc}")
-    if arguments.name is None and not arguments.status:
+    if name is None and not arguments.status:
         raise ConfigError(f"step: expected the name of a step, one of {', '.join(NAMES)}")
-    targets = NAMES if arguments.name is None else (GRAPH.step(arguments.name).name,)
+    engine = _engine(arguments)
+    targets = NAMES if name is None else (GRAPH.step(name).name,)
     recipe = load_recipe(Recipe, arguments.recipe, arguments.overrides)
-    runner = Runner(GRAPH, recipe, arguments.home, lambda message: console.print(Text(message), soft_wrap=True), processes=arguments.nproc)
+    runner = Runner(GRAPH, recipe, arguments.home, lambda message: console.print(Text(message), soft_wrap=True), engine=engine)
     chosen = _chosen(arguments, runner.partitions)
     if arguments.status:
         print_status(console, status(runner, targets, chosen))
@@ -50,21 +57,32 @@ def main(argv: list[str]) -> int:
     return _refused(outcomes)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="recsys step", description="Run one step of a recipe and what it needs, except what is there.")
-    parser.add_argument("name", nargs="?", help="the step; recsys step --list names them")
+def options(prog: str, description: str) -> argparse.ArgumentParser:
+    """What a command that runs a step may be told, besides the step's name."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipe_names())}, or a YAML file (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a key of the recipe")
     days = parser.add_mutually_exclusive_group()
     days.add_argument("--partition", metavar="DAY", help="one day, as in 2024-03-01")
     days.add_argument("--partitions", metavar="FIRST:LAST", help="the days of a range, both ends included; either may be left out")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="train the ranker in so many processes (default %(default)s)")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="train in so many processes (default %(default)s)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="what starts them: torchrun or Ray (%(default)s)")
+    parser.add_argument("--address", metavar="ADDRESS", help="of a running Ray cluster, such as auto; by default a local one is started")
     parser.add_argument("--only", action="store_true", help="make nothing but the step itself: what it needs has to be there")
     parser.add_argument("--force", action="store_true", help="make the step again, even if it is there")
     parser.add_argument("--status", action="store_true", help="say what is there, and why the rest is not; run nothing")
     parser.add_argument("--list", action="store_true", help="list the steps")
     parser.add_argument("--home", type=Path, default=home(), help="the folder of results, registry and online stores (RECSYS_HOME)")
     return parser
+
+
+def _engine(arguments: argparse.Namespace) -> Engine:
+    """Where trainings run, and in how many processes."""
+    if arguments.nproc < 1:
+        raise ConfigError(f"--nproc: expected at least 1, got {arguments.nproc}")
+    if arguments.address is not None and arguments.engine != "ray":
+        raise ConfigError(f"--address: expected it with --engine ray only, got {arguments.address!r} with --engine {arguments.engine}")
+    return Engine(name=arguments.engine, workers=arguments.nproc, address=arguments.address)
 
 
 def _chosen(arguments: argparse.Namespace, known: Sequence[str]) -> tuple[str, ...] | None:

@@ -13,6 +13,7 @@ from pipelines.graph.parts import modules_of, plain
 from pipelines.graph.plan import Graph
 from pipelines.graph.step import Context, Step, StepError
 from pipelines.graph.store import Result, Store, key_of
+from recsys.core.engine import Engine
 from recsys.training.tracking import NullTracker, Tracker
 
 
@@ -47,7 +48,7 @@ class Runner:
         home: the folder of all results.
         say: shows one line of progress.
         tracker: handed to the steps.
-        processes: how many a training may have.
+        engine: where trainings run, and in how many processes.
         code: says the versions of modules.
     """
 
@@ -57,7 +58,7 @@ class Runner:
     say: Callable[[str], None] = _silent
     tracker: Tracker = field(default_factory=NullTracker)
     code: Code = field(default_factory=Code)
-    processes: int = 1
+    engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         self.store = Store(self.home)
@@ -197,7 +198,7 @@ class Runner:
             key=key,
             say=lambda message: self.say(f"{_called(step, partition)}: {message}"),
             tracker=self.tracker,
-            processes=self.processes,
+            engine=self.engine,
         )
 
     def _before(self, step: Step, partition: str | None) -> dict[str, dict[str, Path]]:

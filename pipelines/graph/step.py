@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recsys.core.engine import Engine
 from recsys.core.errors import RecsysError
 from recsys.training.tracking import NullTracker, Tracker
 
@@ -32,7 +33,7 @@ class Context:
         key: of the result to be.
         say: shows one line of progress.
         tracker: records parameters and metrics.
-        processes: how many a training may have. It is no part of the key: a training comes to the same in any number.
+        engine: where a training runs, and in how many processes. It is no part of the key: a training comes to the same in any number.
     """
 
     recipe: Any
@@ -46,7 +47,7 @@ class Context:
     key: str
     say: Callable[[str], None]
     tracker: Tracker = field(default_factory=NullTracker)
-    processes: int = 1
+    engine: Engine = field(default_factory=Engine)
 
 
 def _nothing(_: Any) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from pipelines.steps.prepared import Prepared, load_prepared
 from pipelines.steps.ranker import RankingResult, load_ranking
 from pipelines.steps.ranks import retrieval_ranks
 from pipelines.steps.retriever import load_retriever
-from pipelines.steps.retrieving import Curve, load_curve
+from pipelines.steps.retrieving import load_curve
 from pipelines.steps.slices import event_slices, figures
 from pipelines.steps.text import load_text
+from pipelines.training import Curve
 from recsys.core.files import read_json, write_json
 from recsys.evaluation.bootstrap import Interval, paired_mean_difference
 from recsys.evaluation.metrics.ranking import ndcg_at

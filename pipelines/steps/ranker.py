@@ -14,9 +14,11 @@ from sklearn.linear_model import LogisticRegression
 
 from pipelines.graph.step import Context
 from pipelines.steps.features import Frames, load_frames, write_frame
-from pipelines.training import CHUNK, Validation, fit_ranker, labels_of, predicted, together
+from pipelines.steps.ranking import CHUNK, Validation, fit_ranker, fit_together, labels_of, predicted
+from pipelines.training import alone
 from recsys.bundle.modules import load_module, save_module
 from recsys.core import components
+from recsys.core.engine import Engine
 from recsys.core.files import read_json, write_json
 from recsys.data.batch import RankingBatch
 from recsys.data.encode import Encoder
@@ -34,6 +36,7 @@ _REGULARISATION = (0.001, 0.003, 0.01, 0.03, 0.1)  # C of the logistic regressio
 _ENCODER, _MODEL, _CALIBRATION, _SCORES, _RESULT = "encoder", "model", "calibration.json", "scores.safetensors", "ranking.json"
 _LABELS, _PROBABILITY = "labels", "probability."
 _SAMPLED = "train_sampled.parquet"
+_HERE = Engine()
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def load_ranking(directory: Path) -> RankingResult:
 
 
 def train_ranker(
-    recipe: "Recipe", frames: Frames, folder: Path, tracker: Tracker, context: dict[str, Any], processes: int = 1
+    recipe: "Recipe", frames: Frames, folder: Path, tracker: Tracker, context: dict[str, Any], engine: Engine = _HERE
 ) -> RankingResult:
     """Fit the encoder on train, train the ranker with early stopping on validation, calibrate it there, and score the test period once.
 
@@ -92,17 +95,17 @@ def train_ranker(
         folder: of checkpoints, metrics, and the sampled rows where negatives are left out.
         tracker: told of the training, where it has one process.
         context: what decides the training besides its configuration.
-        processes: how many train it together.
+        engine: where it trains, and in how many processes.
     """
     encoder = Encoder.fit(recipe.encoder, frames.tables["train"])
     batches = {part: _encode(encoder, frames.tables[part]) for part in PARTS}
     labels = {part: np.concatenate([labels_of(batch) for batch in batches[part]]) for part in PARTS}
     path = _sample_negatives(frames, labels["train"], recipe, folder)
-    if processes == 1:
+    if alone(engine):
         valid = Validation(batches["valid"], frames.tables["valid"].num_rows)
         ranker, curve = fit_ranker(recipe, encoder, path, valid, folder, tracker, context)
     else:
-        ranker, curve = together(recipe, encoder, path, frames.paths["valid"], folder, context, processes)
+        ranker, curve = fit_together(recipe, encoder, path, frames.paths["valid"], folder, context, engine)
     base_rate = float(labels["train"].mean())
     calibration: Calibrator = components.build("calibration", recipe.ranker.calibration)
     groups = {part: None if calibration.column is None else frames.tables[part].column(calibration.column) for part in PARTS}
@@ -119,7 +122,7 @@ def run(context: Context) -> None:
     """Write encoder, model, calibration and scores, with the metrics of the training and the rows that it sampled."""
     folder = context.work / "ranker"
     frames = load_frames(context.inputs["features"])
-    result = train_ranker(context.recipe, frames, folder, context.tracker, {"key": context.key}, context.processes)
+    result = train_ranker(context.recipe, frames, folder, context.tracker, {"key": context.key}, context.engine)
     result.save(context.out)
     for kept in (folder / "metrics.jsonl", folder / _SAMPLED):
         if kept.is_file():

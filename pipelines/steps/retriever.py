@@ -12,9 +12,10 @@ from pipelines.graph.step import Context
 from pipelines.steps.collaborative import load_collaborative
 from pipelines.steps.histories import VALIDATION_STEPS, Histories, build_histories
 from pipelines.steps.prepared import load_prepared
-from pipelines.steps.retrieving import Curve, fit, load_curve, save_curve, seeded
+from pipelines.steps.retrieving import Place, fit, load_curve, save_curve, seeded
 from pipelines.steps.text import load_text
 from pipelines.steps.tokenizer import load_codes
+from pipelines.training import Curve
 from recsys.bundle.item_table import load_item_table, save_item_table
 from recsys.bundle.modules import load_module, save_module
 from recsys.core import components
@@ -27,7 +28,6 @@ from recsys.retrieval.models.sasrec import SASRec
 from recsys.retrieval.models.setrec import SETRec
 from recsys.retrieval.pretrained import from_pretrained
 from recsys.retrieval.tokenizers import CodeTokenizer, load_tokenizer
-from recsys.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from pipelines.recipe import Recipe
@@ -73,9 +73,7 @@ def train_retriever(
     collaborative: SASRec,
     vectors: Tensor,
     codes: tuple[CodeTokenizer, CodeTable] | None,
-    folder: Path,
-    tracker: Tracker,
-    context: dict[str, Any],
+    place: Place,
 ) -> RetrieverResult:
     """Build the retriever, train it where the recipe says so, and choose β.
 
@@ -86,15 +84,13 @@ def train_retriever(
         collaborative: the model with which a warm start begins.
         vectors: float32 ``[N, D_cf]``, its vectors of the items.
         codes: of the items, where the recipe has some.
-        folder: of checkpoints and metrics.
-        tracker: told of the training.
-        context: what decides the training besides its configuration.
+        place: where its training stands.
     """
     items = ItemTable(len(histories.warm), histories.warm, text, vectors, None if codes is None else codes[1])
     retriever, tokenizer, items = _untrained(recipe, items, collaborative, None if codes is None else codes[0])
     curve = None
     if recipe.retriever.training is not None:
-        curve = fit(retriever, recipe.retriever, recipe.index, histories, recipe.seed, folder, tracker, context)
+        curve = fit(retriever, items, recipe, "retriever", histories, place)
     _choose_beta(retriever, recipe.lists.betas, histories, recipe.seed)
     return RetrieverResult(items, tokenizer, retriever, curve)
 
@@ -106,13 +102,13 @@ def sources(recipe: "Recipe", _: str | None) -> dict[str, Any]:
 
 def run(context: Context) -> None:
     """Write model, items, tokenizer and, of a training, curve and metrics."""
-    histories, folder = build_histories(load_prepared(context.inputs["splits"])), context.work / "retriever"
+    histories, place = build_histories(load_prepared(context.inputs["splits"])), Place.of(context, "retriever")
     collaborative, vectors = load_collaborative(context.inputs["collaborative"], histories)
     text, codes = load_text(context.inputs["text"]), load_codes(context.inputs["tokenizer"])
-    result = train_retriever(context.recipe, histories, text, collaborative, vectors, codes, folder, context.tracker, {"key": context.key})
+    result = train_retriever(context.recipe, histories, text, collaborative, vectors, codes, place)
     result.save(context.out)
     if result.curve is not None:
-        save_curve(result.curve, folder, context.out)
+        save_curve(result.curve, place.folder, context.out)
 
 
 def _untrained(

@@ -27,11 +27,11 @@ Progress = Callable[[str, int, int], None]
 
 
 class Engine(Config):
-    """Where tasks run.
+    """Where tasks run, or the processes of a training.
 
     Attributes:
         name: ``local`` or ``ray``.
-        workers: how many tasks run at once; memory is needed for each. One task at a time of ``local`` runs in this process.
+        workers: how many tasks or processes run at once; memory is needed for each. One at a time of ``local`` runs in this process.
         address: of a running Ray cluster, such as ``auto``; by default a local one is started, with ``workers`` workers, and stopped.
     """
 
@@ -115,8 +115,12 @@ def import_ray() -> ModuleType:
 
 
 @contextmanager
-def started(engine: Engine) -> Iterator[None]:
+def started(engine: Engine, *, told: bool = False) -> Iterator[None]:
     """For ``ray`` a connection to the cluster, kept over several calls of `run_tasks`; one that is there already is used and left.
+
+    Args:
+        engine: where.
+        told: whether what the workers write is shown here.
 
     Raises:
         ConfigError: Ray is asked for and not installed.
@@ -126,9 +130,9 @@ def started(engine: Engine) -> Iterator[None]:
         return
     ray = import_ray()
     if engine.address is None:
-        ray.init(num_cpus=engine.workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(num_cpus=engine.workers, include_dashboard=False, log_to_driver=told, logging_level=logging.ERROR)
     else:
-        ray.init(address=engine.address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=engine.address, log_to_driver=told, logging_level=logging.ERROR)
     context, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     context.enable_progress_bars = False
     log.setLevel(logging.ERROR)

@@ -110,3 +110,9 @@ class SequenceBatch(_Batch):
     def lengths(self) -> Tensor:
         """int64 ``[B]``: the number of events of each history."""
         return self.offsets[1:] - self.offsets[:-1]
+
+    def muted(self, last: int) -> Self:
+        """The same histories, of which the ``last`` have nothing to predict."""
+        assert self.targets is not None and self.target_row is not None and self.target_position is not None
+        kept = self.target_row < len(self) - last
+        return replace(self, targets=self.targets[kept], target_row=self.target_row[kept], target_position=self.target_position[kept])

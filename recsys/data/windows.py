@@ -16,6 +16,9 @@ from recsys.data.batch import SequenceBatch
 from recsys.data.cursor import Resumable
 from recsys.data.jagged import Jagged, gather, ranges
 from recsys.data.sequences import SequenceData, at_least_one, microseconds
+from recsys.data.world import World
+
+_ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,18 @@ class SequenceLoader(Resumable):
     is neither history nor target.
 
     The order of windows, and with an augmentation all that it changes, is a function of (seed, epoch), and the cursor counts windows, so
-    a loader with a restored cursor goes on exactly where the saved one stood, also in batches of another size. It is a
-    `recsys.data.loader.Loader`.
+    a loader with a restored cursor goes on exactly where the saved one stood, also in batches of another size and in another number of
+    processes. Each of these takes a range of the windows of every batch; where they do not divide, a process repeats one that has nothing
+    to predict. It is a `recsys.data.loader.Loader`.
 
     Args:
         data: the events of the training period (`SequenceData.before`).
         max_length: L, the most events that a model sees.
-        batch_size: windows in a batch; the last batch of an epoch may be smaller.
+        batch_size: windows in a batch of all processes together; the last batch of an epoch may be smaller.
         seed: of the order.
         first_target_time: events before it are history only.
         config: see `Config`.
+        world: the processes that share every batch. Each tells all histories, and makes batches of its own windows.
 
     Raises:
         DataError: a size is below 1, the stride is above L, or an augmentation is asked for together with a first target time.
@@ -103,6 +108,7 @@ class SequenceLoader(Resumable):
         seed: int,
         first_target_time: datetime | None = None,
         config: Config | None = None,
+        world: World = _ALONE,
     ) -> None:
         config = config or self.Config()
         at_least_one(max_length=max_length, batch_size=batch_size)
@@ -113,7 +119,7 @@ class SequenceLoader(Resumable):
             raise DataError("alike: expected no augmentation, under which the lengths of windows change from epoch to epoch")
         if config.augmentation and first_target_time:
             raise DataError("augmentation: expected no first_target_time, since reordered histories do not end in their targets")
-        self.data, self.max_length, self.batch_size, self.seed = data, max_length, batch_size, seed
+        self.data, self.max_length, self.batch_size, self.seed, self.world = data, max_length, batch_size, seed, world
         self._augmentation = config.augmentation
         self._first_target = None if first_target_time is None else microseconds(first_target_time)
         self._told: tuple[int, _Told] | None = None
@@ -134,7 +140,13 @@ class SequenceLoader(Resumable):
         begin, told = self._begin(), self._tell(self._epoch)
         for chosen in self._batches(told.windows.length, begin):
             self._samples += len(chosen)
-            yield told.batch(chosen)
+            yield self._share(told, chosen)
+
+    def _share(self, told: "_Told", chosen: np.ndarray) -> SequenceBatch:
+        """What this process takes of a batch. Windows that it lacks are the batch's first one, muted."""
+        own, lacking = self.world.share(len(chosen))
+        batch = told.batch(np.concatenate([chosen[own.start : own.stop], np.repeat(chosen[:1], lacking)]))
+        return batch.muted(lacking) if lacking else batch
 
     def _batches(self, lengths: np.ndarray, begin: int) -> Iterator[np.ndarray]:
         """The windows of each batch of the current epoch that comes after the first ``begin`` windows."""

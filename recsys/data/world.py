@@ -48,5 +48,22 @@ def average(x: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def pooled(x: Tensor) -> Tensor:
+    """The mean of ``x`` over all processes, with the gradient of this one's part: for a penalty that is not linear in it.
+
+    The mean over the processes of the gradients of ``f(pooled(x))`` is then the gradient of f of the mean. Every process makes the call.
+    """
+    return x + (average(x) - x).detach()
+
+
+def shared_count(count: int, like: Tensor) -> Tensor:
+    """What a loss divides its sum over ``count`` by: the mean count of all processes, a scalar on the device of ``like``; 1 for none.
+
+    A float32, or a float64 where ``like`` is one. Every process makes the call.
+    """
+    total = average(torch.tensor(float(count), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device))
+    return total.where(total > 0, 1.0)
+
+
 def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions of a model that several processes hold together, each for its share of the rows."""
+"""What a model that several processes hold together says of rows and of steps, each process of its share of them."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 import torch.distributed as dist
 
+from recsys.data.sequences import EvaluationSteps
 from recsys.data.world import World
 
 Batch = TypeVar("Batch")
@@ -31,3 +32,19 @@ def predictions(predict: Callable[[Batch], np.ndarray], batches: Iterable[Batch]
     everywhere: list[list[np.ndarray]] = [[] for _ in range(world.size)]
     dist.all_gather_object(everywhere, parts)
     return np.concatenate([own[number] for number in range(len(parts)) for own in everywhere])
+
+
+def shared_ranks(ranks: Callable[[EvaluationSteps], np.ndarray], steps: EvaluationSteps) -> np.ndarray:
+    """The rank of every target of the steps, in their order, in every process; each ranks those of a range of the steps. A collective call.
+
+    Args:
+        ranks: of the targets of some steps, float64, such as `recsys.evaluation.retrieval.model_ranks` gives.
+        steps: of all processes.
+    """
+    world = World.current()
+    if world.size == 1:
+        return ranks(steps)
+    own, _ = world.share(len(steps))
+    everywhere = [np.zeros(0) for _ in range(world.size)]
+    dist.all_gather_object(everywhere, ranks(steps.take(np.arange(own.start, own.stop))))
+    return np.concatenate(everywhere)

@@ -16,7 +16,7 @@ from recsys.efficiency.history import HistoryPruning
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.efficiency import RetrieverEfficiency, placed, pruned_history
 from recsys.retrieval.items import ItemTable
-from recsys.retrieval.padding import require_known_rows
+from recsys.retrieval.padding import require_known_rows, require_targets
 from recsys.retrieval.state import EncoderMemory, SlotLogProbs, SlotVectors
 
 
@@ -38,6 +38,14 @@ class Retriever(nn.Module, ABC):
     @abstractmethod
     def loss(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss, a scalar, and its detached parts by name."""
+
+    def diagnose(self, batch: SequenceBatch) -> str | None:
+        """What is wrong with a batch to train on, None where nothing is: all of several processes ask before any begins the step."""
+        try:
+            require_targets(batch, self.max_length)
+        except DataError as error:
+            return str(error)
+        return None
 
     @abstractmethod
     def encode(self, batch: SequenceBatch) -> SlotVectors | SlotLogProbs | EncoderMemory:

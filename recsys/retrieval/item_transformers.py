@@ -75,6 +75,8 @@ class SetTransformer(Transformer):
         Returns:
             ``[B, P, n, d]``, after the final norm.
         """
+        if not seen_bp.numel():
+            return queries_nd.expand(*seen_bp.shape, *queries_nd.shape)
         length, tokens = items_blnd.shape[1:3]
         place = torch.arange(length, device=seen_bp.device).expand(len(seen_bp), -1)
         read = place < F.pad(seen_bp, (1, 0)).amax(1, keepdim=True)

@@ -51,6 +51,30 @@ class TargetStates:
         return positions, column
 
 
+def require_targets(batch: SequenceBatch, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The targets of a batch to train on, their rows and their positions, int64 ``[M]`` each.
+
+    Raises:
+        DataError: there are no targets, a row is longer than ``max_length``, or a target's state lies outside its history.
+    """
+    if batch.targets is None or batch.target_row is None or batch.target_position is None:
+        raise DataError("loss: the batch has no targets: targets, target_row and target_position are all needed")
+    lengths = batch.lengths
+    if bool((lengths > max_length).any()):
+        row = int(lengths.argmax())
+        raise DataError(f"loss: row {row} has {int(lengths[row])} events, expected at most max_length={max_length}: cut it into windows")
+    rows, positions = batch.target_row, batch.target_position
+    outside = (rows < 0) | (rows >= len(batch))
+    outside |= (positions < 0) | (positions > lengths[rows.masked_fill(outside, 0)])
+    if bool(outside.any()):
+        m = int(outside.long().argmax())
+        raise DataError(
+            f"loss: target {m} has target_row={int(rows[m])}, target_position={int(positions[m])}: outside its history "
+            f"(the batch has {len(batch)} rows)"
+        )
+    return batch.targets, rows, positions
+
+
 def training_targets(batch: SequenceBatch, max_length: int, known: Tensor | None) -> tuple[Tensor, TargetStates]:
     """The targets to train on and their states.
 
@@ -65,21 +89,7 @@ def training_targets(batch: SequenceBatch, max_length: int, known: Tensor | None
     Raises:
         DataError: there are no targets, a row is longer than ``max_length``, or a target's state lies outside its history.
     """
-    if batch.targets is None or batch.target_row is None or batch.target_position is None:
-        raise DataError("loss: the batch has no targets: targets, target_row and target_position are all needed")
-    lengths = batch.lengths
-    if bool((lengths > max_length).any()):
-        row = int(lengths.argmax())
-        raise DataError(f"loss: row {row} has {int(lengths[row])} events, expected at most max_length={max_length}: cut it into windows")
-    targets, rows, positions = batch.targets, batch.target_row, batch.target_position
-    outside = (rows < 0) | (rows >= len(batch))
-    outside |= (positions < 0) | (positions > lengths[rows.masked_fill(outside, 0)])
-    if bool(outside.any()):
-        m = int(outside.long().argmax())
-        raise DataError(
-            f"loss: target {m} has target_row={int(rows[m])}, target_position={int(positions[m])}: outside its history "
-            f"(the batch has {len(batch)} rows)"
-        )
+    targets, rows, positions = require_targets(batch, max_length)
     if known is not None:
         keep = known[targets]
         targets, rows, positions = targets[keep], rows[keep], positions[keep]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys.data.world import pooled, shared_count
 from recsys.efficiency.routing.dispatch import BudgetLoss, TokenRouter, dispatch
 from recsys.efficiency.routing.informed import EXECUTE, Forecaster
 from recsys.retrieval.efficiency import RoutingConfig
@@ -33,11 +34,12 @@ class RoutedNetworks(nn.Module):
         self._budget = BudgetLoss(BudgetLoss.Config(budget=config.budget, weight=config.weight))
         self._shares: list[Tensor] = []
         self._errors: list[Tensor] = []
+        self._tokens = 0
 
     def forward(self, number: int, network: Callable[[Tensor], Tensor], normed: Tensor) -> Tensor:
         """``[S, d]``: the update of each of S tokens by block ``number``'s network or its forecast."""
         if number == 0:
-            self._shares, self._errors = [], []
+            self._shares, self._errors, self._tokens = [], [], len(normed)
         forecaster, route = self.forecasters[number], self.routers[number](normed)
         if self.training:
             executed = network(normed)
@@ -47,7 +49,12 @@ class RoutedNetworks(nn.Module):
         return dispatch(route, [lambda index: network(normed[index]), lambda index: forecaster(normed[index])])
 
     def penalty(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the last pass through all blocks adds to the loss, and parts to report: ``executed`` and ``forecast_error``."""
-        shares, errors = torch.stack(self._shares), torch.stack(self._errors)
+        """What the last pass through all blocks adds to the loss, and parts to report: ``executed`` and ``forecast_error``.
+
+        Where several processes train, shares and errors are means over the tokens of all of them; a row that a process repeats so that all
+        have as many (`recsys.data.windows.SequenceLoader`) counts among them.
+        """
+        own = self._tokens / shared_count(self._tokens, self._shares[0])
+        shares, errors = pooled(torch.stack(self._shares) * own), torch.stack(self._errors) * own
         added: Tensor = self._budget(shares) + self.config.forecast_weight * errors.sum()
         return added, {"executed": shares.mean().detach(), "forecast_error": errors.mean().detach()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start a training in several processes by torchrun, and what each of them does first and last."""
+"""Start a training in several processes, by torchrun or by Ray Train, and what each of them does first and last."""
 
 import json
 import os
@@ -15,14 +15,36 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from recsys.core.engine import Engine
 from recsys.core.errors import ConfigError, RecsysError
 from recsys.core.files import read_json, write_json
 from recsys.data.world import World
 from recsys.training.preemption import RESUMABLE, Sigterm
 
 MACHINES = "RECSYS_TORCHRUN"
+RUN = "RECSYS_RUN"  # names one start of a training and its restarts, where torchrun does not
 FAILED = 2  # the exit status of an error that another attempt would meet again
+TIMEOUT = timedelta(minutes=60)  # of a collective; `recsys.training.guards.Guards.stuck_seconds` is to be less
 _LOOK = 0.1  # seconds between two looks at the processes
+
+
+def launch(program: Sequence[str], engine: Engine, folder: Path, restarts: int = 0) -> int:
+    """Run ``program`` in as many processes as the engine has workers, until it ends.
+
+    Args:
+        program: see `command`.
+        engine: ``local`` for torchrun on this machine (or more, see `command`), ``ray`` for Ray Train.
+        folder: of the training, seen by all processes.
+        restarts: see `command`.
+
+    Returns:
+        0, `RESUMABLE` where SIGTERM came, or the status of an error.
+    """
+    if engine.name == "ray":
+        from recsys.training import ray_launch  # this engine alone asks for Ray
+
+        return ray_launch.run(program, engine, folder, restarts)
+    return run(program, engine.workers, restarts)
 
 
 def command(program: Sequence[str], processes: int, restarts: int = 0) -> list[str]:
@@ -66,17 +88,21 @@ def run(program: Sequence[str], processes: int, restarts: int = 0) -> int:
     return RESUMABLE if status < 0 or (status and sigterm.came) else status
 
 
-def join(timeout: timedelta = timedelta(minutes=60)) -> World:
-    """Join the processes that torchrun has started: gloo on the CPU, and NCCL besides where there are GPUs, one for each process.
+def join(timeout: timedelta = TIMEOUT) -> World:
+    """Join the processes that were started: gloo on the CPU, and NCCL besides where there are GPUs, one for each process.
+
+    Ray Train has joined them already, and torchrun has not.
 
     Args:
-        timeout: of a collective; `recsys.training.guards.Guards.stuck_seconds` is to be less.
+        timeout: of a collective, where torchrun has started this process.
 
     Raises:
-        ConfigError: torchrun has not started this process.
+        ConfigError: neither has started this process.
     """
+    if dist.is_initialized():
+        return World.current()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ConfigError("expected to be started by torchrun: see `recsys train --nproc`")
+        raise ConfigError("expected to be started by torchrun or by Ray Train: see `recsys train --nproc`")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(rendezvous("env://", timeout=timeout))
@@ -87,26 +113,32 @@ def join(timeout: timedelta = timedelta(minutes=60)) -> World:
     return World.current()
 
 
+def failure(folder: Path, name: str) -> Path:
+    """Where the processes of one start of a training write an error that every attempt would meet."""
+    return folder / f"failed-{name}.json"
+
+
 class Attempts:
-    """An error that every attempt would meet is met once: the processes that torchrun starts after it end at once.
+    """An error that every attempt would meet is met once: the processes that are started after it end at once.
 
     Args:
         folder: seen by all processes.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / f"failed-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}.json"
+        self._path = failure(folder, os.environ.get(RUN) or os.environ.get("TORCHELASTIC_RUN_ID", "alone"))
 
     def __enter__(self) -> "Attempts":
         if self._path.exists():
-            self._end(str(read_json(self._path)["error"]))
+            self._say(str(read_json(self._path)["error"]))
+            raise SystemExit(FAILED)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if isinstance(error, RecsysError):
             write_json(self._path, {"error": str(error)})
-            self._end(str(error))
+            self._say(str(error))
+            os._exit(FAILED)  # without waiting for collectives that the others will not join
 
-    def _end(self, message: str) -> None:
+    def _say(self, message: str) -> None:
         print(json.dumps({"error": message}, ensure_ascii=False), file=sys.stderr, flush=True)
-        os._exit(FAILED)  # without waiting for collectives that the others will not join

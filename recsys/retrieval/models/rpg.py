@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recsys.core.components import register
 from recsys.data.batch import SequenceBatch
+from recsys.data.world import shared_count
 from recsys.retrieval.base import CodeRetriever
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.efficiency import RetrieverEfficiency
@@ -95,7 +96,7 @@ class RPG(CodeRetriever):
         log_probs_ksv = self._log_probs(self._states(padded, lengths)[states.row, states.position])
         wanted_km = (self.tokens[targets] - self._first).T
         taken = log_probs_ksv[torch.arange(self.slots, device=targets.device)[:, None], states.of_target, wanted_km]
-        loss = -taken.mean() if taken.numel() else log_probs_ksv.sum() * 0.0
+        loss = -taken.sum() / (self.slots * shared_count(len(targets), taken))
         return self.transformer.penalized(loss, {"cross_entropy": loss.detach()})
 
     def encode(self, batch: SequenceBatch) -> SlotLogProbs:

@@ -13,6 +13,7 @@ from recsys.core.components import component_config, register
 from recsys.core.config import Config as BaseConfig
 from recsys.core.errors import ConfigError, DataError
 from recsys.data.batch import SequenceBatch
+from recsys.data.world import average
 from recsys.retrieval.base import VectorRetriever, codes_of, require_same_codes
 from recsys.retrieval.code_table import CodeTable
 from recsys.retrieval.efficiency import RetrieverEfficiency
@@ -314,10 +315,13 @@ class SETRec(VectorRetriever):
         return self.tokenize(self.content[used], self.collaborative[used]), used.cumsum(0) - 1
 
     def _reconstruction(self, semantic: TextSet, tokens_und: Tensor, rows: Tensor) -> Tensor:
-        """MSE between the text embeddings of U ``rows`` and what their semantic tokens say of them; zero where there are no rows."""
-        if not len(rows):
-            return tokens_und.new_zeros(())
-        return F.mse_loss(semantic.reconstruct(tokens_und), self.content[rows])
+        """MSE between the text embeddings of U ``rows`` and what their semantic tokens say of them; zero where there are no rows.
+
+        Where several processes train, the rows are those that any of them has; one that several have is shared between them.
+        """
+        present = average(torch.zeros(len(self.warm), device=self.warm.device).index_fill_(0, rows, 1.0))
+        errors = F.mse_loss(semantic.reconstruct(tokens_und), self.content[rows], reduction="none").mean(1)
+        return (errors / present[rows]).sum() / present.count_nonzero().clamp(min=1)
 
 
 def alignment(collaborative: Tensor, histories: SequenceBatch) -> float:

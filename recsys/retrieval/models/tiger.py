@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys.core.components import register
 from recsys.core.errors import DataError
 from recsys.data.batch import SequenceBatch
+from recsys.data.world import shared_count
 from recsys.efficiency.decoding.steps import TreeSteps
 from recsys.efficiency.decoding.token_recycling import AdjacencyDraft
 from recsys.efficiency.decoding.tree import DraftSource, PrefixTree
@@ -83,9 +84,9 @@ class TIGER(CodeRetriever):
         tokens_ml = self.tokens[targets]
         start = tokens_ml.new_zeros(len(tokens_ml), 1)
         states_mld = self.t5.decode(torch.cat((start, tokens_ml[:, :-1]), 1), memory[states.of_target], valid[states.of_target])
+        count = shared_count(len(tokens_ml), states_mld)
         losses = [
-            F.cross_entropy(self._logits(states_mld[:, level], level), tokens_ml[:, level] - self._base(level), reduction="sum")
-            / max(len(tokens_ml), 1)
+            F.cross_entropy(self._logits(states_mld[:, level], level), tokens_ml[:, level] - self._base(level), reduction="sum") / count
             for level in range(self.table.levels)
         ]
         loss = torch.stack(losses).sum()

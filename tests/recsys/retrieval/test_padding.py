@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from recsys.core.errors import CannotScoreNewItems, DataError
 from recsys.retrieval.padding import pad_last, require_known_rows, training_targets
-from tests.recsys.retrieval.coded import batch_of
+from tests.recsys.retrieval.coded import batch_of, build
 
 HISTORIES = st.lists(st.lists(st.integers(1, 9), max_size=7), min_size=1, max_size=6)
 
@@ -68,3 +68,9 @@ def test_rows_beyond_the_catalogue_are_refused(histories, target, message):
         require_known_rows(batch_of(histories, [(0, 0, target)]), 4)
     require_known_rows(batch_of([[0, 3]], [(0, 0, 3)]), 4)
     require_known_rows(batch_of([[]]), 4)
+
+
+def test_a_model_says_what_is_wrong_with_a_batch_before_it_trains_on_it():
+    model = build("rpg")
+    assert model.diagnose(batch_of([[1], [1, 2]], [(1, 2, 1)])) is None
+    assert "target 0 has target_row=1, target_position=3" in model.diagnose(batch_of([[1], [1, 2]], [(1, 3, 1)]))

@@ -35,14 +35,14 @@ TRAINER = {
 
 
 class Launched:
-    """A run of torchrun in a folder.
+    """A run of torchrun in a folder; of ``worker.py``, unless another program is given.
 
     Attributes:
         status: of the launcher.
         log: what all processes wrote.
     """
 
-    def __init__(self, folder: Path, world: int, restarts: int = 0, **job: Any) -> None:
+    def __init__(self, folder: Path, world: int, restarts: int = 0, worker: Path = WORKER, **job: Any) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         launch = len(list(folder.glob("log-*")))
@@ -50,7 +50,7 @@ class Launched:
         self._log = folder / f"log-{launch}"
         with self._log.open("w") as stream:
             self.status = subprocess.run(
-                command([str(WORKER), str(folder), what], world, restarts),
+                command([str(worker), str(folder), what], world, restarts),
                 env={**environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 stdout=stream,
                 stderr=stream,

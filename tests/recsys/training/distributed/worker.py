@@ -22,14 +22,15 @@ from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys.core.config import validate
-from recsys.data.batch import RankingBatch
+from recsys.data.batch import RankingBatch, SequenceBatch
 from recsys.data.loader import TableLoader
 from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
 from recsys.data.world import World
 from recsys.embedding.sharding import full_state
 from recsys.evaluation.together import predictions
 from recsys.ranking.models import DCNv2
-from recsys.training.launch import Attempts, join
+from recsys.training.history import History
+from recsys.training.launch import RUN, Attempts, join
 from recsys.training.progress import NoProgress
 from recsys.training.trainer import Trainer
 
@@ -156,8 +157,12 @@ def ask_to_end(launcher: int) -> None:
     time.sleep(3)
 
 
-def poisoned(batch: RankingBatch) -> None:
-    """A label of infinity makes the loss infinite."""
+def poisoned(batch: RankingBatch | SequenceBatch) -> None:
+    """A label of infinity makes the loss infinite; a target that nothing has been seen for cannot be predicted."""
+    if isinstance(batch, SequenceBatch):
+        assert batch.target_position is not None
+        batch.target_position[0] = 99
+        return
     assert batch.labels is not None
     batch.labels[0, 0] = torch.inf
 
@@ -175,35 +180,52 @@ def validation(table: pa.Table) -> Callable[[nn.Module], dict[str, float]]:
     return valid
 
 
+def attempt_of(folder: Path, rank: int) -> int:
+    """How often this process of this launch was started before; Ray Train does not say."""
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    with (folder / f"starts-{os.environ[RUN]}-{rank}").open("a") as stream:
+        stream.write("+")
+        return stream.tell() - 1
+
+
+def faults_of(job: dict[str, Any], rank: int, attempt: int) -> dict[int, Callable[[Any], None]]:
+    """What is to go wrong in this process, by step."""
+    acts: dict[str, Callable[[Any], None]] = {
+        "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+        "kill_all": lambda _: os.killpg(os.getpgrp(), signal.SIGKILL),
+        "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+        "term_launcher": lambda _: ask_to_end(job["launcher"]),
+        "hang": lambda _: time.sleep(3600),
+        "poison": poisoned,
+        "full": full_disk,
+    }
+    mine = [f for f in job.get("faults", ()) if f.get("rank", rank) == rank and f.get("attempt", attempt) == attempt]
+    return {fault["at"]: acts[fault["what"]] for fault in mine}
+
+
+def write_result(folder: Path, rank: int, model: nn.Module, history: History) -> None:
+    """The weights and the course of the training, by the first process; all make the call."""
+    state = full_state(model)
+    if rank == 0:
+        digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "weights.safetensors")
+        (folder / "result.json").write_text(json.dumps({"rows": history.rows(), "skipped": history.skipped, "weights": digest}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main(folder: Path, job: dict[str, Any]) -> None:
     world = join()
-    faults: dict[int, Callable[[RankingBatch], None]] = {}
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    for fault in job.get("faults", ()):
-        if fault.get("rank", world.rank) == world.rank and fault.get("attempt", attempt) == attempt:
-            acts: dict[str, Callable[[RankingBatch], None]] = {
-                "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
-                "kill_all": lambda _: os.killpg(os.getpgrp(), signal.SIGKILL),
-                "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
-                "term_launcher": lambda _: ask_to_end(job["launcher"]),
-                "hang": lambda _: time.sleep(3600),
-                "poison": poisoned,
-                "full": full_disk,
-            }
-            faults[fault["at"]] = acts[fault["what"]]
+    attempt = attempt_of(folder, world.rank)
+    faults = faults_of(job, world.rank, attempt)
     made = managed_data if job.get("managed") else data
     ranker = model(job.get("dropout", 0.0), job.get("managed", False))
     trainer = Trainer(validate(Trainer.Config, job["trainer"]), folder / "run", progress=NoProgress(), context={"seed": 7})
     history = trainer.fit(
         ranker, Recorded(folder, world, f"{job.get('launch', 0)}.{attempt}", faults, made()), validation(made(41, seed=1))
     )
-    state = full_state(ranker)
-    if world.rank == 0:
-        digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "weights.safetensors")
-        (folder / "result.json").write_text(json.dumps({"rows": history.rows(), "skipped": history.skipped, "weights": digest}))
-    dist.barrier()
-    dist.destroy_process_group()
+    write_result(folder, world.rank, ranker, history)
 
 
 if __name__ == "__main__":
