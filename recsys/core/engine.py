@@ -129,10 +129,10 @@ def started(engine: Engine, *, told: bool = False) -> Iterator[None]:
         yield
         return
     ray = import_ray()
+    where: dict[str, Any] = {"address": engine.address}
     if engine.address is None:
-        ray.init(num_cpus=engine.workers, include_dashboard=False, log_to_driver=told, logging_level=logging.ERROR)
-    else:
-        ray.init(address=engine.address, log_to_driver=told, logging_level=logging.ERROR)
+        where = {"num_cpus": engine.workers, "include_dashboard": False}
+    ray.init(**where, log_to_driver=told, logging_level=logging.ERROR, job_config=_quiet(ray))
     context, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     context.enable_progress_bars = False
     log.setLevel(logging.ERROR)
@@ -140,6 +140,13 @@ def started(engine: Engine, *, told: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet(ray: ModuleType) -> Any:
+    """Of Ray's own processes errors alone are told; a worker of Ray Train sets its own level again."""
+    job = ray.job_config.JobConfig()
+    job.set_py_logging_config(ray.LoggingConfig(log_level="ERROR"))
+    return job
 
 
 def _guarded(function: Task, task: str) -> str:

@@ -5,6 +5,7 @@ Ray makes the process group and starts all workers anew where one was lost. Chec
 them whoever started it; Ray's are not used. All workers see the same folder under the same path, and have this package installed.
 """
 
+import logging
 import os
 import runpy
 import sys
@@ -87,6 +88,7 @@ def _ray_train() -> ModuleType:
 
 def _work(task: Mapping[str, Any]) -> int:
     """The exit status of the program in this worker."""
+    logging.getLogger().setLevel(logging.WARNING)  # as in any process; Ray Train tells more
     first, *rest = task["program"]
     with _environment(task["environment"]), _arguments(rest if first == "-m" else [first, *rest]):
         try:

@@ -51,7 +51,9 @@ def assert_same_retriever(one: Path, two: Path) -> None:
     weights, same = (load_file(place / "model" / "model.safetensors") for place in (one, two))
     assert weights.keys() == same.keys()
     for name, values in weights.items():
-        np.testing.assert_allclose(same[name], values, atol=2e-4, err_msg=name)
+        # A bias of keys moves no softmax. Its gradient is what rounding leaves of zero, and Adam makes whole steps of that.
+        first = len(values) // 2 if name.endswith("key_value.bias") else 0
+        np.testing.assert_allclose(same[name][first:], values[first:], atol=2e-4, err_msg=name)
     curve, other = (json.loads((place / "curve.json").read_text()) for place in (one, two))
     assert [row["step"] for row in curve] == [row["step"] for row in other]
     assert [row["train_loss"] for row in other] == pytest.approx([row["train_loss"] for row in curve], abs=1e-4)
