@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.optim  # DistributedDataParallel reads it without importing it
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.fused_embeddingbag import FusedEmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper as _Averaged
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingPlan
@@ -171,6 +172,7 @@ def shard(
     plan: ShardingPlan | None = None,
     constraints: Mapping[str, Placement] | None = None,
     device: torch.device | None = None,
+    dense: DataParallelWrapper | None = None,
 ) -> DistributedModelParallel:
     """Split the tables of ``module`` over the processes of the default group, and average the gradients of everything else.
 
@@ -191,6 +193,7 @@ def shard(
         plan: the result of `plan`, the same in every process; the planner's choice under ``constraints`` by default.
         constraints: see `plan`; not together with ``plan``.
         device: of this process, the CPU by default.
+        dense: what is done with everything else; by default each process has a copy, in DistributedDataParallel.
 
     Raises:
         ConfigError: both a plan and constraints; or the number of processes does not divide that of a table's buckets.
@@ -206,7 +209,8 @@ def shard(
     for ids in managed:
         ids.share(World.current(), device)
     unborn = {name: m.config.init_std for name, m in tables.items() if any(weight.is_meta for weight in m.parameters())}
-    model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders(), data_parallel_wrapper=_Averaged(**AVERAGING))
+    dense = dense or _Averaged(**AVERAGING)
+    model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders(), data_parallel_wrapper=dense)
     for name, std in unborn.items():
         _draw(model.module.get_submodule(name), std)
     return model
@@ -243,7 +247,7 @@ def holders(model: nn.Module) -> dict[str, HoldsShards]:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tables and all maps of managed ids, in every process, for the unsharded model to load.
+    """The state dict with whole tables and parameters and all maps of managed ids, in every process, for the unsharded model to load.
 
     A collective call: every process makes it.
 
@@ -253,7 +257,7 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if not hasattr(tensor, "local_shards"):
-            state[name] = tensor.detach().clone()
+            state[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
             continue
         parts = tensor.local_shards()
         whole = torch.zeros(tensor.size(), device=parts[0].tensor.device if parts else _device(model))

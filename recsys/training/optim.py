@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from recsys.core.config import Config
 
@@ -70,7 +72,8 @@ class DenseOptimizer(Config):
             case "adam":
                 return torch.optim.Adam(groups, lr=self.learning_rate, betas=betas, fused=True)
             case "adagrad":
-                return torch.optim.Adagrad(groups, lr=self.learning_rate, fused=True)
+                whole = not any(isinstance(p, DTensor) for p in parameters.values())  # its fused form does not take parts
+                return torch.optim.Adagrad(groups, lr=self.learning_rate, fused=whole)
             case "rmsprop":
                 return torch.optim.RMSprop(groups, lr=self.learning_rate)
 
@@ -128,8 +131,14 @@ class Optimizers:
             optimizer.zero_grad()  # hands the new rate to fused tables, too
 
     def gradient_norm(self) -> float:
-        """The global norm of the dense gradients."""
-        return float(nn.utils.get_total_norm([p.grad for p in self.dense_parameters.values() if p.grad is not None]))
+        """The global norm of the dense gradients; a collective call where they are in parts (see `recsys.training.fully_sharded`)."""
+        gradients = [p.grad for p in self.dense_parameters.values() if p.grad is not None]
+        parts = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+        if not parts:
+            return float(nn.utils.get_total_norm(gradients))
+        square = nn.utils.get_total_norm(parts).double().square()  # one sum for all; a norm of DTensors has one for each of them
+        dist.all_reduce(square)
+        return math.sqrt(float(square))
 
     def clip(self, max_norm: float, norm: float) -> None:
         """Scale the dense gradients, whose norm is ``norm``, down to a norm of at most ``max_norm``."""
