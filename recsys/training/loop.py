@@ -4,7 +4,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ from recsys.core.errors import ConfigError, DataError, RecsysError, unknown
 from recsys.core.memory import give_back_memory, resident_bytes
 from recsys.data.loader import Loader
 from recsys.training.checkpoint import Checkpoint
+from recsys.training.feed import Feed
 from recsys.training.guards import Doing, Spikes, Watchdog
 from recsys.training.history import EpochRecord, TrainState
 from recsys.training.parallel import Alone, Together, Trained
@@ -60,6 +61,7 @@ class Run:
         self.stop = self.due = False
         self.spikes = Spikes(self.config.guards)
         self.watchdog: Watchdog | None = None
+        self.feed: Feed | None = None  # of the epoch that is being trained
         self.ran: set[backend.Choice] = set()
         self.ran_before: set[backend.Choice] = set()  # before this run was interrupted
         self.saved_at = time.monotonic()
@@ -128,7 +130,7 @@ class Run:
         """Write a checkpoint of everything."""
         self._note("saving")
         state = {
-            "loader": self.loader.state_dict(),
+            "loader": (self.feed or self.loader).state_dict(),
             "progress": self.state.as_dict(),
             "kernels": {"asked": self.config.kernels, "table": paths.fingerprint(), "ran": sorted(map(list, self.ran_before | self.ran))},
         }
@@ -141,22 +143,22 @@ class Run:
         self.model.train()
         self.loader.set_epoch(self.state.epoch)
         self.trainer.progress.start_epoch(self.state.epoch + 1, self.config.epochs, len(self.loader), self.state.batch)
-        batches = iter(self.loader)
+        self.feed = feed = self.trained.feed(self.loader)
         try:
-            while (batch := self._next(batches)) is not None:
+            while (batch := self._next(feed)) is not None:
                 self._note("training")
-                loss = self._step(batch.to(self.device) if self.device.type != "cpu" else batch)
+                loss = self._step(batch)
                 self.trainer.progress.advance(self.state.step, loss, len(batch) * self.world.size)
                 yield
         finally:
-            if isinstance(batches, Generator):
-                batches.close()
+            feed.close()
+            self.feed = None
 
-    def _next(self, batches: Iterator[Any]) -> Any:
+    def _next(self, feed: Feed) -> Any:
         """The next batch, None at the end; the time that it took counts as waiting."""
         self._note("loading")
         began = time.monotonic()
-        batch = next(batches, None)
+        batch = next(feed, None)
         self.waited += time.monotonic() - began
         self.samples += 0 if batch is None else len(batch) * self.world.size
         return batch
@@ -275,7 +277,7 @@ class Run:
             return {}
         self._note("validating")
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.trained.whole():
             return self.trained.agree({name: float(value) for name, value in self.validate(self.model).items()})
 
     def _judge(self, record: EpochRecord) -> bool:

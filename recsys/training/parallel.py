@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a model is trained: by one process as it is, or by several together, with tables in parts and one gradient for everything else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from recsys.core.config import Config
-from recsys.core.errors import CheckpointError, DataError
+from recsys.core.errors import CheckpointError, ConfigError, DataError
+from recsys.data.loader import Loader
 from recsys.data.world import World
 from recsys.embedding.sharding import AVERAGING, Placement, holders, shard
 from recsys.embedding.tables import EmbeddingTables
 from recsys.training.checkpoint import Checkpoint, Checkpoints
+from recsys.training.feed import Feed
+from recsys.training.fully_sharded import DenseParts, SplitDense
 from recsys.training.optim import DenseOptimizer, Optimizers
+from recsys.training.pipelined import Ahead
 from recsys.training.randomness import random_state, set_random_state
 from recsys.training.shards import INDEX, load_shards, shapes
 from recsys.training.shared_checkpoint import SharedCheckpoints
@@ -26,13 +32,20 @@ _DENSE, _HELD, _RANDOM = "dense", "held", "random"
 
 
 class Distribution(Config):
-    """How tables are split where several processes train.
+    """How a model is split where several processes train. It decides no result, and may change between two parts of a run.
 
     Attributes:
         placements: of tables by name; the others go wherever TorchRec's planner estimates the lowest cost.
+        dense: everything else is ``replicated``, a copy in each process (DistributedDataParallel), or ``sharded``: of parameters, gradients
+            and optimizer state each process holds an N-th (FSDP2, see `recsys.training.fully_sharded`).
+        pipelined: whether the next batch is copied to the device, and its ids go to the processes that hold their rows, while one is
+            trained (see `recsys.training.pipelined`). ``auto``: with tables, on a GPU, in several processes. Managed ids cannot be asked
+            for ahead, since rows change hands with every batch.
     """
 
     placements: dict[str, Placement] = Field(default_factory=dict)
+    dense: Literal["replicated", "sharded"] = "replicated"
+    pipelined: Literal["auto", "on", "off"] = "auto"
 
 
 class Trained(Protocol):
@@ -41,8 +54,16 @@ class Trained(Protocol):
     world: World
     optimizers: Optimizers
 
+    def feed(self, loader: Loader[Any]) -> Feed:
+        """What is left of the loader's epoch. `loss` takes its batches, one after another."""
+        ...
+
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of this process's share of a batch, and its parts; a `DataError` where a batch is not as it should be."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """While the model is used otherwise than by `loss`, without gradients."""
         ...
 
     def settle(self, values: Mapping[str, float], flags: Sequence[bool]) -> tuple[dict[str, float], list[bool]]:
@@ -94,9 +115,17 @@ class Alone:
         self.optimizers = Optimizers(optimizer, model)
         self._model, self._checkpoints = model, Checkpoints(root, keep, identity)
 
+    def feed(self, loader: Loader[Any]) -> Feed:
+        """See `Trained`."""
+        return Feed(loader, _device(self._model))
+
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Trained`."""
         return cast(Any, self._model).loss(batch)  # type: ignore[no-any-return]
+
+    def whole(self) -> AbstractContextManager[None]:
+        """See `Trained`."""
+        return nullcontext()
 
     def settle(self, values: Mapping[str, float], flags: Sequence[bool]) -> tuple[dict[str, float], list[bool]]:
         """See `Trained`."""
@@ -137,8 +166,9 @@ class Together:
     """A model that all processes of torch's default group train, each on its share of every batch.
 
     Its tables are split by TorchRec (`recsys.embedding.sharding.shard`), which changes the model in place; of everything else each
-    process has a copy, whose gradients are averaged (DistributedDataParallel). Random numbers differ between the processes, dropout's
-    among them, so that with dropout another number of processes is another course of the same training.
+    process has a copy, whose gradients are averaged (DistributedDataParallel), or a part (FSDP2), as ``distribution`` says. Random numbers
+    differ between the processes, dropout's among them, so that with dropout another number of processes is another course of the same
+    training.
 
     Args:
         model: see `Alone`; equal in all processes.
@@ -146,7 +176,10 @@ class Together:
         root: see `Alone`.
         keep: see `Alone`.
         identity: see `Alone`.
-        distribution: of the tables.
+        distribution: of tables and everything else.
+
+    Raises:
+        ConfigError: the distribution does not fit the model.
     """
 
     def __init__(
@@ -159,16 +192,35 @@ class Together:
         distribution: Distribution,
     ) -> None:
         self.world = World.current()
-        self._model, self._device = model, next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._wrapped = _wrapped(_Loss(model), distribution, self._device)
+        self._model, self._device = model, _device(model)
+        self._pipelined = _pipelined(distribution, model, self._device, self.world)
+        self._ahead: Ahead | None = None
+        self._wrapped, self._parts = _wrapped(_Loss(model), distribution, self._device)
         self.optimizers = Optimizers(optimizer, model)
         self._checkpoints = SharedCheckpoints(root, keep, {**identity, "checkpoint": "of several processes"}, self.world)
         torch.manual_seed(torch.initial_seed() + self.world.rank)
 
+    def feed(self, loader: Loader[Any]) -> Feed:
+        """See `Trained`."""
+        if not self._pipelined:
+            return Feed(loader, self._device)
+        self._ahead = Ahead(loader, self._model, self._device, self._look)
+        return self._ahead
+
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Trained`."""
-        self._look(batch)
-        return self._wrapped(batch)  # type: ignore[no-any-return]
+        if self._parts is not None:
+            self._parts.begin_step()
+        if self._ahead is None:
+            self._look(batch)
+        with self._ahead.around() if self._ahead is not None else nullcontext():
+            return self._wrapped(batch)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See `Trained`; a collective call."""
+        with self._parts.whole() if self._parts is not None else nullcontext():
+            yield
 
     def _look(self, batch: Any) -> None:
         """Whether any process has a batch that is not as it should be: before look-ups, for which all wait for each other.
@@ -261,11 +313,11 @@ class Together:
         """Empty tensors for the dense optimizer's state, which it has not before its first step."""
         saved = shapes(found.directory)
         state: dict[str, dict[str, Tensor]] = {}
-        for name in self.optimizers.dense_parameters:
+        for name, parameter in self.optimizers.dense_parameters.items():
             prefix = f"{_DENSE}.{name}."
             own = {key.removeprefix(prefix): about for key, about in saved.items() if key.startswith(prefix)}
             if own:
-                state[name] = {key: torch.empty(shape, dtype=dtype, device=self._device) for key, (shape, dtype) in own.items()}
+                state[name] = {key: _empty(shape, dtype, parameter) for key, (shape, dtype) in own.items()}
         return {_DENSE: state} if state else {}
 
     def _check(self, found: Checkpoint) -> None:
@@ -274,7 +326,7 @@ class Together:
 
 
 class _Loss(nn.Module):
-    """The loss as a forward pass, which is what DistributedDataParallel watches."""
+    """The loss as a forward pass, which is what DistributedDataParallel and FSDP watch."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -284,8 +336,44 @@ class _Loss(nn.Module):
         return cast(Any, self.model).loss(batch)  # type: ignore[no-any-return]
 
 
-def _wrapped(module: nn.Module, distribution: Distribution, device: torch.device) -> nn.Module:
-    if any(isinstance(part, EmbeddingTables) for part in module.modules()):
-        sharded: nn.Module = shard(module, constraints=distribution.placements, device=device)
-        return sharded
-    return DistributedDataParallel(module, broadcast_buffers=False, **cast(Any, AVERAGING))
+def _wrapped(module: nn.Module, distribution: Distribution, device: torch.device) -> tuple[nn.Module, DenseParts | None]:
+    """The module as all processes train it, and its dense parameters where they are in parts."""
+    with_tables = bool(_tables(module))
+    if distribution.dense == "sharded":
+        if not with_tables:
+            return module, DenseParts(module, device)
+        split = SplitDense()
+        return shard(module, constraints=distribution.placements, device=device, dense=split), split.parts
+    if with_tables:
+        return shard(module, constraints=distribution.placements, device=device), None
+    return DistributedDataParallel(module, broadcast_buffers=False, **cast(Any, AVERAGING)), None
+
+
+def _pipelined(distribution: Distribution, model: nn.Module, device: torch.device, world: World) -> bool:
+    """Whether look-ups begin ahead.
+
+    Raises:
+        ConfigError: they are to, and cannot.
+    """
+    tables = _tables(model)
+    managed = [name for one in tables for name in one.config.managed]
+    if distribution.pipelined == "on" and (not tables or managed):
+        why = f"the ids of table {managed[0]!r} are managed" if managed else "the model has no tables"
+        raise ConfigError(f"distribution.pipelined: expected 'auto' or 'off', got 'on': {why}")
+    able = bool(tables) and not managed
+    return able and (distribution.pipelined == "on" or (distribution.pipelined == "auto" and device.type == "cuda" and world.size > 1))
+
+
+def _tables(module: nn.Module) -> list[EmbeddingTables]:
+    return [part for part in module.modules() if isinstance(part, EmbeddingTables)]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    """A tensor for a parameter's state, in parts as the parameter is."""
+    if isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)

@@ -90,7 +90,7 @@ class Trainer:
                 are updated in the backward pass, so where there are any, a gradient norm that is not finite takes the run back to the last
                 checkpoint, from where it goes on without that step.
             guards: what is watched besides.
-            distribution: of tables, where several processes train.
+            distribution: of tables and of everything else, where several processes train.
             log_every: steps between the records of a step's metrics.
             checkpoint: how often to save.
         """
