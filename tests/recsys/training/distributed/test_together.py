@@ -77,16 +77,16 @@ def free_port() -> int:
 
 
 def trained_rows(folder: Path) -> list[list[int]]:
-    """The rows of both epochs that the final weights have seen: of every step, those of the last attempt at it."""
+    """The rows of each epoch that the final weights have seen: of every step, those of the last attempt at it."""
     attempts: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for file in folder.glob("rows-*.jsonl"):
         for text in file.read_text().splitlines():
             line = json.loads(text)
             attempts[line["epoch"], line["step"]][line["attempt"]] += line["rows"]
-    epochs: list[list[int]] = [[], []]
+    epochs: dict[int, list[int]] = defaultdict(list)
     for (epoch, _), rows in attempts.items():
         epochs[epoch] += rows[max(rows, key=lambda attempt: tuple(map(int, attempt.split("."))))]
-    return epochs
+    return list(epochs.values())
 
 
 def assert_exactly_once(folder: Path) -> None:

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -17,7 +18,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -28,7 +29,9 @@ from recsys.data.spec import InputSpec, SequenceSpec, TableSpec
 from recsys.data.world import World
 from recsys.embedding.sharding import full_state
 from recsys.evaluation.together import predictions
+from recsys.ranking.model import Ranker
 from recsys.ranking.models import DCNv2
+from recsys.ranking.token_ranker import TokenRanker
 from recsys.training.history import History
 from recsys.training.launch import RUN, Attempts, join
 from recsys.training.progress import NoProgress
@@ -57,6 +60,7 @@ MANAGED = InputSpec(
 """With raw ids, of which there are far more than rows."""
 RAW = {"history": 150, "target": 150, "city": 60}  # how many ids there are
 ROWS = 101  # with batches of 12 the last one has five rows, fewer than six processes
+SPOILT = 0.123456789
 
 
 def data(rows: int = ROWS, seed: int = 0) -> pa.Table:
@@ -99,6 +103,32 @@ def managed_data(rows: int = ROWS, seed: int = 0) -> pa.Table:
     return table
 
 
+class Spoilt(DCNv2):
+    """Where a batch has a certain number, the loss is finite and its gradient is not."""
+
+    def loss(self, batch: RankingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, parts = super().loss(batch)
+        if bool((batch.dense == SPOILT).any()):
+            loss = loss + (loss - loss.detach()).sqrt()
+        return loss, parts
+
+
+def tokens() -> TokenRanker:
+    """Blocks that add penalties to the loss, and readouts below the last one."""
+    torch.manual_seed(7)
+    settings: dict[str, Any] = {
+        "name": "token_ranker",
+        "dim": 8,
+        "blocks": 3,
+        "mixer": {"name": "self_attention", "heads": 2},
+        "per_token": {"name": "relu_moe", "expansion": 4, "experts": 4},  # smooth, unlike a choice of experts
+        "stack": {"name": "pre_norm"},
+        "auxiliary": "deep_supervision",
+        "embedding": {"dim": 8, "dims": {"city": 4}, "learning_rate": 0.001, "init_std": 0.3},
+    }
+    return TokenRanker(validate(TokenRanker.Config, settings), SPEC)
+
+
 def model(dropout: float = 0.0, managed: bool = False) -> DCNv2:
     torch.manual_seed(7)
     settings: dict[str, Any] = {
@@ -111,7 +141,7 @@ def model(dropout: float = 0.0, managed: bool = False) -> DCNv2:
     if managed:
         policies = {"item": {"policy": "distance_lfu", "interval": 2}, "city": {"policy": "lru", "interval": 5}}
         settings["embedding"]["managed"] = {table: policy | {"buckets": 12} for table, policy in policies.items()}
-    return DCNv2(validate(DCNv2.Config, settings), MANAGED if managed else SPEC)
+    return Spoilt(validate(DCNv2.Config, settings), MANAGED if managed else SPEC)
 
 
 class Recorded(TableLoader[RankingBatch]):
@@ -167,13 +197,23 @@ def poisoned(batch: RankingBatch | SequenceBatch) -> None:
     batch.labels[0, 0] = torch.inf
 
 
+def overflowing(batch: RankingBatch) -> None:
+    """A number that is finite, and too large: a loss that is not, found behind the forward pass."""
+    batch.dense[0, 0] = 3e38
+
+
+def spoilt(batch: RankingBatch) -> None:
+    """What `Spoilt` looks for."""
+    batch.dense[0, 0] = SPOILT
+
+
 def validation(table: pa.Table) -> Callable[[nn.Module], dict[str, float]]:
     """The loss of the clicks of a table, which all processes of the group predict together."""
     check = list(TableLoader(table, to_batch, batch_size=12, shuffle=False, world=World.current()))
     labels = torch.from_numpy(table["click"].to_numpy())
 
     def valid(module: nn.Module) -> dict[str, float]:
-        assert isinstance(module, DCNv2)
+        assert isinstance(module, Ranker)
         probability = predictions(lambda batch: module.predict(batch)[:, 0].numpy(), check, table.num_rows, 12)
         return {"loss": float(functional.binary_cross_entropy(torch.from_numpy(probability).double(), labels))}
 
@@ -198,6 +238,8 @@ def faults_of(job: dict[str, Any], rank: int, attempt: int) -> dict[int, Callabl
         "term_launcher": lambda _: ask_to_end(job["launcher"]),
         "hang": lambda _: time.sleep(3600),
         "poison": poisoned,
+        "overflow": overflowing,
+        "spoil": spoilt,
         "full": full_disk,
     }
     mine = [f for f in job.get("faults", ()) if f.get("rank", rank) == rank and f.get("attempt", attempt) == attempt]
@@ -217,10 +259,12 @@ def write_result(folder: Path, rank: int, model: nn.Module, history: History) ->
 
 def main(folder: Path, job: dict[str, Any]) -> None:
     world = join()
+    if job.get("loud"):
+        logging.basicConfig(level=logging.INFO, force=True)
     attempt = attempt_of(folder, world.rank)
     faults = faults_of(job, world.rank, attempt)
     made = managed_data if job.get("managed") else data
-    ranker = model(job.get("dropout", 0.0), job.get("managed", False))
+    ranker = tokens() if job.get("tokens") else model(job.get("dropout", 0.0), job.get("managed", False))
     trainer = Trainer(validate(Trainer.Config, job["trainer"]), folder / "run", progress=NoProgress(), context={"seed": 7})
     history = trainer.fit(
         ranker, Recorded(folder, world, f"{job.get('launch', 0)}.{attempt}", faults, made()), validation(made(41, seed=1))
