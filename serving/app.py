@@ -20,13 +20,13 @@ from serving.engine import Engine, Hosting, RegistrySource, Rejected
 from serving.lifecycle import drain_on_sigterm
 from serving.metrics import Metrics
 from serving.observing import Observe
-from serving.routes import probes, rank, recommend
+from serving.routes import page, probes, rank, recommend
 from serving.schemas import ErrorOut
 from serving.settings import Settings
 
 log = logging.getLogger("serving")
 
-ROUTES = (recommend.routes, rank.routes, probes.routes)
+ROUTES = (recommend.routes, rank.routes, probes.routes, page.routes)
 """What the application offers: functions of an engine and settings that give an `APIRouter`."""
 
 _SHOWN = 200

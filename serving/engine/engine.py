@@ -73,6 +73,11 @@ class Engine:
         return self._slots.loaded
 
     @property
+    def bundles(self) -> tuple[Loaded, ...]:
+        """The bundles that are loaded: the one that answers, then the former one while it is kept."""
+        return tuple(loaded for loaded in (self._slots.loaded, self._slots.former) if loaded is not None)
+
+    @property
     def problem(self) -> str | None:
         """Why no bundle is loaded, or why the last swap failed; None where all is well."""
         return self._slots.problem
