@@ -65,6 +65,14 @@ def test_a_mapped_bundle_is_the_same_bundle(whole: Bundle, mapped: Bundle) -> No
         np.testing.assert_array_equal(got, expected)
 
 
+def test_files_are_mapped_and_not_copied(mapped: Bundle, tiny_run: Any) -> None:
+    """All but the catalogue's, whose ids a dictionary holds in any case."""
+    regions = Path("/proc/self/maps").read_text()
+    files = ("ranker/model.safetensors", "retriever/model.safetensors", "index/vectors.faiss", "items.arrow", "encoder/vocabularies.arrow")
+    assert mapped.items.num_rows
+    assert [name for name in files if str(tiny_run.directory / "bundle" / name) not in regions] == []
+
+
 def test_a_mapped_bundle_can_be_saved_again(mapped: Bundle, tmp_path: Path) -> None:
     assert mapped.save(tmp_path / "copy").files == mapped.manifest.files
 
