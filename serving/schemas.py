@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the API takes and answers, as JSON."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from recsys.bundle.rules import Quota, Rules
 
 MAX_ITEMS = 1000
 
@@ -17,11 +19,32 @@ class _Asked(_Body):
     )
 
 
+class QuotaBody(_Body):
+    """At most so many items of any one value of an attribute."""
+
+    attribute: str = Field(min_length=1, max_length=128, description="a column of the items; of lists, an item counts for each value")
+    most: int = Field(ge=0, le=MAX_ITEMS)
+
+
+class RulesBody(_Body):
+    """Business rules of a list; what is absent is as the bundle has it."""
+
+    exclude: list[str] = Field([], max_length=MAX_ITEMS, description="item ids that are not shown; unknown ones exclude nothing")
+    quotas: list[QuotaBody] | None = Field(None, max_length=16)
+    diversity: float | None = Field(None, ge=0, le=1, description="0: the order of the scores; 1: items as different as can be")
+
+    def asked(self) -> Rules:
+        """As the recommendation path takes them."""
+        quotas = None if self.quotas is None else tuple(Quota(attribute=quota.attribute, most=quota.most) for quota in self.quotas)
+        return Rules(exclude=tuple(self.exclude), quotas=quotas, diversity=self.diversity)
+
+
 class RecommendBody(_Asked):
     """Ask for a list."""
 
     k: int = Field(10, ge=1, le=MAX_ITEMS, description="length of the list; shorter where the catalogue is")
     explain: bool = Field(True, description="name the events of the history that mattered")
+    rules: RulesBody = Field(default_factory=RulesBody, description="what the list may hold")
 
 
 class RankBody(_Asked):
@@ -98,3 +121,50 @@ class ReadyOut(_Body):
     version: int | None
     sha256: str | None
     store: str
+
+
+class SimilarBody(_Body):
+    """Ask for items like an item."""
+
+    item_id: str = Field(min_length=1, max_length=256)
+    k: int = Field(10, ge=1, le=MAX_ITEMS, description="length of the list; shorter where the catalogue is")
+
+
+class EventBody(_Body):
+    """Something that a user did."""
+
+    event_id: str = Field(min_length=1, max_length=128, description="the same event sent again has the same one, and counts once")
+    user_id: str = Field(min_length=1, max_length=256)
+    item_id: str = Field(min_length=1, max_length=256, description="an item that the catalogue does not have is counted")
+    event_type: str | None = Field(None, max_length=128, description="what was done, where features read the column event_type")
+    time: AwareDatetime = Field(description="when, with a time zone; a minute ahead of the server at most")
+    values: dict[str, bool | int | float | str | None] = Field(
+        default_factory=dict, max_length=64, description="by the columns that features read of events, such as a rating"
+    )
+    ingest_seq: int | None = Field(None, ge=0, lt=2**62, description="the number that the log of events gave it, where it has one by now")
+
+
+class EventOut(_Body):
+    """What became of an event."""
+
+    event_id: str
+    status: str = Field(description="accepted, or duplicate: it had come before, here or by the batch road")
+    known_item: bool
+
+
+class SimilarItemOut(_Body):
+    """An item, and how like the one asked about it is."""
+
+    item_id: str
+    title: str | None
+    similarity: float = Field(description="the cosine of the model's vectors of both items")
+
+
+class SimilarOut(_Body):
+    """Items like an item, the most alike first."""
+
+    request_id: str
+    item_id: str
+    items: list[SimilarItemOut]
+    model: ModelOut
+    flags: list[str]

@@ -32,6 +32,7 @@ from recsys.bundle.golden import Golden, load_golden
 from recsys.bundle.item_table import load_item_table, save_item_table
 from recsys.bundle.manifest import MANIFEST, Manifest, hash_files, opened
 from recsys.bundle.modules import load_module, save_module
+from recsys.bundle.rules import Rules
 from recsys.bundle.signature import signature_of
 from recsys.bundle.tables import read_table, write_table
 from recsys.core.config import Config, parse
@@ -57,6 +58,7 @@ class Settings(Config):
         history_columns: it and the lists aligned with it, as the encoder reads them.
         seen_feature: the feature of the service ``seen`` that holds the ids not to be recommended again.
         task: the ranker's task that enters the score.
+        rules: of lists whose request says nothing else; absent in older bundles.
     """
 
     candidates: int = 100
@@ -65,6 +67,7 @@ class Settings(Config):
     history_columns: tuple[str, ...]
     seen_feature: str
     task: str
+    rules: Rules = Rules()
 
 
 @dataclass

@@ -4,8 +4,9 @@
 Evaluation, gates, parity checks and the server all call it; they differ in the `FeatureReader` that they hand in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +14,19 @@ import torch
 from torch import Tensor
 
 from recsys.bundle.bundle import Bundle
+from recsys.bundle.rules import NO_RULES
 from recsys.core.schema import TIME
 from recsys.data.batch import SequenceBatch, TiledBatch
 from recsys.data.jagged import Jagged
 from recsys.inference import frame, rules
 from recsys.inference.explain import explain
 from recsys.inference.features import FeatureReader
+from recsys.inference.likeness import Likeness
 from recsys.inference.parity import LIST, Parity, Predicts, compare
 from recsys.inference.request import InvalidRequest, Request, Response, Scored
+
+# Of a list's length: how many candidates rules choose from, where the bundle's own number is less.
+_TO_CHOOSE_FROM = 4
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,65 @@ class Recommender:
         self.ranker: Predicts = bundle.ranker
         self._task = bundle.encoder.spec.tasks.index(bundle.settings.task)
 
+    @cached_property
+    def likeness(self) -> Likeness:
+        """The items, compared; what that needs is computed when it is first asked for."""
+        return Likeness(self.bundle, self.view)
+
     def recommend(self, requests: Sequence[Request]) -> list[Response]:
         """The best live unseen items for each request, all computed in one batch."""
         users = self.users([r.user_id for r in requests], pa.array([r.at for r in requests], TIME))
+        users = self.excluding(users, requests)
         ranked = self.rank(users, self.retrieve(users, self.wanted(requests)))
         return [self.respond(request, b, users, ranked) for b, request in enumerate(requests)]
 
     def wanted(self, requests: Sequence[Request]) -> int:
-        """How many candidates are retrieved for each of some requests."""
-        return max(max(r.k for r in requests), self.bundle.settings.candidates)
+        """How many candidates are retrieved for each of some requests; more than are shown where rules choose among them."""
+        most = max(r.k * (_TO_CHOOSE_FROM if r.rules.over(self.bundle.settings.rules).choose else 1) for r in requests)
+        return max(most, self.bundle.settings.candidates)
+
+    def excluded(self, request: Request) -> np.ndarray:
+        """int64: the catalogue rows that the rules of a request exclude."""
+        rows = self.view.rows(list(request.rules.over(self.bundle.settings.rules).exclude))
+        found: np.ndarray = rows[rows >= 0]
+        return found
+
+    def excluding(self, users: Users, requests: Sequence[Request]) -> Users:
+        """The users of B requests, to whom what the requests' rules exclude is as if they had seen it."""
+        excluded = [self.excluded(request) for request in requests]
+        if not any(map(len, excluded)):
+            return users
+        seen = users.seen
+        lists = [np.concatenate([seen.values[seen.offsets[b] : seen.offsets[b + 1]], more]) for b, more in enumerate(excluded)]
+        return replace(users, seen=Jagged(np.concatenate(lists), np.concatenate([[0], np.cumsum([len(own) for own in lists])])))
+
+    def choose(self, request: Request, score: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The places of at most ``request.k`` of one list's candidates, best first, as the rules have it: quotas, then diversity.
+
+        Args:
+            request: whose list it is.
+            score: float ``[C]``; what is not finite is not shown.
+            rows: int64 ``[C]`` catalogue rows.
+
+        Raises:
+            InvalidRequest: a quota's attribute is none of the items'.
+        """
+        chosen = request.rules.over(self.bundle.settings.rules)
+        if not chosen.choose:
+            return rules.top(score, rows, request.k)
+        order = rules.top(score, rows, len(rows))
+        if chosen.quotas:
+            order = rules.within_quotas(order, [self._values(quota.attribute, rows) for quota in chosen.quotas], chosen.quotas)
+        return rules.diverse(order, score, lambda places: self.likeness.vectors[rows[places]], request.k, chosen.diversity or 0.0)
+
+    def check(self, request: Request) -> None:
+        """Hold that this bundle can keep to a request's rules.
+
+        Raises:
+            InvalidRequest: a quota's attribute is none of the items'.
+        """
+        for quota in request.rules.quotas or ():
+            self.likeness.values(quota.attribute, np.empty(0, np.int64))
 
     def rank_items(self, request: Request, item_ids: Sequence[str]) -> Response:
         """The given items in the order of their scores; ``request.k`` cuts the list.
@@ -110,7 +166,7 @@ class Recommender:
             raise InvalidRequest(f"item_ids: {item_ids[int(np.argmin(rows))]!r} is not in the catalogue")
         users = self.users([request.user_id], pa.array([request.at], TIME))
         ranked = self.rank(users, self.score(users, rows[None, :]))
-        return self.respond(request, 0, users, ranked)
+        return self.respond(replace(request, rules=NO_RULES), 0, users, ranked)
 
     def users(self, user_ids: Sequence[str] | pa.Array, at: pa.Array) -> Users:
         """Read the users' features, as known at ``at``."""
@@ -194,7 +250,7 @@ class Recommender:
 
     def respond(self, request: Request, b: int, users: Users, ranked: Ranked) -> Response:
         """The answer to request ``b``: the best of its candidates, with reasons where they are asked for."""
-        order = rules.top(ranked.score[b], ranked.candidates.rows[b], request.k)
+        order = self.choose(request, ranked.score[b], ranked.candidates.rows[b])
         rows = ranked.candidates.rows[b][order]
         reasons = explain(self, users, b, rows, ranked.items_of(b, order)) if request.explain else [()] * len(rows)
         items = tuple(
@@ -209,6 +265,11 @@ class Recommender:
         )
         flags = (("new_user",) if _length(users.history, b) == 0 else ()) + (("short_list",) if len(items) < request.k else ())
         return Response(request.user_id, items, self.bundle.manifest.sha256, flags)
+
+    def _values(self, attribute: str, rows: np.ndarray) -> list[tuple[Hashable, ...]]:
+        """The values of an item attribute by place; of a place that no item fills, none."""
+        values = self.likeness.values(attribute, np.maximum(rows, 0))
+        return [value if row >= 0 else () for value, row in zip(values, rows.tolist(), strict=True)]
 
     def _groups(self, users: Users, candidates: Candidates, items: pa.Table, item_of_row: np.ndarray | None) -> pa.ChunkedArray | None:
         """The values by which the calibration tells the candidates that are there apart; None where it does not."""

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from recsys.bundle.rules import Rules
 from recsys.core.errors import RecsysError
 
 
@@ -20,12 +21,14 @@ class Request:
         k: 1 or more.
         at: the time of the request, with a time zone.
         explain: whether to name the events of the history that mattered.
+        rules: of the list; where they say nothing, those of the bundle hold.
     """
 
     user_id: str
     k: int
     at: datetime
     explain: bool = False
+    rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
         if self.k < 1:

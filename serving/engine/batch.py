@@ -93,6 +93,8 @@ class Batch:
                 self._go_on(Group(known, self._loaded.remembered.users(*_asked(known))))
 
     def _go_on(self, group: Group) -> None:
+        requests = [entry.work.request for entry in group.entries]
+        group = Group(group.entries, self._recommender.excluding(group.users, requests))
         for b, entry in enumerate(group.entries):
             history = list_of(group.users.history, b)
             entry.known.seen, entry.known.new_user = list_of(group.users.seen, b), len(history) == 0

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from recsys.core.deadline import RejectReason
 from recsys.core.schema import TIME
+from recsys.inference.request import InvalidRequest
 from serving.engine import ladder
 from serving.engine.batch import Batch, Tools
 from serving.engine.breaker import Breaker
@@ -158,8 +159,14 @@ class Engine:
             if (item_rows < 0).any():
                 unknown = work.item_ids[int(item_rows.argmin())]
                 raise Rejected(RejectReason.INVALID_INPUT, f"item_ids: {unknown!r} is not in the catalogue")
+        try:
+            loaded.recommender.check(work.request)
+        except InvalidRequest as error:
+            raise Rejected(RejectReason.INVALID_INPUT, str(error)) from None
         rows = loaded.recommender.wanted([work.request]) if item_rows is None else len(item_rows)
         entry = Entry(work, loaded, rows, item_rows, self.settings.reserve_ms / 1000)
+        # Whatever list is given in the end, of the popular one too.
+        entry.known.seen = loaded.recommender.excluded(work.request) if item_rows is None else None
         with self._changed:
             if self._stopped:
                 raise Rejected(RejectReason.DEPENDENCY, "the server has ended")

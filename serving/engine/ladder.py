@@ -28,7 +28,7 @@ def retriever_only(entry: Entry) -> Answer:
     assert entry.known.candidates is not None
     rows, log_probability = entry.known.candidates
     live = (rows >= 0) & np.isfinite(log_probability)
-    order = rules.top(np.where(live, log_probability, -np.inf), rows, entry.work.request.k)
+    order = entry.loaded.recommender.choose(entry.work.request, np.where(live, log_probability, -np.inf), rows)
     return _answer(entry, rows[order], log_probability[order], RETRIEVER_ONLY)
 
 
@@ -36,7 +36,8 @@ def popular(entry: Entry) -> Answer:
     """The given items, or the live items that the user is not known to have seen, in the order of their popularity."""
     popularity, view = entry.loaded.popular, entry.loaded.recommender.view
     if entry.item_rows is None:
-        rows = popularity.top(entry.work.request.k, view.live, entry.known.seen)
+        rows = popularity.top(entry.rows, view.live, entry.known.seen)
+        rows = rows[entry.loaded.recommender.choose(entry.work.request, popularity.log_share[rows], rows)]
     else:
         rows = entry.item_rows
         rows = rows[rules.top(popularity.log_share[rows], rows, entry.work.request.k)]

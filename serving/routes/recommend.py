@@ -19,7 +19,7 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
     @router.post("/v1/recommend", response_model=ListOut, responses=answering.ERRORS)
     async def recommend(body: RecommendBody, request: Request) -> Response:
         """The best live unseen items for a user, each with the events of the history that it owes its place to."""
-        asked = path.Request(user_id=body.user_id, k=body.k, at=datetime.now(UTC), explain=body.explain)
+        asked = path.Request(body.user_id, body.k, datetime.now(UTC), body.explain, body.rules.asked())
         deadline = answering.deadline_of(request, body.deadline_ms, settings.recommend_deadline_ms, settings)
         return await answering.answer(engine, request, Work(asked, deadline, answering.request_id_of(request)))
 
