@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 INTERPRETER := --dist load tests/kernels/interpreter
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev run serve test test-all test-kernels tune lint bench peers check-gpu-set clean
+.PHONY: help setup dev run serve test test-all test-kernels tune lint bench peers check-gpu-set audit clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ peers: dev ## make the environments of the frameworks that benchmarks compare wi
 
 check-gpu-set: ## check from metadata alone that the GPU requirements fit together, and pin them
 	$(PYTHON) tools/check_gpu_set.py --write requirements/constraints-gpu.txt
+
+audit: dev ## look for known vulnerabilities of the pinned packages
+	$(BIN)/pip-audit --requirement $(CONSTRAINTS) --no-deps --disable-pip
 
 clean: ## remove the environments, caches and builds (not the runs)
 	rm -rf $(VENV) .peers .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache

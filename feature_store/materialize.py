@@ -179,13 +179,13 @@ def _merge(view: CompiledView, log: Log, transaction: Transaction, progress: Pro
         last = min(first + BATCH_ENTITIES, total)
         batch = log.slice(first, last)
         (stored,) = Stored(transaction, (view,), batch.entities).logs()
-        entities, offsets, rows = _with_tiles(view, stored, batch) if isinstance(stored, Tiles) else _with_events(view, stored, batch)
+        entities, offsets, rows = _with_tiles(view, stored, batch) if isinstance(stored, Tiles) else with_events(view, stored, batch)
         transaction.write(view.view.name, dict(zip(entities.to_pylist(), pack(rows, offsets), strict=True)))
         if progress is not None:
             progress(view.view.name, last, total)
 
 
-def _with_events(view: CompiledView, stored: Log, batch: Log) -> tuple[pa.Array, np.ndarray, pa.Table]:
+def with_events(view: CompiledView, stored: Log, batch: Log) -> tuple[pa.Array, np.ndarray, pa.Table]:
     """Entities, offsets and rows of all events."""
     if len(stored):
         # The stored rows come first: of two rows of one event, the first counts.

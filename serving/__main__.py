@@ -12,6 +12,8 @@ from types import FrameType
 import uvicorn
 
 from recsys.core.errors import ConfigError
+from serving.security.exposure import check_exposure
+from serving.security.protocol import BoundedProtocol
 from serving.settings import Settings
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported, so not before the workers
@@ -21,6 +23,7 @@ def main() -> None:
     """The command."""
     try:
         settings = Settings.from_arguments()
+        check_exposure(settings)
     except ConfigError as error:
         sys.exit(f"recsys serve: {error}")
     os.environ |= settings.environment()
@@ -32,6 +35,7 @@ def main() -> None:
             factory=True,
             host=settings.host,
             port=settings.port,
+            http=BoundedProtocol,
             workers=settings.workers,
             log_level="warning",
             timeout_graceful_shutdown=settings.drain_seconds,

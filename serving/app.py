@@ -20,13 +20,14 @@ from serving.engine import Engine, Hosting, RegistrySource, Rejected
 from serving.lifecycle import drain_on_sigterm
 from serving.metrics import Metrics
 from serving.observing import Observe
-from serving.routes import page, probes, rank, recommend
+from serving.routes import events, page, probes, rank, recommend, similar
 from serving.schemas import ErrorOut
+from serving.security import Credentials, Guard, Limits
 from serving.settings import Settings
 
 log = logging.getLogger("serving")
 
-ROUTES = (recommend.routes, rank.routes, probes.routes, page.routes)
+ROUTES = (recommend.routes, rank.routes, similar.routes, events.routes, probes.routes, page.routes)
 """What the application offers: functions of an engine and settings that give an `APIRouter`."""
 
 _SHOWN = 200
@@ -45,6 +46,17 @@ def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None])
             await asyncio.to_thread(close)
 
     app = FastAPI(title="recsys", version="1", lifespan=lifespan)
+    # The last one added sees a request first.
+    app.add_middleware(
+        Limits,
+        metrics=engine.metrics,
+        most_bytes=settings.body_bytes,
+        header_bytes=settings.header_bytes,
+        depth=settings.json_depth,
+        seconds=settings.body_seconds,
+    )
+    if settings.access is not None:
+        app.add_middleware(Guard, credentials=Credentials.read(settings.access), metrics=engine.metrics)
     app.add_middleware(Observe, metrics=engine.metrics)
     for routes in ROUTES:
         app.include_router(routes(engine, settings))
@@ -57,7 +69,9 @@ def from_environment() -> FastAPI:
     # Libraries may have set handlers when they were imported; ours replace them.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s %(levelname)s %(message)s", force=True)
     settings = Settings.from_environment()
-    hosting = Hosting(settings.mmap, settings.quantize, settings.compile, settings.remembered_users)
+    hosting = Hosting(
+        settings.mmap, settings.quantize, settings.compile, settings.remembered_users, settings.events_go, settings.held_events
+    )
     source = RegistrySource(settings.model, Location.under(settings.home), hosting)
     if settings.decisions is None:
         return create_app(Engine(source, settings), settings)

@@ -54,6 +54,8 @@ class Metrics:
         self.store_open = Gauge(
             "recsys_store_left_alone", "1 while the feature store is left alone", registry=registry, multiprocess_mode="livemax"
         )
+        self.events = Counter("recsys_events", "Events taken", ["status"], registry=registry)
+        self.unknown_items = Counter("recsys_events_unknown_items", "Events of items that the catalogue lacks", registry=registry)
         self.unlogged = Counter("recsys_unlogged_answers", "Answers that the hook had no room for", registry=registry)
         for reason in RejectReason:
             self.rejected.labels(reason.value)

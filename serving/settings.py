@@ -50,6 +50,19 @@ class Settings(Config):
     cached_candidates: int = Field(10_000, ge=1, description="retrieved lists that are kept")
     ready_needs_store: bool = Field(True, description="whether /readyz fails while the store is left alone")
 
+    events: Literal["auto", "off", "held", "store"] = Field(
+        "auto", description="where /v1/events go: held in this process, or to the online store; auto holds them where one worker runs"
+    )
+    held_events: int = Field(100_000, ge=1, description="events that are held; the oldest give way")
+
+    access: Path | None = Field(None, description="a JSON file of API keys' hashes and accepted tokens; by default anybody may ask")
+    insecure: bool = Field(False, description="listen on an address of other machines although anybody may ask")
+    body_bytes: int = Field(1_000_000, ge=1, description="of a request's body, at most")
+    header_bytes: int = Field(16_384, ge=256, description="of a request's line and headers together, at most")
+    json_depth: int = Field(16, ge=2, description="lists and objects within each other in a request's body, at most")
+    head_seconds: float = Field(10.0, gt=0, description="for the headers of a request to come")
+    body_seconds: float = Field(10.0, gt=0, description="for the body of a request to come")
+
     poll_seconds: float = Field(1.0, gt=0, description="how often the promotion log is asked who the champion is")
     retry_seconds: float = Field(5.0, gt=0, description="between attempts to load a bundle that failed")
     keep_previous_seconds: float = Field(600.0, ge=0, description="how long the former champion stays warm for a rollback")
@@ -60,6 +73,13 @@ class Settings(Config):
     def most_waiting_rows(self) -> int:
         """How many candidates may wait."""
         return self.queue_rows or 4 * self.max_batch_rows
+
+    @property
+    def events_go(self) -> Literal["off", "held", "store"]:
+        """Where events go: what a process holds, other workers do not see."""
+        if self.events != "auto":
+            return self.events
+        return "held" if self.workers == 1 else "off"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:

@@ -16,6 +16,8 @@ class RejectReason(StrEnum):
     INVALID_INPUT = "invalid_input"
     DEPENDENCY = "dependency"
     INTERNAL = "internal"
+    UNAUTHORIZED = "unauthorized"
+    RATE_LIMITED = "rate_limited"
 
 
 @dataclass(frozen=True, slots=True)

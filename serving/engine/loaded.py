@@ -17,6 +17,7 @@ from recsys.inference.frame import USER_SERVICE
 from recsys.inference.recommender import Recommender
 from serving.engine.popular import Popular
 from serving.engine.remembering import Memory, RememberingReader
+from serving.events import Events
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Loaded:
         sample: some users with a history, to try a bundle with.
         popular: the list for when nothing else can be had.
         ages: the features of a user that say how old the newest event is.
+        events: where new events of users go; None where none are taken.
     """
 
     recommender: Recommender
@@ -48,6 +50,7 @@ class Loaded:
     sample: tuple[str, ...]
     popular: Popular
     ages: tuple[str, ...]
+    events: Events | None = None
 
     @classmethod
     def of(
@@ -60,6 +63,7 @@ class Loaded:
         sample: Sequence[str] = (),
         remembered_users: int = 10_000,
         close: Callable[[], None] | None = None,
+        events: Events | None = None,
     ) -> Self:
         """A bundle over a reader of its features, which is asked for every item's popularity here; ``close`` is called when it is freed.
 
@@ -81,6 +85,7 @@ class Loaded:
             sample=tuple(sample),
             popular=Popular.of(recommender, repo),
             ages=tuple(f.name for view in repo.service(USER_SERVICE).views for f in repo.view(view).features if isinstance(f, Age)),
+            events=events,
         )
         if close is not None:
             weakref.finalize(loaded, close)

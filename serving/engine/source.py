@@ -3,6 +3,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -16,12 +17,16 @@ from feature_store.online import OnlineReader, OnlineStore, SQLiteStore
 from recsys.core.config import parse
 from recsys.core.errors import RegistryError
 from recsys.core.schema import TIME
+from recsys.core.tombstones import Tombstones
 from recsys.inference.compiled import compile_ranker
 from recsys.inference.frame import USER_SERVICE
+from recsys.inference.request import InvalidRequest
 from recsys.ranking.mixers import fold_mixing
 from recsys.registry import Location, Registry
 from serving.engine.loaded import Loaded
 from serving.engine.verify import NOBODY
+from serving.events import Events, EventViews, Held, HeldEvents, StoredEvents
+from serving.overlaid import OverlaidStore
 
 log = logging.getLogger("serving")
 
@@ -72,12 +77,16 @@ class Hosting:
         quantize: likewise.
         compile: whether a compiled ranker answers, where it agrees with the bundle's (`Recommender.adopt`).
         remembered_users: see `Loaded.of`.
+        events: where new events go: nowhere, into the memory of this process, or to the online store.
+        held_events: how many are held in memory.
     """
 
     mmap: bool = False
     quantize: Literal["int8"] | None = None
     compile: bool = False
     remembered_users: int = 10_000
+    events: Literal["off", "held", "store"] = "off"
+    held_events: int = 100_000
 
 
 _PLAIN = Hosting()
@@ -96,6 +105,8 @@ class RegistrySource:
         self._uri, self._location, self._hosting = uri, location, hosting
         self._registry: Registry | None = None
         self._fixed: Target | None = None
+        # Not a bundle's: what happened since the batch road last ran counts for the next bundle as well.
+        self._held = Held(hosting.held_events)
 
     def target(self) -> Target:
         """See `Source.target`."""
@@ -116,19 +127,44 @@ class RegistrySource:
             raise RegistryError(f"{self._uri}: version {version} has sha256 {bundle.manifest.sha256}, expected {target.sha256}: refused")
         fold_mixing(bundle.ranker)
         repo = parse(FeatureRepo, bundle.features, source="features.json")
-        store = SQLiteStore.open(self._location.online_store(bundle.manifest.feature_versions))
+        store = SQLiteStore.open(path := self._location.online_store(bundle.manifest.feature_versions))
+        read, events, close = self._events(repo, store, path)
         loaded = Loaded.of(
             bundle,
-            OnlineReader(repo, store),
+            OnlineReader(repo, read),
             name=target.name,
             version=version,
             sample=_some_users(repo, store),
             remembered_users=hosting.remembered_users,
-            close=store.close,
+            close=close,
+            events=events,
         )
         if hosting.compile:
             _compile(loaded, self._location.compiled / bundle.manifest.sha256)
         return loaded
+
+    def _events(self, repo: FeatureRepo, store: SQLiteStore, path: Path) -> tuple[OnlineStore, Events | None, Callable[[], None]]:
+        """The store as it is read, where events go, and how all of it is closed."""
+        if self._hosting.events == "off":
+            return store, None, store.close
+        try:
+            views = EventViews(repo)
+        except InvalidRequest as error:
+            log.warning("no events are taken: %s", error)
+            return store, None, store.close
+        if self._hosting.events == "held":
+            return OverlaidStore(store, views, self._held), HeldEvents(views, self._held, self._forgotten), store.close
+        written = SQLiteStore(SQLiteStore.Config(path=path))
+
+        def close() -> None:
+            store.close()
+            written.close()
+
+        return store, StoredEvents(repo, written, self._forgotten), close
+
+    def _forgotten(self) -> Tombstones:
+        """As the file has them now: users are forgotten while the server runs."""
+        return Tombstones.under(self._location.online.parent)
 
     def _opened(self) -> Registry:
         """The registry, opened when it is there."""

@@ -24,6 +24,8 @@ STATUS = MappingProxyType(
         RejectReason.QUEUE_FULL: 429,
         RejectReason.CANCELLED: 499,
         RejectReason.INTERNAL: 500,
+        RejectReason.UNAUTHORIZED: 401,
+        RejectReason.RATE_LIMITED: 429,
         RejectReason.DEPENDENCY: 503,
         RejectReason.DEADLINE_BEFORE_START: 504,
         RejectReason.DEADLINE_IN_STAGE: 504,

@@ -54,4 +54,6 @@ def test_the_reasons_of_a_rejection_are_a_fixed_set() -> None:
         "invalid_input",
         "dependency",
         "internal",
+        "unauthorized",
+        "rate_limited",
     }

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rejection before the application has seen the request, in the form of all rejections."""
+
+import json
+from collections.abc import Mapping
+
+from starlette.types import Send
+
+from recsys.core.deadline import RejectReason
+from serving.metrics import Metrics
+
+
+async def refuse(
+    send: Send, metrics: Metrics, status: int, reason: RejectReason, message: str, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer with a rejection, and count it."""
+    metrics.rejected.labels(reason.value).inc()
+    body = json.dumps({"error": reason.value, "message": message}).encode()
+    fields = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
