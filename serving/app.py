@@ -20,14 +20,23 @@ from serving.engine import Engine, Hosting, RegistrySource, Rejected
 from serving.lifecycle import drain_on_sigterm
 from serving.metrics import Metrics
 from serving.observing import Observe
-from serving.routes import events, page, probes, rank, recommend, similar
+from serving.routes import events, open_inference, page, probes, rank, recommend, scoring, similar
 from serving.schemas import ErrorOut
 from serving.security import Credentials, Guard, Limits
 from serving.settings import Settings
 
 log = logging.getLogger("serving")
 
-ROUTES = (recommend.routes, rank.routes, similar.routes, events.routes, probes.routes, page.routes)
+ROUTES = (
+    recommend.routes,
+    rank.routes,
+    similar.routes,
+    events.routes,
+    open_inference.routes,
+    scoring.routes,
+    probes.routes,
+    page.routes,
+)
 """What the application offers: functions of an engine and settings that give an `APIRouter`."""
 
 _SHOWN = 200

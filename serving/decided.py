@@ -20,7 +20,9 @@ class Decided:
         """Offer one answer's decision; with its evidence, if it was ranked and the log keeps it."""
         recommender, evidence = served.loaded.recommender, None
         kind: RequestKind = "rank" if served.given else "recommend"
-        if served.users is not None and served.ranked is not None and self.log.keeps_evidence(served.request_id):
+        # A replay computes a list by its scores alone, which rules that choose among items do not follow.
+        by_score = not served.request.rules.over(recommender.bundle.settings.rules).choose
+        if served.users is not None and served.ranked is not None and by_score and self.log.keeps_evidence(served.request_id):
             evidence = evidence_of(recommender, served.users, served.ranked, 0, kind=kind)
         decision = decision_of(
             recommender,

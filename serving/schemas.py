@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the API takes and answers, as JSON."""
 
+from typing import Any
+
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from recsys.bundle.rules import Quota, Rules
@@ -10,6 +12,11 @@ MAX_ITEMS = 1000
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def _examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """What the documentation shows, and a client can send as it is, for a catalogue that has the items 1 and 2."""
+    return ConfigDict(extra="forbid", json_schema_extra={"examples": list(bodies)})
 
 
 class _Asked(_Body):
@@ -42,6 +49,11 @@ class RulesBody(_Body):
 class RecommendBody(_Asked):
     """Ask for a list."""
 
+    model_config = _examples(
+        {"user_id": "42", "k": 10, "explain": True},
+        {"user_id": "42", "k": 5, "explain": False, "rules": {"exclude": ["7"], "diversity": 0.3}, "deadline_ms": 5000},
+    )
+
     k: int = Field(10, ge=1, le=MAX_ITEMS, description="length of the list; shorter where the catalogue is")
     explain: bool = Field(True, description="name the events of the history that mattered")
     rules: RulesBody = Field(default_factory=RulesBody, description="what the list may hold")
@@ -49,6 +61,8 @@ class RecommendBody(_Asked):
 
 class RankBody(_Asked):
     """Ask for an order of given items."""
+
+    model_config = _examples({"user_id": "42", "item_ids": ["1", "2"], "deadline_ms": 5000})
 
     item_ids: list[str] = Field(min_length=1, max_length=MAX_ITEMS)
     explain: bool = False
@@ -126,12 +140,18 @@ class ReadyOut(_Body):
 class SimilarBody(_Body):
     """Ask for items like an item."""
 
+    model_config = _examples({"item_id": "1", "k": 10})
+
     item_id: str = Field(min_length=1, max_length=256)
     k: int = Field(10, ge=1, le=MAX_ITEMS, description="length of the list; shorter where the catalogue is")
 
 
 class EventBody(_Body):
     """Something that a user did."""
+
+    model_config = _examples(
+        {"event_id": "0f3c-1", "user_id": "42", "item_id": "1", "time": "2026-01-01T12:00:00Z", "values": {"rating": 5}}
+    )
 
     event_id: str = Field(min_length=1, max_length=128, description="the same event sent again has the same one, and counts once")
     user_id: str = Field(min_length=1, max_length=256)

@@ -22,6 +22,25 @@ ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorOut} for code in
 _ID = re.compile(r"[!-~]{1,128}")
 
 
+def body_of(schema: dict[str, Any], *examples: dict[str, Any]) -> dict[str, Any]:
+    """What the documentation says of a body that the route itself parses; nothing in ``schema`` refers to elsewhere."""
+    definitions = schema.pop("$defs", {})
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _inlined({**schema, "examples": list(examples)}, definitions)}},
+        }
+    }
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+        return {key: _inlined(value, definitions) for key, value in schema.items()}
+    return [_inlined(value, definitions) for value in schema] if isinstance(schema, list) else schema
+
+
 def deadline_of(request: Request, asked_ms: float | None, default_ms: float, settings: Settings) -> Deadline:
     """The deadline, from the arrival of the request: what the body or the header asks for, whichever is less, or the default.
 

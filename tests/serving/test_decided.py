@@ -2,10 +2,12 @@
 """What the server answers goes into the decision log, and is computed again from there; and bundles that are kept in other ways."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from recsys.bundle.rules import Rules
 from recsys.decisions.log import DecisionLog
 from recsys.decisions.parts import read_decisions
 from recsys.decisions.replay import replay
@@ -34,6 +36,21 @@ def test_a_served_decision_is_computed_again_to_the_bit(load: Load, tmp_path: Pa
         assert decision.kind == ("rank" if each.item_ids else "recommend") and decision.time == NOW
     report = replay(answers[0].loaded.recommender.bundle, decisions.values())
     assert report.decisions == report.own == report.exact == len(asked) and report.largest_difference == 0
+
+
+def test_exclusions_are_computed_again_and_lists_that_rules_chose_are_not(load: Load, tmp_path: Path) -> None:
+    decided = Decided(DecisionLog(tmp_path, share=1.0))
+    with running(Switch(v1=load), on_answer=decided) as engine:
+        first = one(engine, work(KNOWN[0], name="plain")).response.items[0].item_id
+        for name, rules in (("excluding", Rules(exclude=(first,))), ("diverse", Rules(diversity=0.9))):
+            asked = work(KNOWN[0], name=name)
+            answer = one(engine, replace(asked, request=replace(asked.request, rules=rules)))
+            assert (first in [item.item_id for item in answer.response.items]) == (name == "diverse")
+    decided.close()
+    decisions = {decision.request_id: decision for decision in read_decisions(tmp_path)}
+    assert decisions["diverse"].evidence is None and decisions["excluding"].evidence is not None
+    report = replay(answer.loaded.recommender.bundle, [decisions["plain"], decisions["excluding"]])
+    assert report.exact == 2
 
 
 def test_a_list_of_a_fallback_is_logged_without_evidence(load: Load, faulty: Faulty, tmp_path: Path) -> None:
