@@ -3,10 +3,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeAlias
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -18,16 +19,19 @@ from recsys.registry import Location
 from serving.decided import Decided
 from serving.engine import Engine, Hosting, RegistrySource, Rejected
 from serving.lifecycle import drain_on_sigterm
+from serving.live import ChangeLog, LiveCatalogue
 from serving.metrics import Metrics
 from serving.observing import Observe
-from serving.routes import events, open_inference, page, probes, rank, recommend, scoring, similar
+from serving.routes import admin, events, open_inference, page, probes, rank, recommend, scoring, similar
 from serving.schemas import ErrorOut
 from serving.security import Credentials, Guard, Limits
 from serving.settings import Settings
 
 log = logging.getLogger("serving")
 
-ROUTES = (
+Routes: TypeAlias = Callable[[Engine, Settings], APIRouter]
+
+ROUTES: tuple[Routes, ...] = (
     recommend.routes,
     rank.routes,
     similar.routes,
@@ -39,11 +43,21 @@ ROUTES = (
 )
 """What the application offers: functions of an engine and settings that give an `APIRouter`."""
 
+CATALOGUE_FILE = "catalogue.sqlite"
+"""The log of catalogue changes, below the home."""
+
 _SHOWN = 200
 
 
-def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None]) -> FastAPI:
-    """The application around an engine, which it starts and stops; ``closing`` is called when the engine has stopped."""
+def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None], more: Sequence[Routes] = ()) -> FastAPI:
+    """The application around an engine, which it starts and stops; ``closing`` is called when the engine has stopped.
+
+    Args:
+        engine: answers.
+        settings: of the server.
+        closing: what else ends with the engine.
+        more: routes besides `ROUTES`.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,7 +81,7 @@ def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None])
     if settings.access is not None:
         app.add_middleware(Guard, credentials=Credentials.read(settings.access), metrics=engine.metrics)
     app.add_middleware(Observe, metrics=engine.metrics)
-    for routes in ROUTES:
+    for routes in (*ROUTES, *more):
         app.include_router(routes(engine, settings))
     _add_errors(app, engine.metrics)
     return app
@@ -82,10 +96,12 @@ def from_environment() -> FastAPI:
         settings.mmap, settings.quantize, settings.compile, settings.remembered_users, settings.events_go, settings.held_events
     )
     source = RegistrySource(settings.model, Location.under(settings.home), hosting)
+    live = LiveCatalogue(ChangeLog(settings.home / CATALOGUE_FILE))
+    more = (admin.routes_of(live),) if settings.admin else ()
     if settings.decisions is None:
-        return create_app(Engine(source, settings), settings)
+        return create_app(Engine(source, settings, keep_up=live.kept_up), settings, more=more)
     decided = Decided(DecisionLog(settings.decisions, share=settings.decision_share))
-    return create_app(Engine(source, settings, on_answer=decided), settings, decided.close)
+    return create_app(Engine(source, settings, on_answer=decided, keep_up=live.kept_up), settings, decided.close, more=more)
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:

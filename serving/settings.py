@@ -63,6 +63,9 @@ class Settings(Config):
     head_seconds: float = Field(10.0, gt=0, description="for the headers of a request to come")
     body_seconds: float = Field(10.0, gt=0, description="for the body of a request to come")
 
+    catalogue_seconds: float = Field(0.25, gt=0, description="how often the log of catalogue changes is looked into")
+    admin: bool = Field(False, description="whether /admin is offered, to whoever reaches the port")
+
     poll_seconds: float = Field(1.0, gt=0, description="how often the promotion log is asked who the champion is")
     retry_seconds: float = Field(5.0, gt=0, description="between attempts to load a bundle that failed")
     keep_previous_seconds: float = Field(600.0, ge=0, description="how long the former champion stays warm for a rollback")

@@ -161,7 +161,7 @@ class Recommender:
         Raises:
             InvalidRequest: an item is not in the catalogue.
         """
-        rows = self.bundle.catalogue.rows(list(item_ids))
+        rows = self.view.rows(list(item_ids))
         if (rows < 0).any():
             raise InvalidRequest(f"item_ids: {item_ids[int(np.argmin(rows))]!r} is not in the catalogue")
         users = self.users([request.user_id], pa.array([request.at], TIME))
@@ -285,7 +285,7 @@ class Recommender:
         """The catalogue rows of a column of id lists; unknown ids are left out, a null is an empty list."""
         lists = table.column(column).combine_chunks()
         lengths = np.asarray(lists.value_lengths().fill_null(0), np.int64)
-        rows = self.bundle.catalogue.rows(lists.flatten())
+        rows = self.view.rows(lists.flatten())
         owner = np.repeat(np.arange(len(lengths)), lengths)[rows >= 0]
         counts = np.bincount(owner, minlength=len(lengths))
         return Jagged(rows[rows >= 0], np.concatenate([[0], np.cumsum(counts)]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.core.config import Config
-from recsys.core.errors import BundleError, ConfigError, DataError
+from recsys.core.errors import BundleError, CannotScoreNewItems, ConfigError, DataError
 from recsys.core.files import sha256_json
 from recsys.data.batch import SequenceBatch
 from recsys.efficiency.history import HistoryPruning
@@ -106,6 +106,14 @@ class Retriever(nn.Module, ABC):
             return batch
         require_known_rows(batch, len(self.scorable))
         return pruned_history(self.pruning, batch, self.event_vectors(batch.items))
+
+    def replace_items(self, items: ItemTable) -> None:
+        """Take another catalogue, such as one with new items appended, without training.
+
+        Raises:
+            CannotScoreNewItems: the model is bound to the items of its training, as this one is unless it says otherwise.
+        """
+        raise CannotScoreNewItems(f"{type(self).__name__} is bound to the {len(self.scorable)} items of its training, got {items.count}")
 
     def fingerprint(self) -> str:
         """SHA-256 over all weights and buffers, by which an index knows what its content came from."""

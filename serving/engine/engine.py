@@ -26,7 +26,8 @@ from serving.engine.pace import Pace
 from serving.engine.queue import Limits, RowQueue
 from serving.engine.reading import Reads
 from serving.engine.source import Source
-from serving.engine.swap import Follower, Slots
+from serving.engine.swap import Follower, KeepUp, Slots
+from serving.engine.threads import Repeating
 from serving.engine.verify import NOBODY
 from serving.engine.work import Answer, Rejected, Work
 from serving.metrics import Metrics
@@ -44,19 +45,22 @@ class Engine:
         source: which bundle to serve.
         settings: sizes and times.
         on_answer: told of every answer, off the path that serves; what it raises is logged.
+        keep_up: gives a bundle with all changes of the catalogue, which is itself where there are none; called every
+            ``catalogue_seconds``, and before a bundle goes live.
 
     Attributes:
         metrics: what it counts.
         draining: whether it is about to end: it answers, but wants no more to be sent to it.
     """
 
-    def __init__(self, source: Source, settings: Settings, *, on_answer: OnAnswer | None = None) -> None:
+    def __init__(self, source: Source, settings: Settings, *, on_answer: OnAnswer | None = None, keep_up: KeepUp | None = None) -> None:
         self.settings = settings
         self.metrics = metrics = Metrics()
         self.draining = False
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
         pace = Pace()
-        self._slots = Slots(settings.max_batch_rows, settings.keep_previous_seconds, pace, metrics)
+        self._slots = Slots(settings.max_batch_rows, settings.keep_previous_seconds, pace, metrics, keep_up or (lambda loaded: loaded))
+        self._keeper = None if keep_up is None else Repeating(self.renew, settings.catalogue_seconds, "catalogue")
         self._follower = Follower(source, self._slots, settings.poll_seconds, settings.retry_seconds, self._tick)
         limits = Limits(settings.max_batch_rows, settings.most_waiting_rows, settings.max_delay_ms / 1000)
         self._queue = RowQueue(limits, pace)
@@ -64,7 +68,7 @@ class Engine:
         self._stopped = False
         self._hook = None if on_answer is None else Hook(on_answer, metrics.unlogged.inc)
         self._reads = Reads(settings.read_threads, settings.read_share, self.breaker, self._read_failed)
-        self._finisher = Finisher(metrics, self._hook)
+        self._finisher = Finisher(metrics, self._hook, lambda: self.loaded)
         self._tools = Tools(self._reads, LRU(settings.cached_candidates), Explainer(), self._finisher, metrics)
         self._thread = threading.Thread(target=self._compute, name="model", daemon=True)
 
@@ -105,6 +109,8 @@ class Engine:
         """Begin to load and to compute; returns at once."""
         self._thread.start()
         self._follower.start()
+        if self._keeper is not None:
+            self._keeper.start()
 
     def drain(self) -> None:
         """Say from now on that the server is not ready."""
@@ -113,6 +119,8 @@ class Engine:
     def stop(self) -> None:
         """Answer what waits, and take no more."""
         self._follower.stop()
+        if self._keeper is not None:
+            self._keeper.stop()
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -126,6 +134,10 @@ class Engine:
     def swap(self, load: Callable[[], Loaded]) -> Loaded:
         """Put another bundle live, see `Slots.swap`. The follower brings back what its source names, if that is another one."""
         return self._slots.swap(load)
+
+    def renew(self) -> None:
+        """Apply the changes of the catalogue now: requests that come after this see them. See `Slots.renew`."""
+        self._slots.renew()
 
     async def answer(self, work: Work) -> Answer:
         """Answer a request before its deadline, as well as time and feature store allow. Cancelling the call takes the request back.
@@ -186,9 +198,7 @@ class Engine:
             raise Rejected(RejectReason.DEADLINE_BEFORE_START, _TOO_LATE)
         if entry.work.deadline.expired:
             raise Rejected(RejectReason.DEADLINE_IN_STAGE, "the deadline came while the request was computed")
-        answer = ladder.best_known(entry)
-        self._finisher.answered(entry, answer)
-        return answer
+        return self._finisher.answered(entry, ladder.best_known(entry))
 
     def _compute(self) -> None:
         while self._step():

@@ -3,7 +3,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import pyarrow as pa
@@ -24,6 +24,8 @@ from serving.events import Events
 class Loaded:
     """See the module. Nothing in it changes; it is freed, and its store closed, when the last request that holds it has ended.
 
+    Where the catalogue changes, another one takes its place, which shares its models, its store and its memory (`over`).
+
     Attributes:
         recommender: over the store.
         remembered: over the last features that the store gave, of users that ``memory`` knows.
@@ -37,6 +39,7 @@ class Loaded:
         popular: the list for when nothing else can be had.
         ages: the features of a user that say how old the newest event is.
         events: where new events of users go; None where none are taken.
+        applied: which changes of the catalogue it has, as whoever keeps it up with them notes it; None for none.
     """
 
     recommender: Recommender
@@ -51,6 +54,7 @@ class Loaded:
     popular: Popular
     ages: tuple[str, ...]
     events: Events | None = None
+    applied: object | None = None
 
     @classmethod
     def of(
@@ -88,8 +92,31 @@ class Loaded:
             events=events,
         )
         if close is not None:
-            weakref.finalize(loaded, close)
+            # The reader is what all that `over` makes of this one share.
+            weakref.finalize(recommender.features, close)
         return loaded
+
+    def over(self, bundle: Bundle, applied: object) -> Self:
+        """This one over another state of its bundle's catalogue.
+
+        Args:
+            bundle: its own with other live bits, and perhaps with items behind those that it had.
+            applied: see the attribute.
+        """
+        recommenders = []
+        for own in (self.recommender, self.remembered):
+            other = Recommender(bundle, own.features)
+            other.ranker = own.ranker
+            recommenders.append(other)
+        before, count = self.recommender.view.count, recommenders[0].view.count
+        return replace(
+            self,
+            recommender=recommenders[0],
+            remembered=recommenders[1],
+            titles=self.titles if count == before else {**self.titles, **_titles(bundle.items.slice(before))},
+            popular=self.popular.extended(count),
+            applied=applied,
+        )
 
     @property
     def key(self) -> tuple[int, str]:

@@ -23,7 +23,8 @@ class Popular:
     """
 
     def __init__(self, weight: np.ndarray) -> None:
-        smoothed = np.asarray(weight, np.float64) + 1.0
+        self._weight = np.asarray(weight, np.float64)
+        smoothed = self._weight + 1.0
         self.log_share = np.log(smoothed / smoothed.sum()).astype(np.float32)
         self._order = np.argsort(-self.log_share, kind="stable")
 
@@ -41,6 +42,11 @@ class Popular:
         ]
         return cls(_counted(recommender, counts[0]) if counts else _expected(recommender))
 
+    def extended(self, count: int) -> "Popular":
+        """For a catalogue of ``count`` rows: those that it got since have no events yet."""
+        new = count - len(self._weight)
+        return self if new == 0 else Popular(np.concatenate((self._weight, np.zeros(new))))
+
     def top(self, k: int, live: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
         """int64, at most ``[k]``: the most popular live rows without those that were seen. ``live`` is bool ``[N]``."""
         seen = np.empty(0, np.int64) if seen is None else np.unique(seen)
@@ -48,7 +54,6 @@ class Popular:
         taken = k + len(seen)
         while True:
             rows = self._order[:taken]
-            # Rows that the catalogue got since are not in the order.
             found = rows[live[rows] & ~np.isin(rows, seen)]
             if len(found) >= k or taken >= len(self._order):
                 return found[:k]

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from serving.engine.loaded import Loaded
 from serving.engine.pace import Pace
@@ -16,6 +17,8 @@ from serving.metrics import Metrics
 log = logging.getLogger("serving")
 
 _RECENT_USERS = 3
+
+KeepUp: TypeAlias = Callable[[Loaded], Loaded]
 
 
 @dataclass
@@ -36,15 +39,17 @@ class Slots:
         keep_seconds: how long the former bundle stays warm.
         pace: learns from the first warm-up how long batches take.
         metrics: told of swaps.
+        keep_up: what a bundle becomes before it goes live, and from then on by `renew`: itself with the changes of its catalogue.
 
     Attributes:
         loaded: the bundle that answers; None before the first.
         problem: why there is none, or why the last swap failed; None where all is well.
     """
 
-    def __init__(self, most_rows: int, keep_seconds: float, pace: Pace, metrics: Metrics) -> None:
+    def __init__(self, most_rows: int, keep_seconds: float, pace: Pace, metrics: Metrics, keep_up: KeepUp = lambda loaded: loaded) -> None:
         self._most_rows, self._keep_seconds, self._pace, self._metrics = most_rows, keep_seconds, pace, metrics
-        self._swapping = threading.Lock()
+        self._keep_up = keep_up
+        self._swapping, self._flipping = threading.Lock(), threading.Lock()
         self._former: _Former | None = None
         self.loaded: Loaded | None = None
         self.problem: str | None = "the model is being loaded"
@@ -75,7 +80,7 @@ class Slots:
             if self.loaded is None:
                 for rows, seconds in seen:
                     self._pace.observe(rows, seconds)
-            self._flip(loaded, "loaded")
+            loaded = self._flip(loaded, "loaded")
             log.info("live: %s version %d, after %.1f s", loaded.name, loaded.version, time.monotonic() - began)
             return loaded
 
@@ -89,21 +94,33 @@ class Slots:
             log.info("live again: %s version %d", former.name, former.version)
             return True
 
+    def renew(self) -> None:
+        """Bring the bundle that answers up to date; does not wait for a swap that is under way.
+
+        Raises:
+            Exception: whatever keeping it up raised; the bundle stays as it was.
+        """
+        with self._flipping:
+            if self.loaded is not None:
+                self.loaded = self._keep_up(self.loaded)
+
     def release(self) -> None:
         """Let the former bundle go, once its time is over."""
         with self._swapping:
             if self._former is not None and time.monotonic() >= self._former.until:
                 self._former = None
 
-    def _flip(self, loaded: Loaded, outcome: str) -> None:
-        before = self.loaded
-        self.loaded = loaded
+    def _flip(self, loaded: Loaded, outcome: str) -> Loaded:
+        with self._flipping:
+            loaded, before = self._keep_up(loaded), self.loaded
+            self.loaded = loaded
         self.problem = None
         self._former = None
         if before is not None and self._keep_seconds > 0:
             self._former = _Former(before, time.monotonic() + self._keep_seconds)
         self._metrics.live(_labels(loaded), None if before is None else _labels(before))
         self._metrics.swaps.labels(outcome).inc()
+        return loaded
 
 
 class Follower:

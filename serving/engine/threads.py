@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Threads that a hung call cannot keep the process from ending with."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
+
+log = logging.getLogger("serving")
 
 T = TypeVar("T")
 
@@ -49,3 +52,33 @@ class Daemons:
         if task is not None:
             task()
         return task is not None
+
+
+class Repeating:
+    """A daemon thread that makes a call again and again; what it raises is logged, and tried again.
+
+    Args:
+        call: returns soon.
+        seconds: between two calls.
+        name: of the thread.
+    """
+
+    def __init__(self, call: Callable[[], None], seconds: float, name: str) -> None:
+        self._call, self._seconds, self._name = call, seconds, name
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after what is under way; does not wait for it."""
+        self._stopped.set()
+
+    def _repeat(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            try:
+                self._call()
+            except Exception:
+                log.exception("%s failed; next attempt in %.2f s", self._name, self._seconds)

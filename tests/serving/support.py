@@ -75,8 +75,8 @@ def settings(**changed: Any) -> Settings:
 
 
 @contextmanager
-def running(source: Any, *, ready: bool = True, on_answer: Any = None, **changed: Any) -> Iterator[Engine]:
-    engine = Engine(source, settings(**changed), on_answer=on_answer)
+def running(source: Any, *, ready: bool = True, on_answer: Any = None, keep_up: Any = None, **changed: Any) -> Iterator[Engine]:
+    engine = Engine(source, settings(**changed), on_answer=on_answer, keep_up=keep_up)
     engine.start()
     try:
         if ready:

@@ -152,6 +152,12 @@ class Catalogue:
             if not np.array_equal(bits, view.live):
                 self._publish(view.ids, bits, view.version.number + 1)
 
+    def copy(self) -> "Catalogue":
+        """Another catalogue of the same rows, live bits and version, which changes apart from this one."""
+        view, other = self._view, Catalogue(self._view.ids)
+        other._publish(view.ids, view.live.copy(), view.version.number)
+        return other
+
     def save(self, path: Path) -> None:
         """Write an Arrow IPC file, whole or not at all: ``item_id``, ``live``, and the version in the schema's metadata."""
         view = self._view

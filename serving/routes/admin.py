@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``/admin``: changes of the catalogue. Offered only where the settings say so."""
+
+import asyncio
+from collections.abc import Callable
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+
+from recsys.core.deadline import RejectReason
+from recsys.core.errors import RecsysError
+from serving.engine import Engine, Loaded, Rejected
+from serving.live import LiveCatalogue, Wanted
+from serving.live.log import ChangeLogError
+from serving.routes import answering
+from serving.settings import Settings
+
+
+class ChangesBody(BaseModel):
+    """Ask for changes, all or none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    changes: list[Wanted] = Field(min_length=1, max_length=1000)
+    actor: str = Field(min_length=1, description="who asks")
+    reason: str = Field(min_length=1, description="why")
+
+
+class CatalogueOut(BaseModel):
+    """The catalogue of the bundle that answers.
+
+    Attributes:
+        version: grows with every change that this bundle has seen.
+        items: shown or not.
+        live: that may be shown.
+        changes: the ids of the changes that were asked for.
+        refused: items that were added, but that this bundle cannot take, and why.
+    """
+
+    version: int
+    items: int
+    live: int
+    changes: list[int]
+    refused: dict[str, str]
+
+
+def routes_of(live: LiveCatalogue) -> Callable[[Engine, Settings], APIRouter]:
+    """The routes over a catalogue that the engine is kept up with."""
+
+    def routes(engine: Engine, settings: Settings) -> APIRouter:
+        router = APIRouter()
+
+        @router.get("/admin/catalogue", response_model=CatalogueOut, responses=answering.ERRORS)
+        async def catalogue() -> CatalogueOut:
+            """What the catalogue holds now."""
+            return _out(_loaded(engine), live, [])
+
+        @router.post("/admin/catalogue", response_model=CatalogueOut, responses=answering.ERRORS)
+        async def change(body: ChangesBody) -> CatalogueOut:
+            """Add, remove, restore, block or unblock items. This worker's next request sees it; other workers' within a second."""
+            return await asyncio.to_thread(_changed, engine, live, body)
+
+        return router
+
+    return routes
+
+
+def _changed(engine: Engine, live: LiveCatalogue, body: ChangesBody) -> CatalogueOut:
+    try:
+        changes = live.change(_loaded(engine), body.changes, actor=body.actor, reason=body.reason)
+        engine.renew()
+    except ChangeLogError as error:
+        raise Rejected(RejectReason.DEPENDENCY, str(error)) from None
+    except RecsysError as error:
+        raise Rejected(RejectReason.INVALID_INPUT, str(error)) from None
+    return _out(_loaded(engine), live, [change.id for change in changes])
+
+
+def _loaded(engine: Engine) -> Loaded:
+    if engine.loaded is None:
+        raise Rejected(RejectReason.DEPENDENCY, engine.problem or "no model is loaded")
+    return engine.loaded
+
+
+def _out(loaded: Loaded, live: LiveCatalogue, changes: list[int]) -> CatalogueOut:
+    view = loaded.recommender.view
+    return CatalogueOut(version=view.version.number, items=view.count, live=view.live_count, changes=changes, refused=live.refused(loaded))
