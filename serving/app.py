@@ -17,7 +17,9 @@ from recsys.decisions.log import DecisionLog
 from recsys.inference.request import InvalidRequest
 from recsys.registry import Location
 from serving.decided import Decided
-from serving.engine import Engine, Hosting, RegistrySource, Rejected
+from serving.engine import Engine, Hosting, RegistrySource, Rejected, Served
+from serving.engine.hook import OnAnswer
+from serving.lanes import lanes_of
 from serving.lifecycle import drain_on_sigterm
 from serving.live import ChangeLog, LiveCatalogue
 from serving.metrics import Metrics
@@ -97,11 +99,22 @@ def from_environment() -> FastAPI:
     )
     source = RegistrySource(settings.model, Location.under(settings.home), hosting)
     live = LiveCatalogue(ChangeLog(settings.home / CATALOGUE_FILE))
-    more = (admin.routes_of(live),) if settings.admin else ()
-    if settings.decisions is None:
-        return create_app(Engine(source, settings, keep_up=live.kept_up), settings, more=more)
-    decided = Decided(DecisionLog(settings.decisions, share=settings.decision_share))
-    return create_app(Engine(source, settings, on_answer=decided, keep_up=live.kept_up), settings, decided.close, more=more)
+    canary, shadow = lanes_of(source, settings, live.kept_up) or (None, None)
+    decided = None if settings.decisions is None else Decided(DecisionLog(settings.decisions, share=settings.decision_share))
+    told = [each for each in (shadow, decided) if each is not None]
+    engine = Engine(source, settings, on_answer=_all_of(told) if told else None, keep_up=live.kept_up, lanes=canary)
+    if shadow is not None:
+        shadow.start(engine.metrics)
+    more = (admin.routes_of(live, canary, shadow),) if settings.admin else ()
+    return create_app(engine, settings, *(each.close for each in told), more=more)
+
+
+def _all_of(told: Sequence[OnAnswer]) -> OnAnswer:
+    def tell(served: Served) -> None:
+        for each in told:
+            each(served)
+
+    return tell
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:

@@ -19,6 +19,7 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _ROWS = (16, 64, 128, 256, 512, 1024, 1536, 2048, 4096)
 _AGES = (1.0, 10.0, 60.0, 600.0, 3600.0, 6 * 3600.0, 86400.0, 7 * 86400.0, 30 * 86400.0)
+_SHARES = tuple(tenth / 10 for tenth in range(11))
 _PROBABILITIES = tuple(tenth / 10 for tenth in range(1, 10))
 
 
@@ -57,6 +58,11 @@ class Metrics:
         self.events = Counter("recsys_events", "Events taken", ["status"], registry=registry)
         self.unknown_items = Counter("recsys_events_unknown_items", "Events of items that the catalogue lacks", registry=registry)
         self.unlogged = Counter("recsys_unlogged_answers", "Answers that the hook had no room for", registry=registry)
+        self.versions = Counter(
+            "recsys_version_requests", "Requests by the version that was to answer", ["version", "outcome"], registry=registry
+        )
+        self.shadow = Counter("recsys_shadow_requests", "Requests copied to a shadow", ["outcome"], registry=registry)
+        self.overlap = Histogram("recsys_shadow_overlap", "Of the first items with a shadow's", buckets=_SHARES, registry=registry)
         for reason in RejectReason:
             self.rejected.labels(reason.value)
         for outcome in ("loaded", "flipped_back", "failed"):

@@ -66,6 +66,9 @@ class Settings(Config):
     catalogue_seconds: float = Field(0.25, gt=0, description="how often the log of catalogue changes is looked into")
     admin: bool = Field(False, description="whether /admin is offered, to whoever reaches the port")
 
+    canary_policy: Path | None = Field(None, description="a JSON file of steps and guardrails of canaries, for other than the defaults")
+    shadow_requests: int = Field(100, ge=1, description="that may wait for a shadow; more are not copied to it")
+
     poll_seconds: float = Field(1.0, gt=0, description="how often the promotion log is asked who the champion is")
     retry_seconds: float = Field(5.0, gt=0, description="between attempts to load a bundle that failed")
     keep_previous_seconds: float = Field(600.0, ge=0, description="how long the former champion stays warm for a rollback")

@@ -21,6 +21,7 @@ from serving.engine.entry import Entry
 from serving.engine.explaining import Explainer
 from serving.engine.finishing import Finisher
 from serving.engine.hook import Hook, OnAnswer
+from serving.engine.lanes import Lanes
 from serving.engine.loaded import Loaded
 from serving.engine.pace import Pace
 from serving.engine.queue import Limits, RowQueue
@@ -47,16 +48,26 @@ class Engine:
         on_answer: told of every answer, off the path that serves; what it raises is logged.
         keep_up: gives a bundle with all changes of the catalogue, which is itself where there are none; called every
             ``catalogue_seconds``, and before a bundle goes live.
+        lanes: bundles that answer some of the users in the champion's place.
 
     Attributes:
         metrics: what it counts.
         draining: whether it is about to end: it answers, but wants no more to be sent to it.
     """
 
-    def __init__(self, source: Source, settings: Settings, *, on_answer: OnAnswer | None = None, keep_up: KeepUp | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        *,
+        on_answer: OnAnswer | None = None,
+        keep_up: KeepUp | None = None,
+        lanes: Lanes | None = None,
+    ) -> None:
         self.settings = settings
         self.metrics = metrics = Metrics()
         self.draining = False
+        self._lanes = lanes
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
         pace = Pace()
         self._slots = Slots(settings.max_batch_rows, settings.keep_previous_seconds, pace, metrics, keep_up or (lambda loaded: loaded))
@@ -111,6 +122,8 @@ class Engine:
         self._follower.start()
         if self._keeper is not None:
             self._keeper.start()
+        if self._lanes is not None:
+            self._lanes.start()
 
     def drain(self) -> None:
         """Say from now on that the server is not ready."""
@@ -121,6 +134,8 @@ class Engine:
         self._follower.stop()
         if self._keeper is not None:
             self._keeper.stop()
+        if self._lanes is not None:
+            self._lanes.stop()
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -138,6 +153,8 @@ class Engine:
     def renew(self) -> None:
         """Apply the changes of the catalogue now: requests that come after this see them. See `Slots.renew`."""
         self._slots.renew()
+        if self._lanes is not None:
+            self._lanes.renew()
 
     async def answer(self, work: Work) -> Answer:
         """Answer a request before its deadline, as well as time and feature store allow. Cancelling the call takes the request back.
@@ -146,6 +163,19 @@ class Engine:
             Rejected: it cannot be answered; says for which of the fixed reasons.
         """
         entry = self._entered(work)
+        try:
+            outcome: Answer | Rejected = await self._awaited(entry)
+        except Rejected as error:
+            outcome = error
+        if self._lanes is not None:
+            self._lanes.ended(entry.loaded, time.monotonic() - entry.arrived, outcome)
+            self.metrics.versions.labels(str(entry.loaded.version), "rejected" if isinstance(outcome, Rejected) else "answered").inc()
+        if isinstance(outcome, Rejected):
+            raise outcome
+        return outcome
+
+    async def _awaited(self, entry: Entry) -> Answer:
+        """The answer to a request that waits, or what there is when time is nearly over."""
         waiting = asyncio.wrap_future(entry.future)
         try:
             await asyncio.wait({waiting}, timeout=max(0.0, entry.last_call - time.monotonic()))
@@ -165,6 +195,8 @@ class Engine:
         loaded = self.loaded
         if loaded is None:
             raise Rejected(RejectReason.DEPENDENCY, self.problem or "no model is loaded")
+        if self._lanes is not None:
+            loaded = self._lanes.choose(work.request.user_id, loaded)
         item_rows = None
         if work.item_ids is not None:
             item_rows = loaded.recommender.view.rows(list(work.item_ids))

@@ -119,6 +119,21 @@ class RegistrySource:
             self._fixed = Target(*self._opened().resolve(self._uri))
         return self._fixed
 
+    @property
+    def followed(self) -> str | None:
+        """The model whose champion is followed; None where the address is of one version."""
+        found = _FOLLOWED.match(self._uri)
+        return None if found is None else found["model"]
+
+    @property
+    def registry(self) -> Registry:
+        """Where the bundles come from.
+
+        Raises:
+            RegistryError: it is not there yet.
+        """
+        return self._opened()
+
     def load(self, target: Target) -> Loaded:
         """See `Source.load`. Mixing matrices that depend on parameters alone are computed here, once."""
         address, hosting = f"models:/{target.name}/{target.version}", self._hosting

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/admin``: changes of the catalogue. Offered only where the settings say so."""
+"""``/admin``: changes of the catalogue, and how canary and shadow do. Offered only where the settings say so."""
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from recsys.core.deadline import RejectReason
 from recsys.core.errors import RecsysError
 from serving.engine import Engine, Loaded, Rejected
+from serving.lanes import Canary, Shadow
 from serving.live import LiveCatalogue, Wanted
 from serving.live.log import ChangeLogError
 from serving.routes import answering
@@ -44,8 +46,42 @@ class CatalogueOut(BaseModel):
     refused: dict[str, str]
 
 
-def routes_of(live: LiveCatalogue) -> Callable[[Engine, Settings], APIRouter]:
-    """The routes over a catalogue that the engine is kept up with."""
+class CanaryOut(BaseModel):
+    """How the canary does, by what this worker has seen of it; null where there is none.
+
+    Attributes:
+        version: of the canary.
+        percent: of the users.
+        problem: why it could not be loaded.
+        move: what the policy makes of it: ``hold``, ``advance``, ``promote`` or ``withdraw``.
+        problems: guardrails that do not hold.
+        figures: the canary's and the champion's, since the step began.
+    """
+
+    version: int | None
+    percent: float | None
+    problem: str | None
+    move: str | None
+    problems: list[str]
+    figures: dict[str, Any]
+
+
+class ShadowOut(BaseModel):
+    """How the shadow's lists compare with those that this worker gave; see `serving.lanes.shadow.Report`."""
+
+    version: int | None
+    problem: str | None
+    compared: int
+    dropped: int
+    failed: int
+    overlap: float | None
+    drift: float | None
+    seconds: float | None
+    primary_seconds: float | None
+
+
+def routes_of(live: LiveCatalogue, canary: Canary | None = None, shadow: Shadow | None = None) -> Callable[[Engine, Settings], APIRouter]:
+    """The routes over a catalogue that the engine is kept up with, and over the lanes that there are."""
 
     def routes(engine: Engine, settings: Settings) -> APIRouter:
         router = APIRouter()
@@ -60,6 +96,12 @@ def routes_of(live: LiveCatalogue) -> Callable[[Engine, Settings], APIRouter]:
             """Add, remove, restore, block or unblock items. This worker's next request sees it; other workers' within a second."""
             return await asyncio.to_thread(_changed, engine, live, body)
 
+        if canary is not None:
+            router.add_api_route("/admin/canary", lambda: _canary_out(canary), response_model=CanaryOut, methods=["GET"], name="canary")
+        if shadow is not None:
+            router.add_api_route(
+                "/admin/shadow", lambda: ShadowOut(**shadow.report()), response_model=ShadowOut, methods=["GET"], name="shadow"
+            )
         return router
 
     return routes
@@ -80,6 +122,18 @@ def _loaded(engine: Engine) -> Loaded:
     if engine.loaded is None:
         raise Rejected(RejectReason.DEPENDENCY, engine.problem or "no model is loaded")
     return engine.loaded
+
+
+def _canary_out(canary: Canary) -> CanaryOut:
+    now, verdict = canary.lane.now, canary.verdict
+    return CanaryOut(
+        version=None if now is None else now[1].version,
+        percent=None if now is None else now[0].details["percent"],
+        problem=canary.lane.problem,
+        move=None if verdict is None else verdict.move,
+        problems=[] if verdict is None else list(verdict.problems),
+        figures={} if verdict is None else verdict.figures,
+    )
 
 
 def _out(loaded: Loaded, live: LiveCatalogue, changes: list[int]) -> CatalogueOut:

@@ -40,7 +40,9 @@ def load(bundle: Bundle, online: OnlineReader) -> Callable[..., Loaded]:
         own = bundle
         if rank_weight is not None:
             manifest = bundle.manifest.model_copy(update={"seed": version})
-            own = replace(bundle, manifest=manifest, settings=bundle.settings.model_copy(update={"rank_weight": rank_weight}))
+            settings = bundle.settings.model_copy(update={"rank_weight": rank_weight})
+            # What was recorded of the bundle is not what this one answers.
+            own = replace(bundle, manifest=manifest, settings=settings, golden=None)
         return Loaded.of(own, reader or online, name="recsys", version=version, sample=KNOWN[:2])
 
     return load

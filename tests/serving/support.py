@@ -75,8 +75,10 @@ def settings(**changed: Any) -> Settings:
 
 
 @contextmanager
-def running(source: Any, *, ready: bool = True, on_answer: Any = None, keep_up: Any = None, **changed: Any) -> Iterator[Engine]:
-    engine = Engine(source, settings(**changed), on_answer=on_answer, keep_up=keep_up)
+def running(
+    source: Any, *, ready: bool = True, on_answer: Any = None, keep_up: Any = None, lanes: Any = None, **changed: Any
+) -> Iterator[Engine]:
+    engine = Engine(source, settings(**changed), on_answer=on_answer, keep_up=keep_up, lanes=lanes)
     engine.start()
     try:
         if ready:
