@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.exceptions import HTTPException
 
 from feature_store.online.base import FeatureStoreError
-from recsys.core.deadline import Deadline, RejectReason
+from recsys.core.deadline import RejectReason
 from recsys.inference.request import InvalidRequest
 from serving.engine import Engine, Loaded, Rejected
 from serving.engine.verify import NOBODY
@@ -29,14 +29,14 @@ Limit = Annotated[int, Query(ge=1, le=schemas.MOST_FOUND)]
 Version = Annotated[int | None, Query(ge=0)]
 T = TypeVar("T")
 
-_MOST_WAITING = 4
+_MOST_WAITING = 16
 
 
 def routes(engine: Engine, settings: Settings) -> APIRouter:
     """The routes."""
     router = APIRouter()
     files = page_files()
-    aside = _Aside()
+    aside = _Aside(settings)
     titles: weakref.WeakKeyDictionary[Loaded, Titles] = weakref.WeakKeyDictionary()
 
     def titles_of(loaded: Loaded) -> Titles:
@@ -66,14 +66,14 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
     async def items(request: Request, q: Text = "", limit: Limit = 10) -> schemas.FoundItemsOut:
         """Live items whose title holds the text."""
         loaded = _loaded(engine, None)
-        found = await aside.run(lambda: titles_of(loaded).find(q, limit), _deadline(request, settings))
+        found = await aside.run(lambda: titles_of(loaded).find(q, limit), request)
         return schemas.FoundItemsOut(items=[schemas.EventOut(item_id=item, title=title) for item, title in found])
 
     @router.get("/page/users", response_model=schemas.FoundUsersOut, responses=answering.ERRORS)
     async def users(request: Request, q: Text = "", limit: Limit = 10) -> schemas.FoundUsersOut:
         """The user of this id, and some known ones whose ids begin with it."""
         loaded = _loaded(engine, None)
-        found = await aside.run(lambda: find_users(loaded, q, limit, datetime.now(UTC)), _deadline(request, settings))
+        found = await aside.run(lambda: find_users(loaded, q, limit, datetime.now(UTC)), request)
         return schemas.FoundUsersOut(users=[schemas.FoundUserOut(user_id=user.user_id, events=user.events) for user in found])
 
     @router.post("/page/what-if", response_model=schemas.WhatIfOut, responses=answering.ERRORS)
@@ -81,7 +81,7 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
         """The list of one loaded bundle for a user whose history were another one."""
         loaded = _loaded(engine, body.version)
         user, now = body.user_id or NOBODY, datetime.now(UTC)
-        supposed = await aside.run(lambda: suppose(loaded.recommender, user, body.history, body.k, now), _deadline(request, settings))
+        supposed = await aside.run(lambda: suppose(loaded.recommender, user, body.history, body.k, now), request)
         return _what_if_out(loaded, supposed)
 
     @router.get("/page/report", response_model=schemas.ReportOut, responses=answering.ERRORS)
@@ -96,17 +96,19 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
 class _Aside:
     """Computes for the page on a thread beside the engine's, one thing at a time, so that it takes little from what is served."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._turn = asyncio.Semaphore(1)
         self._waiting = 0
 
-    async def run(self, compute: Callable[[], T], deadline: Deadline) -> T:
+    async def run(self, compute: Callable[[], T], request: Request) -> T:
         """What the function gives.
 
         Raises:
-            Rejected: too much waits, the deadline came before its turn, or the feature store does not answer.
+            Rejected: too much waits, the deadline came or the client went before its turn, or the feature store does not answer.
             InvalidRequest: the function raised it.
         """
+        deadline = answering.deadline_of(request, None, self._settings.largest_deadline_ms, self._settings)
         if self._waiting >= _MOST_WAITING:
             raise Rejected(RejectReason.QUEUE_FULL, f"{self._waiting} requests of the page wait already", retry_after=1)
         self._waiting += 1
@@ -114,15 +116,13 @@ class _Aside:
             async with self._turn:
                 if deadline.expired:
                     raise Rejected(RejectReason.DEADLINE_BEFORE_START, "the deadline came before the request could be begun")
+                if await request.is_disconnected():
+                    raise Rejected(RejectReason.CANCELLED, "the client has gone")
                 return await asyncio.to_thread(compute)
         except FeatureStoreError as error:
             raise Rejected(RejectReason.DEPENDENCY, f"the feature store does not answer: {error}") from error
         finally:
             self._waiting -= 1
-
-
-def _deadline(request: Request, settings: Settings) -> Deadline:
-    return answering.deadline_of(request, None, settings.largest_deadline_ms, settings)
 
 
 def _loaded(engine: Engine, version: int | None) -> Loaded:
