@@ -70,7 +70,8 @@ def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None],
         for close in closing:
             await asyncio.to_thread(close)
 
-    app = FastAPI(title="recsys", version="1", lifespan=lifespan)
+    # A redirect would be to a host that the request names.
+    app = FastAPI(title="recsys", version="1", lifespan=lifespan, redirect_slashes=False)
     # The last one added sees a request first.
     app.add_middleware(
         Limits,

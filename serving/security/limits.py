@@ -5,6 +5,7 @@ A body is read before the application sees the request: whatever is too large or
 """
 
 import asyncio
+import re
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,7 +15,9 @@ from serving.metrics import Metrics
 from serving.security.refusal import refuse
 
 _MOST_HEADERS = 100
-_SKIPPED = bytes(set(range(256)) - set(b'"\\[]{}'))
+_SKIPPED = bytes(set(range(256)) - set(b"[]{}"))
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_STRING = re.compile(rb'"[^"]*"?')
 
 
 @dataclass(frozen=True)
@@ -85,35 +88,27 @@ class Limits:
         except TimeoutError:
             raise _Refused(408, f"body: expected within {self._seconds:g} s, got {size} bytes of it") from None
         body = b"".join(parts)
-        if _is_json(scope) and (depth := depth_of(body)) > self._depth:
-            raise _Refused(400, f"body: expected at most {self._depth} lists and objects within each other, got {depth}")
+        if _is_json(scope) and depth_of(body, self._depth) > self._depth:
+            raise _Refused(400, f"body: expected at most {self._depth} lists and objects within each other, got more")
         return body
 
     def _too_large(self) -> _Refused:
         return _Refused(413, f"body: expected at most {self._most} bytes")
 
 
-def depth_of(body: bytes) -> int:
-    """How deep lists and objects are nested in a JSON text, without parsing it; brackets in strings do not count."""
+def depth_of(body: bytes, enough: int | None = None) -> int:
+    """How deep lists and objects are nested in a JSON text, without parsing it; brackets in strings do not count.
+
+    Args:
+        body: the text.
+        enough: a depth that is not to be exceeded: the first above it is returned, whatever comes behind.
+    """
     depth = deepest = 0
-    in_string = escaped = False
-    # What is no quote, backslash or bracket plays no part, but for a character behind a backslash.
-    relevant = body if b"\\" in body else body.translate(None, _SKIPPED)
-    for byte in relevant:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
+    for byte in _STRING.sub(b"", _ESCAPE.sub(b"", body)).translate(None, _SKIPPED):
+        depth += 1 if byte in b"[{" else -1
+        deepest = max(deepest, depth)
+        if enough is not None and depth > enough:
+            break
     return deepest
 
 

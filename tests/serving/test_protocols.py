@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Open Inference Protocol by Triton's own client and byte by byte, and MLflow's scoring protocol, over a real bundle."""
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,8 +63,6 @@ def expected(made: Loaded, user: str, items: list[str], at: Any) -> dict[str, An
 
 
 def now() -> Any:
-    from datetime import UTC, datetime
-
     return datetime.now(UTC)
 
 
@@ -179,8 +180,6 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_invocations_are_answered_as_mlflow_does(client: TestClient, made: Loaded, form: str) -> None:
     """Against MLflow's own parser and writer around the pyfunc flavor's scorer."""
-    import io
-
     answer = client.post("/invocations", json={form: FORMS[form]})
     assert answer.status_code == 200
     written = io.StringIO()
@@ -218,8 +217,6 @@ def test_wrong_frames_get_a_sentence(client: TestClient, body: str, status: int)
 
 
 def test_mlflows_other_routes(client: TestClient) -> None:
-    import mlflow
-
     assert client.get("/ping").status_code == client.get("/health").status_code == 200
     assert client.get("/version").text == mlflow.__version__
     assert client.post("/invocations", content=b"user_id\n3\n", headers={"content-type": "text/csv"}).status_code == 415
