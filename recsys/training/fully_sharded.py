@@ -22,7 +22,6 @@ from torchrec.distributed.model_parallel import DataParallelWrapper, Distributed
 from torchrec.distributed.types import ShardedModule, ShardingEnv
 
 from recsys.core.errors import ConfigError
-from recsys.ranking.stacks import Block
 
 _CALLED = {"forward", "reset_parameters"}
 
@@ -54,11 +53,10 @@ class DenseParts:
         parts: list[FSDPModule] = []
         for block in blocks(root):
             parts.append(fully_shard(block, mesh=mesh))
-            if isinstance(block, Block):
-                _hand_on(block)
+            _hand_on(block)
         self.root = fully_shard(root, mesh=mesh, ignored_params=tables)
         self.root.set_reduce_scatter_unused_params(True)
-        if device.type == "cpu":  # gloo has no averages
+        if device.type == "cpu":  # summed and then divided, as the gradients of copies are
             for part in (*parts, self.root):
                 part.set_force_sum_reduction_for_comms(True)
         # Otherwise a block that is validated before the first step would take itself for the root.

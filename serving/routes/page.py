@@ -34,7 +34,7 @@ _MOST_WAITING = 16
 
 def routes(engine: Engine, settings: Settings) -> APIRouter:
     """The routes."""
-    router = APIRouter()
+    router = APIRouter(include_in_schema=False)  # what the page asks is its own affair
     files = page_files()
     aside = _Aside(settings)
     titles: weakref.WeakKeyDictionary[Loaded, Titles] = weakref.WeakKeyDictionary()
@@ -44,12 +44,12 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
             titles[loaded] = Titles(loaded)
         return titles[loaded]
 
-    @router.get("/", include_in_schema=False)
+    @router.get("/")
     async def page() -> Response:
         """The page."""
         return _sent(files["index.html"])
 
-    @router.get("/page/static/{name}", include_in_schema=False)
+    @router.get("/page/static/{name}")
     async def static(name: str) -> Response:
         """A file of the page."""
         if name not in files:

@@ -31,7 +31,7 @@ from recsys.decisions.decision import Decision
 from recsys.decisions.impressions import SCHEMA as IMPRESSIONS_SCHEMA
 from recsys.inference.recommender import Recommender
 from recsys.inference.request import Request
-from recsys.registry import Location
+from recsys.registry import Location, Registry
 from tests.pipelines.small import SMALL
 from tests.recsys.decisions.simulation import WINDOW, emitted, log_decisions, simulate, write_events
 from tests.recsys.decisions.test_feedback import content
@@ -49,7 +49,7 @@ def home(tiny_run, tmp_path: Path) -> Path:
 
 def opened(home: Path) -> tuple[Bundle, FeatureRepo, SQLiteStore]:
     """A bundle of the home, its definitions, and the online store."""
-    bundle = Bundle.load(next(path.parent for path in sorted(home.rglob("features.json"))))
+    bundle, _ = Registry(Location.under(home)).load("models:/recsys@champion")
     store = SQLiteStore(SQLiteStore.Config(path=Location.under(home).online_store(bundle.manifest.feature_versions)))
     return bundle, parse(FeatureRepo, bundle.features, source="features.json"), store
 

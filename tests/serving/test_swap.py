@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from recsys.core.errors import BundleError, RecsysError
-from recsys.registry import Location, Registry
+from recsys.registry import Evidence, Location, Registry
 from serving.engine import Answer, Engine, Loaded, RegistrySource
 from serving.engine.verify import check_answers, warm_up
 from tests.serving.support import KNOWN, Switch, one, running, wait_until, work
@@ -191,7 +191,7 @@ def test_every_size_of_batch_is_warm_before_the_first_request(load: Load, monkey
 
 
 def test_the_promotion_log_is_followed_and_a_rollback_flips_back(tiny_run: Any, tmp_path: Path) -> None:
-    for name in ("mlflow.db", "promotions.db", "online"):
+    for name in ("mlflow.db", "online"):
         (shutil.copytree if name == "online" else shutil.copy)(tiny_run.home / name, tmp_path / name)
     registry = Registry(Location.under(tmp_path))
     champion = registry.log.champion("recsys")
@@ -202,7 +202,8 @@ def test_the_promotion_log_is_followed_and_a_rollback_flips_back(tiny_run: Any, 
     comparison = {"list.ndcg@10": {"estimate": 0.0, "low": 0.0, "high": 0.0}}
     with running(source, poll_seconds=0.1) as engine:
         assert engine.loaded.key == (champion.to_version, champion.sha256)
-        registry.promote("recsys", version, gates=(), comparison=comparison, expected=champion.to_version)
+        evidence = Evidence.of(registry.download("recsys", version), comparison)
+        registry.promote("recsys", version, gates=(), evidence=evidence, expected=champion.to_version)
         wait_until(lambda: engine.loaded.version == version)
         registry.rollback("recsys", reason="a test")
         began = time.monotonic()

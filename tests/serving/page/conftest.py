@@ -13,9 +13,11 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from feature_store.online import OnlineReader
+from recsys.bundle.bundle import Bundle
 from serving.app import create_app
 from serving.engine import Engine, Loaded
-from tests.serving.support import Switch, settings, wait_until
+from tests.serving.support import KNOWN, Switch, settings, wait_until
 
 SCREENSHOTS = Path(__file__).parents[3] / "build" / "screenshots"
 MARKUP = '<img src=x onerror="window.taken=1">&amp;<script>window.taken=2</script>'
@@ -53,7 +55,7 @@ def page(browser: Browser) -> Iterator[Page]:
 def serving() -> Serving:
     @contextmanager
     def serving(source: Switch) -> Iterator[str]:
-        engine = Engine(source, settings())
+        engine = Engine(source, settings(max_batch_rows=64))
         server = uvicorn.Server(uvicorn.Config(create_app(engine, engine.settings), port=0, log_level="warning"))
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -67,12 +69,17 @@ def serving() -> Serving:
     return serving
 
 
-@pytest.fixture
-def named(load: Callable[..., Loaded]) -> Callable[..., Loaded]:
-    """Loads a version in which one title is markup."""
+@pytest.fixture(scope="session")
+def named(bundle: Bundle, online: OnlineReader) -> Callable[..., Loaded]:
+    """Loads a version in which one title is markup; with another ``rank_weight`` its scores are others."""
 
     def named(version: int, rank_weight: float | None = None) -> Loaded:
-        loaded = load(version, rank_weight=rank_weight)
+        own = bundle
+        if rank_weight is not None:
+            # The recorded answers are those of the bundle's own weight.
+            changed = bundle.settings.model_copy(update={"rank_weight": rank_weight})
+            own = replace(bundle, manifest=bundle.manifest.model_copy(update={"seed": version}), settings=changed, golden=None)
+        loaded = Loaded.of(own, online, name="recsys", version=version, sample=KNOWN[:2])
         return replace(loaded, titles={item: MARKUP if item == "7" else title for item, title in loaded.titles.items()})
 
     return named
