@@ -88,7 +88,7 @@ def test_search_then_a_list_then_another_history_then_another_list(page: Page, a
     settled(page, [items(supposed(address, user_id=USER, history=past))])
 
     page.get_by_role("combobox", name="Add a title").fill("no. 53")
-    page.get_by_role("option").click()
+    page.locator("#add-options li").click()
     assert history(page) == [*past, "53"]
     before = lists(page)[0]
     changed = items(supposed(address, user_id=USER, history=[*past, "53"]))
@@ -147,7 +147,7 @@ def test_all_of_it_can_be_done_by_keyboard(page: Page, address: str) -> None:
     focused = page.locator(":focus")
 
     def tab_to(name: str) -> None:
-        for _ in range(60):
+        for _ in range(200):
             page.keyboard.press("Tab")
             ring = focused.evaluate("e => [getComputedStyle(e).outlineStyle, getComputedStyle(e).outlineWidth]")
             assert ring == ["solid", "2px"], "the focus is seen wherever it is"
@@ -248,7 +248,7 @@ def test_nothing_is_wider_than_the_window(page: Page, address: str, width: int) 
 def test_titles_with_markup_are_text(page: Page, address: str) -> None:
     opened(page, address, user="who?")
     page.get_by_role("combobox", name="Add a title").fill("<img")
-    expect(page.get_by_role("option")).to_have_text(MARKUP)
+    expect(page.locator("#add-options li")).to_have_text(MARKUP)
     page.keyboard.press("Enter")
     expect(page.locator("#history .title")).to_have_text(MARKUP)
     expect(page.locator("#history button").last).to_have_attribute("aria-label", f"Remove: {MARKUP}")
@@ -256,7 +256,7 @@ def test_titles_with_markup_are_text(page: Page, address: str) -> None:
     expect(page.locator(".reason .name", has_text=MARKUP).first).to_be_attached()
     page.get_by_role("button", name=re.compile("^Remove: ")).click()
     page.get_by_role("combobox", name="User").fill(MARKUP)
-    expect(page.get_by_role("option")).to_contain_text(MARKUP)
+    expect(page.locator("#user-options li")).to_contain_text(MARKUP)
     page.keyboard.press("Enter")
     expect(page.locator("#history-note")).to_contain_text(MARKUP)
     assert page.evaluate("window.taken") is None
