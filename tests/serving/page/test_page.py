@@ -67,7 +67,7 @@ def opened(page: Page, address: str, user: str = USER) -> dict[str, Any]:
     """The page, once it shows a user's list, which is given."""
     page.goto(address)
     page.get_by_role("combobox", name="User").fill(user)
-    page.get_by_role("option", name=re.compile(f"^{user}, ")).click()
+    page.get_by_role("option", name=re.compile(f"^{re.escape(user)}, ")).click()
     own = supposed(address, user_id=user)
     settled(page, [items(own)])
     return own
@@ -87,10 +87,10 @@ def test_search_then_a_list_then_another_history_then_another_list(page: Page, a
     assert history(page) == past
     settled(page, [items(supposed(address, user_id=USER, history=past))])
 
+    before = lists(page)[0]
     page.get_by_role("combobox", name="Add a title").fill("no. 53")
     page.locator("#add-options li").click()
     assert history(page) == [*past, "53"]
-    before = lists(page)[0]
     changed = items(supposed(address, user_id=USER, history=[*past, "53"]))
     settled(page, [changed])
     for place, item in enumerate(changed):
