@@ -37,11 +37,13 @@ def supposed(address: str, **asked: Any) -> dict[str, Any]:
 
 
 def ids(things: Locator) -> list[str]:
-    return [thing.get_attribute("data-item") or "" for thing in things.all()]
+    return things.evaluate_all("found => found.map((one) => one.dataset.item ?? '')")
 
 
 def lists(page: Page) -> list[list[str]]:
-    return [ids(column.locator(".item")) for column in page.locator("#columns .list").all()]
+    """All at one moment: a list may give way to another while it is read."""
+    look = "lists => lists.map((list) => [...list.querySelectorAll('.item')].map((one) => one.dataset.item))"
+    return page.locator("#columns .list").evaluate_all(look)
 
 
 def history(page: Page) -> list[str]:

@@ -71,6 +71,7 @@ def test_any_number_of_parts_is_the_same_training(world: int, replicated: Launch
     assert_close(Launched(tmp_path, world, trainer=trainer("sharded")), replicated)
 
 
+@pytest.mark.slow
 def test_blocks_that_add_penalties_train_as_copies_do(tmp_path: Path) -> None:
     """Each block adds to one list, which FSDP would replace on the way. In small steps, lest experts amplify what is rounded otherwise."""
     own = {"optimizer": {"name": "adamw", "learning_rate": 0.0001, "weight_decay": 0.1}}
@@ -87,6 +88,7 @@ def test_other_optimizers_take_parts_too(name: str, tmp_path: Path) -> None:
     assert_close(*(Launched(tmp_path / dense, 2, trainer=trainer(dense, **own)) for dense in ("sharded", "replicated")))
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_replaced_and_the_run_ends_the_same_to_the_bit(sharded: Launched, tmp_path: Path) -> None:
     run = Launched(tmp_path, 2, restarts=1, trainer=trainer("sharded"), faults=[{"what": "kill", "rank": 1, "at": 6, "attempt": 0}])
     assert "exitcode: -9" in run.log or "Signal 9" in run.log

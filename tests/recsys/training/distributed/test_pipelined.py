@@ -99,6 +99,7 @@ def test_a_bad_batch_at_either_end_of_an_epoch(tmp_path: Path) -> None:
     assert found.result["skipped"] == 2
 
 
+@pytest.mark.slow
 def test_a_lost_process_repeats_and_loses_no_batch(plain: Launched, tmp_path: Path) -> None:
     run = launched(tmp_path, "on", restarts=1, faults=({"what": "kill", "rank": 1, "at": 7, "attempt": 0},))
     assert "exitcode: -9" in run.log or "Signal 9" in run.log

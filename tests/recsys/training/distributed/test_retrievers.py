@@ -94,6 +94,7 @@ def test_a_lost_process_is_replaced_and_the_run_ends_the_same_to_the_bit(three: 
     assert_exactly_once(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes(three: Launched, tmp_path: Path) -> None:
     assert launched(tmp_path, "setrec", 3, faults=[{"what": "kill", "rank": 2, "at": 5}]).status != 0
     assert launched(tmp_path, "setrec", 2, faults=[{"what": "kill", "rank": 0, "at": 9}]).status != 0
