@@ -51,77 +51,81 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
         good = engine.not_ready is None
         return JSONResponse({"ready": good}, 200 if good else 503)
 
-    def about(name: str, version: str | None) -> dict[str, Any]:
-        loaded = _model(engine, name, version)
-        return {
-            "name": loaded.name,
-            "versions": [str(loaded.version)],
-            "platform": "recsys",
-            "inputs": [{"name": each, "datatype": "BYTES", "shape": [-1]} for each in INPUTS],
-            "outputs": [{"name": each, "datatype": "FP32", "shape": [-1]} for each in OUTPUTS],
-        }
-
-    def readiness(name: str, version: str | None) -> JSONResponse:
-        _model(engine, name, version)
-        good = engine.not_ready is None
-        return JSONResponse({"name": name, "ready": good}, 200 if good else 503)
-
-    async def inferred(name: str, version: str | None, request: Request) -> Response:
-        _model(engine, name, version)
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise HTTPException(415, "content-encoding: expected none")
-        asked, values = tensors.read(await request.body(), request.headers.get(tensors.HEADER))
-        wanted = _wanted(asked)
-        users, items = _rows(values)
-        by_user: dict[str, dict[str, None]] = {}
-        for user, item in zip(users, items, strict=True):
-            by_user.setdefault(user, {})[item] = None
-        deadline = answering.deadline_of(request, None, settings.rank_deadline_ms, settings)
-        request_id, now = answering.request_id_of(request), datetime.now(UTC)
-        works = [
-            Work(asking.Request(user, len(own), now, rules=NO_RULES), deadline, request_id, tuple(own)) for user, own in by_user.items()
-        ]
-        answers = await several.answers(engine, works)
-        figures = _figures(dict(zip(by_user, answers, strict=True)), users, items)
-        loaded = answers[0].loaded
-        head = {"model_name": loaded.name, "model_version": str(loaded.version), **({} if asked.id is None else {"id": asked.id})}
-        content, length = tensors.write(head, [(each.name, figures[each.name], asked.binary(each)) for each in wanted])
-        headers = {answering.ID_HEADER: request_id}
-        if length is None:
-            return Response(content, media_type="application/json", headers=headers)
-        return Response(content, media_type="application/octet-stream", headers={**headers, tensors.HEADER: str(length)})
-
     @router.get("/models/{name}")
     async def model(name: Name) -> dict[str, Any]:
         """What the model takes and gives."""
-        return about(name, None)
+        return _about(engine, name, None)
 
     @router.get("/models/{name}/versions/{version}")
     async def model_version(name: Name, version: Version) -> dict[str, Any]:
         """What the model takes and gives, if it is of this version."""
-        return about(name, version)
+        return _about(engine, name, version)
 
     @router.get("/models/{name}/ready")
     async def model_ready(name: Name) -> JSONResponse:
         """Whether requests should be sent to the model here."""
-        return readiness(name, None)
+        return _readiness(engine, name, None)
 
     @router.get("/models/{name}/versions/{version}/ready")
     async def model_version_ready(name: Name, version: Version) -> JSONResponse:
         """Whether requests should be sent to this version of the model here."""
-        return readiness(name, version)
+        return _readiness(engine, name, version)
 
     @router.post("/models/{name}/infer", openapi_extra=_BODY)
     async def infer(name: Name, request: Request) -> Response:
         """The scores and the ranker's probabilities of items, each for its user or all for one."""
-        return await inferred(name, None, request)
+        return await _inferred(engine, settings, name, None, request)
 
     @router.post("/models/{name}/versions/{version}/infer", openapi_extra=_BODY)
     async def infer_version(name: Name, version: Version, request: Request) -> Response:
         """The scores and the ranker's probabilities by this version of the model."""
-        return await inferred(name, version, request)
+        return await _inferred(engine, settings, name, version, request)
 
     return router
+
+
+def _about(engine: Engine, name: str, version: str | None) -> dict[str, Any]:
+    """What a model takes and gives."""
+    loaded = _model(engine, name, version)
+    return {
+        "name": loaded.name,
+        "versions": [str(loaded.version)],
+        "platform": "recsys",
+        "inputs": [{"name": each, "datatype": "BYTES", "shape": [-1]} for each in INPUTS],
+        "outputs": [{"name": each, "datatype": "FP32", "shape": [-1]} for each in OUTPUTS],
+    }
+
+
+def _readiness(engine: Engine, name: str, version: str | None) -> JSONResponse:
+    """Whether requests should be sent to a model here."""
+    _model(engine, name, version)
+    good = engine.not_ready is None
+    return JSONResponse({"name": name, "ready": good}, 200 if good else 503)
+
+
+async def _inferred(engine: Engine, settings: Settings, name: str, version: str | None, request: Request) -> Response:
+    """The answer to an inference request; see the module."""
+    _model(engine, name, version)
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HTTPException(415, "content-encoding: expected none")
+    asked, values = tensors.read(await request.body(), request.headers.get(tensors.HEADER))
+    wanted = _wanted(asked)
+    users, items = _rows(values)
+    by_user: dict[str, dict[str, None]] = {}
+    for user, item in zip(users, items, strict=True):
+        by_user.setdefault(user, {})[item] = None
+    deadline = answering.deadline_of(request, None, settings.rank_deadline_ms, settings)
+    request_id, now = answering.request_id_of(request), datetime.now(UTC)
+    works = [Work(asking.Request(user, len(own), now, rules=NO_RULES), deadline, request_id, tuple(own)) for user, own in by_user.items()]
+    answers = await several.answers(engine, works)
+    figures = _figures(dict(zip(by_user, answers, strict=True)), users, items)
+    loaded = answers[0].loaded
+    head = {"model_name": loaded.name, "model_version": str(loaded.version), **({} if asked.id is None else {"id": asked.id})}
+    content, length = tensors.write(head, [(each.name, figures[each.name], asked.binary(each)) for each in wanted])
+    headers = {answering.ID_HEADER: request_id}
+    if length is None:
+        return Response(content, media_type="application/json", headers=headers)
+    return Response(content, media_type="application/octet-stream", headers={**headers, tensors.HEADER: str(length)})
 
 
 def _model(engine: Engine, name: str, version: str | None) -> Loaded:
