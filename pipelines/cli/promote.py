@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`recsys promote`: move a registered version on: to champion, canary or shadow, or back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from rich.console import Console
 
 from pipelines.cli._registry import describe, open_registry, parser, print_gates
 from recsys.core.errors import RegistryError
-from recsys.registry import Event, Override, Registry, State
+from recsys.registry import Event, GateResult, Override, Registry, State
 from recsys.registry.recorded import recorded_evidence, recorded_gates
 
 FAILED = 1
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
     registry, console = open_registry(arguments.home), Console()
     _, version, _ = registry.resolve(_address(arguments.name, arguments.version))
     asked = _Asked(registry, arguments.name, version, arguments.actor, arguments.reason or f"recsys promote --to {arguments.to}", console)
-    event = _promote(asked, override) if state is State.CHAMPION else _move(asked, state, percent)
+    event = _judged(asked, partial(registry.promote, override=override)) if state is State.CHAMPION else _move(asked, state, percent)
     console.print(describe(event))
     return FAILED if event.action == "refuse" else 0
 
@@ -65,25 +67,10 @@ def _address(model: str, version: str) -> str:
     return f"models:/{model}/{version}" if version.isdigit() else f"models:/{model}@{version}"
 
 
-def _promote(asked: _Asked, override: Override | None) -> Event:
+def _judged(asked: _Asked, move: Callable[..., tuple[Event, list[GateResult]]]) -> Event:
+    """What came of a move that runs the gates, which are printed: `Registry.promote` or `Registry.validate`."""
     champion = asked.registry.log.standing(asked.model).champion
-    event, results = asked.registry.promote(
-        asked.model,
-        asked.version,
-        gates=recorded_gates(asked.registry, asked.model, asked.version),
-        evidence=recorded_evidence(asked.registry, asked.model, asked.version, champion),
-        expected=champion,
-        actor=asked.actor,
-        reason=asked.reason,
-        override=override,
-    )
-    print_gates(asked.console, results)
-    return event
-
-
-def _validate(asked: _Asked) -> Event:
-    champion = asked.registry.log.standing(asked.model).champion
-    event, results = asked.registry.validate(
+    event, results = move(
         asked.model,
         asked.version,
         gates=recorded_gates(asked.registry, asked.model, asked.version),
@@ -105,8 +92,8 @@ def _move(asked: _Asked, state: State, percent: float | None) -> Event:
     if state is State.VALIDATED and found in (State.SHADOW, State.CANARY):
         return registry.withdraw(model, version, actor=asked.actor, reason=asked.reason)
     if state is State.VALIDATED:
-        return _validate(asked)
-    if found in _UNJUDGED and (event := _validate(asked)).action == "refuse":
+        return _judged(asked, registry.validate)
+    if found in _UNJUDGED and (event := _judged(asked, registry.validate)).action == "refuse":
         return event
     to: Literal["canary", "shadow"] = "canary" if state is State.CANARY else "shadow"
     return registry.stage(model, version, to, percent=percent, actor=asked.actor, reason=asked.reason)
