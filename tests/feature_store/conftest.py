@@ -4,6 +4,7 @@
 import math
 import random
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from benchmarks.feature_store.servers import redis_server
 from feature_store.definitions import FeatureRepo
+from feature_store.online import OnlineStore
+from recsys.core.components import get, names
 from recsys.core.status import ValueStatus
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -277,3 +280,15 @@ def redis_url() -> Iterator[str]:
     """Of a real server, which starts when the first test asks for it."""
     with tempfile.TemporaryDirectory(prefix="redis") as folder, redis_server(Path(folder)) as port:
         yield f"redis://127.0.0.1:{port}/0"
+
+
+@pytest.fixture(params=names("online_store"))
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> OnlineStore:
+    """An empty one of each kind that there is."""
+    cls = get("online_store", request.param)
+    given: dict[str, Any] = {"path": tmp_path / "store"} if "path" in cls.Config.model_fields else {}
+    if request.param == "redis":
+        given = {"url": request.getfixturevalue("redis_url"), "prefix": uuid.uuid4().hex}
+    made: OnlineStore = cls(cls.Config(**given))
+    request.addfinalizer(made.close)
+    return made

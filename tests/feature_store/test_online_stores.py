@@ -3,28 +3,15 @@
 
 import sqlite3
 import threading
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from feature_store.online import FeatureStoreError, MemoryStore, OnlineStore, SQLiteStore, ViewState
-from recsys.core.components import get, names
+from recsys.core.components import names
 
 NAMES = names("online_store")
-
-
-@pytest.fixture(params=NAMES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> OnlineStore:
-    cls = get("online_store", request.param)
-    given: dict[str, Any] = {"path": tmp_path / "store"} if "path" in cls.Config.model_fields else {}
-    if request.param == "redis":
-        given = {"url": request.getfixturevalue("redis_url"), "prefix": uuid.uuid4().hex}
-    made: OnlineStore = cls(cls.Config(**given))
-    request.addfinalizer(made.close)
-    return made
 
 
 def _fill(store: OnlineStore, **values: bytes) -> None:

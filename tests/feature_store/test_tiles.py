@@ -3,10 +3,8 @@
 
 import copy
 import random
-import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,23 +21,11 @@ from feature_store.materialize import append, materialize
 from feature_store.offline import OfflineReader
 from feature_store.online import MemoryStore, OnlineReader, OnlineStore
 from feature_store.online.packing import unpack
-from recsys.core.components import get, names
 from recsys.core.config import parse
 from recsys.core.errors import ConfigError
 from recsys.core.schema import TIME
 from recsys.core.status import ValueStatus
 from tests.feature_store.tiled_world import DEFINITIONS, EXPIRING, POPULAR, RECENT, TiledOracle, repo, tiled_features
-
-
-@pytest.fixture(params=names("online_store"))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> OnlineStore:
-    cls = get("online_store", request.param)
-    given: dict[str, Any] = {"path": tmp_path / "store"} if "path" in cls.Config.model_fields else {}
-    if request.param == "redis":
-        given = {"url": request.getfixturevalue("redis_url"), "prefix": uuid.uuid4().hex}
-    made: OnlineStore = cls(cls.Config(**given))
-    request.addfinalizer(made.close)
-    return made
 
 
 def digest(store: OnlineStore) -> str:
