@@ -201,15 +201,17 @@ def _load(path: Path, version: int | None) -> Any:
 def _create(path: Path, schema: pa.Schema, by_day: bool) -> None:
     """Make an empty table, unless it is there."""
     deltalake = import_deltalake()
-    if not is_delta(path):
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    # Listed before it is asked for a table, so that what another writer puts there meanwhile is not taken for something else.
+    occupied = path.is_file() or (path.is_dir() and any(entry.name != LOG_FOLDER for entry in path.iterdir()))
+    if not deltalake.DeltaTable.is_deltatable(str(path)):
+        if occupied:
             raise DataError(f"{path} exists already and is not a Delta table: choose another name")
         columns, by = (schema.append(pa.field(DAY, pa.date32())), [DAY]) if by_day else (schema, None)
         try:
             settings = {"delta.appendOnly": "true"}
             deltalake.DeltaTable.create(str(path), columns, mode="ignore", partition_by=by, configuration=settings)
         except deltalake.exceptions.DeltaError as error:
-            if not is_delta(path):  # else another writer has made it meanwhile
+            if not deltalake.DeltaTable.is_deltatable(str(path)):  # else another writer has made it meanwhile
                 raise DataError(f"{path}: the table cannot be made: {error}") from None
     found = DeltaVersion.open(path).schema
     wanted = [(field.name, field.type) for field in schema]

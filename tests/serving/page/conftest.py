@@ -25,8 +25,9 @@ MARKUP = '<img src=x onerror="window.taken=1">&amp;<script>window.taken=2</scrip
 Serving = Callable[[Switch], AbstractContextManager[str]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """A Chromium for the tests of one file: while it is there an event loop runs in this thread, and others cannot be started."""
     found = shutil.which("chromium")
     assert found is not None, "these tests look at the page with Debian's package chromium"
     # Chromium's own sandbox does not run as root, as whom tests in a container run.

@@ -114,12 +114,13 @@ def test_a_checkpoint_of_parts_or_copies_goes_on_in_any_number_of_either(parts: 
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        pytest.param("poison", "step 3: left out: labels: task 'click', row 0: expected 0, 1 or NaN, got inf", marks=pytest.mark.slow),
-        pytest.param("overflow", "step 3: the loss is"),
-        pytest.param("spoil", "step 3: tables have taken a gradient that is not finite: back to step 0", marks=pytest.mark.slow),
+        ("poison", "step 3: left out: labels: task 'click', row 0: expected 0, 1 or NaN, got inf"),
+        ("overflow", "step 3: the loss is"),
+        ("spoil", "step 3: tables have taken a gradient that is not finite: back to step 0"),
     ],
 )
 def test_a_step_is_left_out_as_with_copies(what: str, told: str, tmp_path: Path) -> None:
@@ -142,8 +143,10 @@ def said(folder: Path, world: int, kind: str, dense: str) -> list[dict[str, Any]
     return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["ranker", "retriever"])
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [("ranker", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ranker", 2), ("retriever", 2), ("retriever", 3)))],
+)
 def test_a_process_holds_its_share_of_parameters_gradients_and_state(kind: str, world: int, tmp_path: Path) -> None:
     """Adam has two numbers for each parameter. A share is at most a row more of each parameter than its N-th, where N does not divide."""
     parts, copies = said(tmp_path / "parts", world, kind, "sharded"), said(tmp_path / "copies", world, kind, "replicated")

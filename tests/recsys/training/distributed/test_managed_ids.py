@@ -117,6 +117,7 @@ def test_four_processes_have_the_maps_and_the_vectors_of_one(alone: dict[str, Te
         torch.testing.assert_close(vectors(four.weights)[table], expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_replaced_and_the_run_ends_the_same_to_the_bit(four: Launched, tmp_path: Path) -> None:
     run = launched(tmp_path, 4, restarts=1, faults=[{"what": "kill", "rank": 1, "at": 7, "attempt": 0}])
     assert "exitcode: -9" in run.log or "Signal 9" in run.log
@@ -124,13 +125,15 @@ def test_a_lost_process_is_replaced_and_the_run_ends_the_same_to_the_bit(four: L
     assert all(torch.equal(tensor, four.weights[name]) for name, tensor in run.weights.items())
 
 
+@pytest.mark.slow
 def test_a_run_of_four_goes_on_in_three_and_in_two(alone: dict[str, Tensor], tmp_path: Path) -> None:
     assert launched(tmp_path, 4, faults=[{"what": "kill", "rank": 2, "at": 7}]).status != 0
     assert launched(tmp_path, 3, faults=[{"what": "kill", "rank": 0, "at": 14}]).status != 0
     assert_alike(launched(tmp_path, 2), alone)
 
 
-@pytest.mark.parametrize("world", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_what_four_processes_saved_is_in_any_number_of_them_the_same(world: int, four: Launched, tmp_path: Path) -> None:
     """The run has ended: it is loaded, and not trained."""
     shutil.copytree(four.folder / "run", tmp_path / "run")

@@ -73,12 +73,13 @@ def test_both_placements_and_parts_of_the_rest(placement: str, tmp_path: Path) -
     assert_equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        pytest.param("poison", "step 4: left out: labels: task 'click', row 0: expected 0, 1 or NaN, got inf", marks=pytest.mark.slow),
-        pytest.param("overflow", "step 4: the loss is"),
-        pytest.param("spoil", "step 4: tables have taken a gradient that is not finite: back to step", marks=pytest.mark.slow),
+        ("poison", "step 4: left out: labels: task 'click', row 0: expected 0, 1 or NaN, got inf"),
+        ("overflow", "step 4: the loss is"),
+        ("spoil", "step 4: tables have taken a gradient that is not finite: back to step"),
     ],
 )
 def test_a_step_is_left_out_by_all_and_touches_nothing(what: str, told: str, tmp_path: Path) -> None:
@@ -108,6 +109,7 @@ def test_a_lost_process_repeats_and_loses_no_batch(plain: Launched, tmp_path: Pa
     assert_exactly_once(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_saved_cursor_is_that_of_the_batches_trained(plain: Launched, tmp_path: Path) -> None:
     """SIGTERM comes as the sixth batch is taken, which is before the fifth is trained."""
     asked = launched(tmp_path, "on", faults=({"what": "term", "rank": 1, "at": 6},))

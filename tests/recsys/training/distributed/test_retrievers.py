@@ -86,6 +86,7 @@ def test_three_processes_train_as_one(three: Launched, tmp_path: Path) -> None:
     assert_exactly_once(three.folder)
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_replaced_and_the_run_ends_the_same_to_the_bit(three: Launched, tmp_path: Path) -> None:
     run = launched(tmp_path, "setrec", 3, restarts=1, faults=[{"what": "kill", "rank": 1, "at": 5, "attempt": 0}])
     assert "exitcode: -9" in run.log or "Signal 9" in run.log
@@ -115,6 +116,7 @@ def test_with_drawn_negatives_every_process_draws_its_own_and_all_windows_are_se
     assert last == pytest.approx(same, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_bad_batch_of_one_process_is_left_out_by_all(tmp_path: Path) -> None:
     run = launched(tmp_path, "sasrec", 2, faults=[{"what": "poison", "rank": 1, "at": 3}])
     assert run.status == 0, run.log[-4000:]

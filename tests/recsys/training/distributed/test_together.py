@@ -191,6 +191,7 @@ def test_one_process_and_several_do_not_go_on_from_each_other(tmp_path: Path) ->
         alone.fit(worker.model(), TableLoader(worker.data(), worker.to_batch, batch_size=12, seed=3), lambda _: {"loss": 0.0})
 
 
+@pytest.mark.slow
 def test_an_error_that_every_attempt_would_meet_is_met_once(tmp_path: Path) -> None:
     assert Launched(tmp_path, 2, faults=[{"what": "kill", "rank": 0, "at": 6}]).status != 0
     changed = Launched(tmp_path, 2, restarts=2, trainer=TRAINER | {"clip_norm": 1.0})
