@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Offline values against an oracle in plain Python, and the rules of time, status and rows."""
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,23 @@ def test_pieces_do_not_change_the_result(world: Callable[..., Any], monkeypatch:
     in_pieces = OfflineReader(w.repo, w.tables).read("user", spine)
     assert in_pieces.column("events").num_chunks >= 60 / 7
     assert in_pieces.equals(whole)
+
+
+@pytest.mark.parametrize("cuts", [(0, 0, 40), (1, 70, 71), tuple(range(5, 105, 5))])
+@pytest.mark.parametrize("service", ["user", "item"])
+def test_how_a_table_is_cut_into_chunks_does_not_change_the_result(world: Callable[..., Any], service: str, cuts: tuple[int, ...]) -> None:
+    w = world(8, late=0.1)
+    spine = w.spine(service, 100)
+
+    def cut(table: pa.Table) -> pa.Table:
+        places = [0, *(min(place, table.num_rows) for place in cuts), table.num_rows]
+        parts = [table.slice(begin, end - begin).combine_chunks() for begin, end in itertools.pairwise(places)]
+        columns = {name: pa.chunked_array([part.column(name).combine_chunks() for part in parts]) for name in table.column_names}
+        return pa.table(columns, table.schema)
+
+    in_chunks = {name: cut(table) for name, table in w.tables.items()}
+    assert all(table.column(0).num_chunks == len(cuts) + 1 for table in in_chunks.values())
+    assert OfflineReader(w.repo, in_chunks).read(service, spine).equals(OfflineReader(w.repo, w.tables).read(service, spine))
 
 
 def test_types_are_those_of_the_schema(world: Callable[..., Any]) -> None:
