@@ -102,7 +102,8 @@ class Settings(Config):
 
         An unknown option ends the program; errors otherwise as for `from_environment`.
         """
-        parser = argparse.ArgumentParser(prog="recsys serve", description="Serve a registered bundle over HTTP.")
+        epilog = "With --engine ray it is served by replicas under Ray Serve: recsys serve --engine ray --help"
+        parser = argparse.ArgumentParser(prog="recsys serve", description="Serve a registered bundle over HTTP.", epilog=epilog)
         for name, field in cls.model_fields.items():
             default = field.get_default(call_default_factory=True)
             parser.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description} (default: {default})", metavar="VALUE")
