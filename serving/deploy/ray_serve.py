@@ -115,7 +115,9 @@ def for_replicas(settings: Settings, options: OnRay) -> Settings:
     A replica that is not ready is ended by Ray, which brings no feature store back: so the store has no part in that here. Events that one
     replica holds are not seen by the others. Paths do not depend on where a process was started.
     """
-    paths = {name: value.resolve() for name in ("home", "decisions", "access", "canary_policy") if (value := getattr(settings, name)) is not None}
+    paths = {
+        name: value.resolve() for name in ("home", "decisions", "access", "canary_policy") if (value := getattr(settings, name)) is not None
+    }
     several = {"events": "off"} if settings.events == "auto" and options.most > 1 else {}
     return settings.model_copy(update={"ready_needs_store": False, "workers": 1, **paths, **several})
 

@@ -8,6 +8,7 @@ that is nowhere cut; of a search that may miss an item, the merged lists miss no
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def ranges(rows: int, parts: int) -> tuple[range, ...]:
     if parts < 1:
         raise DataError(f"parts: expected at least 1, got {parts}")
     bounds = [part * rows // parts for part in range(parts + 1)]
-    return tuple(range(first, last) for first, last in zip(bounds, bounds[1:], strict=False))
+    return tuple(range(first, last) for first, last in pairwise(bounds))
 
 
 def merge(lists: Sequence[tuple[np.ndarray, np.ndarray]], firsts: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +39,7 @@ def merge(lists: Sequence[tuple[np.ndarray, np.ndarray]], firsts: Sequence[int],
         k: length of the lists.
 
     Returns:
-        Rows of the whole int64 ``[B, k]`` and scores float32 ``[B, k]``, best first, then smaller rows; -1 and -inf where there are no more.
+        Rows of the whole int64 ``[B, k]`` and scores float32 ``[B, k]``, best first, then smaller rows; -1 and -inf where there is no more.
 
     Raises:
         DataError: k, or the number or shape of what is given, does not fit.

@@ -26,12 +26,10 @@ from pipelines.steps.demo import free_port
 from recsys.core.errors import ConfigError
 from recsys.registry import Evidence, Location, Registry
 from serving.app import create_app
+from serving.deploy.ray_serve import OnRay, Replica, application, for_replicas
 from serving.engine import Engine, Loaded, RegistrySource
 from serving.settings import Settings
 from tests.serving.support import Faulty, Switch, settings, wait_until
-
-pytest.importorskip("ray")
-from serving.deploy.ray_serve import OnRay, Replica, application, for_replicas  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 ASKED = [{"user_id": str(user), "k": 4, "request_time": "2030-01-01T00:00:00Z"} for user in range(8)]
@@ -52,7 +50,10 @@ def test_options_are_told_apart_from_the_servers() -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["--replicas", "0"], "replicas"), (["--replicas", "3", "--most-replicas", "2"], "most_replicas: expected at least replicas, 3, got 2")],
+    [
+        (["--replicas", "0"], "replicas"),
+        (["--replicas", "3", "--most-replicas", "2"], "most_replicas: expected at least replicas, 3, got 2"),
+    ],
 )
 def test_options_that_do_not_fit_are_named(given: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -121,7 +122,9 @@ def test_a_replica_is_healthy_when_it_is_ready_and_as_long(load: Load, faulty: F
 
 
 def test_a_store_that_is_gone_ends_no_replica(load: Load, faulty: Faulty) -> None:
-    engine = Engine(Switch(v1=lambda: load(reader=faulty)), for_replicas(settings(breaker_failures=1, breaker_seconds=60), OnRay(replicas=2)))
+    engine = Engine(
+        Switch(v1=lambda: load(reader=faulty)), for_replicas(settings(breaker_failures=1, breaker_seconds=60), OnRay(replicas=2))
+    )
     app = create_app(engine, engine.settings)
     with TestClient(app) as client:
         replica = Direct(app, 60)
