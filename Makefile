@@ -69,8 +69,8 @@ peers: dev ## make the environments of the frameworks that benchmarks compare wi
 check-gpu-set: ## check from metadata alone that the GPU requirements fit together, and pin them
 	$(PYTHON) tools/check_gpu_set.py --write requirements/constraints-gpu.txt
 
-audit: dev ## look for known vulnerabilities of the pinned packages
-	$(BIN)/pip-audit --requirement $(CONSTRAINTS) --no-deps --disable-pip
+audit: dev ## look for known vulnerabilities of the pinned packages; says what could not be looked up
+	$(BIN)/python tools/audit.py $(CONSTRAINTS)
 
 clean: ## remove the environments, caches and builds (not the runs)
 	rm -rf $(VENV) .peers .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -13,6 +13,7 @@ from recsys.core.errors import unknown
 
 NAMES = (
     "catalogue_decoding",
+    "catalogue_shards",
     "distributed",
     "feature_store",
     "kernels",

@@ -8,6 +8,7 @@ Settings travel in the environment of the replicas. Secrets do not: each node's 
 
 import argparse
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Self
@@ -90,6 +91,7 @@ class Replica:
     def __init__(self, start_seconds: float) -> None:
         self._start_seconds = start_seconds
         self._started = False
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every check
 
     async def check_health(self) -> None:
         """Whether ``/readyz`` says yes, asked without a network. Ray asks before it sends the first request, and ends what often says no.
@@ -140,6 +142,7 @@ def application(options: OnRay, settings: Settings | None = None) -> Any:
         # Ray sends nothing more, waits for what is under way, and then ends the application, which stops its engine.
         graceful_shutdown_wait_loop_s=max(own.grace_seconds, 0.1),
         graceful_shutdown_timeout_s=own.grace_seconds + own.drain_seconds,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
         **options.scaling(),
     )
     return deployment.bind(options.start_seconds)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kustomize as far as the manifests of this project use it, for machines that have neither kustomize nor kubectl.
 
-It knows ``resources``, ``namespace``, ``labels`` (of objects alone), ``images`` and ``patches`` (strategic merges from files); anything else
-is an error, not ignored. Where there is a kubectl, the tests hold it against that.
+It knows ``resources``, ``namespace``, ``labels`` (of objects alone), ``images`` and ``patches`` (strategic merges from files); anything
+else is an error, not ignored. Where there is a kubectl, the tests hold it against that.
 """
 
 from pathlib import Path

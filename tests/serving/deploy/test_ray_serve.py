@@ -27,7 +27,7 @@ from recsys.core.errors import ConfigError
 from recsys.registry import Evidence, Location, Registry
 from serving.app import create_app
 from serving.deploy.ray_serve import OnRay, Replica, application, for_replicas
-from serving.engine import Engine, Loaded, RegistrySource
+from serving.engine import Engine, Hosting, Loaded, RegistrySource
 from serving.settings import Settings
 from tests.serving.support import Faulty, Switch, settings, wait_until
 
@@ -265,7 +265,7 @@ def test_two_replicas_answer_as_one_process_survive_a_loss_and_follow_a_promotio
         wait_until(lambda: ray.status() == 200 and len(ray.live()) == 2, 240)
 
         # The same bits as one process gives, whichever replica is asked: four times each, by turns of chance.
-        engine = Engine(RegistrySource("models:/recsys@champion", location), settings())
+        engine = Engine(RegistrySource("models:/recsys@champion", location, Hosting(mmap=True)), settings())
         with TestClient(create_app(engine, engine.settings)) as alone:
             wait_until(lambda: alone.get("/readyz").status_code == 200)
             expected = [alone.post("/invocations", json={"inputs": [row]}).json() for row in ASKED]
