@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """One part's index: seconds to build, bytes of an item, milliseconds for a user, with all items live and with one in a hundred retired.
 
-Each is measured in a process of its own, since what a process has given back to the allocator counts for it all the same.
+Seconds are of one core. Each index is measured in a process of its own, since what a process has given back to the allocator counts for it
+all the same.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
-from benchmarks.catalogue_shards.timing import milliseconds
+from benchmarks.catalogue_shards.timing import core_ms, in_a_process
 from recsys.core.memory import give_back_memory
 from recsys.retrieval.catalogue import BeamIndex, Catalogue, CatalogueView, DenseIndex, GatherIndex, HNSWIndex, Index, IVFIndex
 from recsys.retrieval.code_table import CodeTable
@@ -25,7 +25,6 @@ from recsys.training.progress import track
 DIM, LEVELS, CODES = 64, 4, 256
 BATCHES, K = (1, 64), 100
 RETIRED = 0.01
-THREADS = 2
 QUICK = {"dense": 10**6, "ivf": 10**5, "hnsw": 10**5, "gather": 10**6, "beam": 10**6}
 FULL = {"dense": 4 * 10**6, "ivf": 10**6, "hnsw": 10**6, "gather": 10**7, "beam": 10**7}
 
@@ -73,7 +72,7 @@ def state_for(kind: str, users: int) -> SlotVectors | SlotLogProbs:
 def measure(quick: bool) -> list[dict[str, Any]]:
     """A row for each kind."""
     sizes = QUICK if quick else FULL
-    return [_in_a_process(kind, items) for kind, items in track(list(sizes.items()), "indexes")]
+    return [in_a_process("indexes", kind, items) for kind, items in track(list(sizes.items()), "indexes")]
 
 
 @torch.inference_mode()
@@ -86,26 +85,19 @@ def measured(kind: str, items: int) -> dict[str, Any]:
     process = psutil.Process()
     give_back_memory()
     before = process.memory_info().rss
-    began = perf_counter()
+    began = process_time()
     index = KINDS[kind](view)
     index.search(states[1], K, view)  # what is made at the first search belongs to the index
-    row: dict[str, Any] = {"index": kind, "items": items, "build, s": perf_counter() - began}
+    row: dict[str, Any] = {"index": kind, "items": items, "build, core-s": process_time() - began}
     give_back_memory()
     row["bytes/item"] = (process.memory_info().rss - before) / items
     for users, state in states.items():
-        row[f"{users} users, ms/user"] = milliseconds(lambda state=state: index.search(state, K, view)) / users
+        row[f"{users} users, core-ms/user"] = core_ms(lambda state=state: index.search(state, K, view)) / users
     users = BATCHES[-1]
-    row[f"{users} users, 1% retired, ms/user"] = milliseconds(lambda: index.search(states[users], K, fewer)) / users
+    row[f"{users} users, 1% retired, core-ms/user"] = core_ms(lambda: index.search(states[users], K, fewer)) / users
     return row
 
 
-def _in_a_process(kind: str, items: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.catalogue_shards.indexes", kind, str(items)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     print(json.dumps(measured(sys.argv[1], int(sys.argv[2]))))

@@ -2,15 +2,14 @@
 """The catalogue of one part: bytes of an item's id and bit, and how long it takes to build it and to change one bit."""
 
 import json
-import subprocess
 import sys
 from itertools import cycle
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import psutil
 
-from benchmarks.catalogue_shards.timing import milliseconds
+from benchmarks.catalogue_shards.timing import core_ms, in_a_process
 from recsys.core.memory import give_back_memory
 from recsys.retrieval.catalogue import Catalogue
 from recsys.training.progress import track
@@ -19,7 +18,7 @@ from recsys.training.progress import track
 def measure(quick: bool) -> list[dict[str, Any]]:
     """A row for each length."""
     sizes = (10**5, 10**6) if quick else (10**5, 10**6, 10**7)
-    return [_in_a_process(items) for items in track(sizes, "liveness")]
+    return [in_a_process("liveness", items) for items in track(sizes, "liveness")]
 
 
 def measured(items: int) -> dict[str, Any]:
@@ -27,22 +26,15 @@ def measured(items: int) -> dict[str, Any]:
     process = psutil.Process()
     ids = [f"item{row}" for row in range(items)]
     give_back_memory()
-    before, began = process.memory_info().rss, perf_counter()
+    before, began = process.memory_info().rss, process_time()
     catalogue = Catalogue(ids)
-    row: dict[str, Any] = {"items": items, "build, s": perf_counter() - began}
+    row: dict[str, Any] = {"items": items, "build, core-s": process_time() - began}
     give_back_memory()
     row["bytes/item"] = (process.memory_info().rss - before) / items
     live = cycle((False, True))
-    row["one bit, ms"] = milliseconds(lambda: catalogue.set_live([ids[items // 2]], next(live)))
+    row["one bit, core-ms"] = core_ms(lambda: catalogue.set_live([ids[items // 2]], next(live)))
     row["bytes/item, bits alone"] = (catalogue.snapshot().live.nbytes + catalogue.snapshot().bitmap.nbytes) / items
     return row
-
-
-def _in_a_process(items: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.catalogue_shards.liveness", str(items)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 if __name__ == "__main__":

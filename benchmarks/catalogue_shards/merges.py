@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.catalogue_shards.timing import milliseconds
+from benchmarks.catalogue_shards.timing import core_ms
 from recsys.retrieval.catalogue.shards import merge
 
 PARTS, USERS, K = (2, 4, 8, 16, 32, 64), (1, 64), 100
@@ -26,7 +26,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         for users in USERS:
             lists, firsts = drawn(parts, users), [part * 10**6 for part in range(parts)]
             times = 51 if quick else 301
-            row[f"{users} users, ms"] = milliseconds(lambda lists=lists, firsts=firsts: merge(lists, firsts, K), times)
+            row[f"{users} users, core-ms"] = core_ms(lambda lists=lists, firsts=firsts: merge(lists, firsts, K), times)
         # What a list weighs on its way: rows of the part in 32 bits, scores in 32.
         row["KB received, a user"] = parts * K * 8 / 1e3
         rows.append(row)

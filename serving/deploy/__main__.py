@@ -18,7 +18,7 @@ from ray import serve
 from recsys.core.engine import Engine, started
 from recsys.core.errors import ConfigError
 from serving.__main__ import shared_metrics
-from serving.deploy.ray_serve import OnRay, application
+from serving.deploy.ray_serve import OnRay, built
 from serving.security.exposure import check_exposure
 from serving.settings import Settings
 
@@ -52,7 +52,7 @@ def _running(options: OnRay, settings: Settings) -> Iterator[None]:
     signal.signal(signal.SIGINT, _end)
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
-        serve.run(application(options, settings), name=options.name, route_prefix="/")
+        serve.run(built(options, settings), name=options.name, route_prefix="/")
         yield
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -124,14 +124,19 @@ def for_replicas(settings: Settings, options: OnRay) -> Settings:
     return settings.model_copy(update={"ready_needs_store": False, "workers": 1, **paths, **several})
 
 
-def application(options: OnRay, settings: Settings | None = None) -> Any:
-    """The application that `serve.run` takes; also for ``serve run serving.deploy.ray_serve:application replicas=2``.
+def application(options: OnRay) -> Any:
+    """With the settings of the environment, as ``serve run serving.deploy.ray_serve:application replicas=2`` and KubeRay call it."""
+    return built(options, Settings.from_environment())
+
+
+def built(options: OnRay, settings: Settings) -> Any:
+    """The application that `serve.run` takes.
 
     Args:
         options: how many replicas, and where.
-        settings: of the server; by default those of the environment.
+        settings: of the server.
     """
-    own = for_replicas(settings or Settings.from_environment(), options)
+    own = for_replicas(settings, options)
     deployment = serve.deployment(
         serve.ingress(from_environment)(Replica),
         name=DEPLOYMENT,

@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipelines.cli import VERBS
+from pipelines.cli import VERBS, step
 from pipelines.pipeline import NAMES
 from recsys.registry.location import ARTIFACTS, HOME, TRACKING_URI
 from serving.app import create_app
@@ -220,7 +220,9 @@ def test_every_command_is_one_of_ours(objects: list[Object], monkeypatch: pytest
         monkeypatch.setattr(stores, name, lambda _home, shared, name=name: copied.append((name, shared)) or [])
     for command in commands:
         if command[0] == "recsys":
-            assert command[1] in VERBS and (command[1] != "step" or command[2] in NAMES)
+            assert command[1] in VERBS
+            if command[1] == "step":
+                assert command[2] in NAMES and step.options("", "").parse_args(command[3:]).recipe == "/etc/recsys/recipe/recipe.yaml"
         else:
             assert command[:2] == ["python", "-m"] and find_spec(command[2]) is not None
             assert stores.main(command[3:]) == 0

@@ -20,13 +20,14 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from mlflow import MlflowClient
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from pipelines.cli import serve as command
 from pipelines.steps.demo import free_port
 from recsys.core.errors import ConfigError
 from recsys.registry import Evidence, Location, Registry
 from serving.app import create_app
-from serving.deploy.ray_serve import OnRay, Replica, application, for_replicas
+from serving.deploy.ray_serve import OnRay, Replica, application, built, for_replicas
 from serving.engine import Engine, Hosting, Loaded, RegistrySource
 from serving.settings import Settings
 from tests.serving.support import Faulty, Switch, settings, wait_until
@@ -72,15 +73,22 @@ def test_a_replicas_settings_are_the_servers_but_for_what_replicas_cannot_have(t
 
 def test_the_deployment_takes_its_bounds_from_options_and_settings() -> None:
     given = Settings(grace_seconds=2, drain_seconds=7, max_delay_ms=3)
-    deployment = application(OnRay(replicas=2, most_replicas=6, target_requests=9, cpus=0.5, health_seconds=4), given)._bound_deployment
+    deployment = built(OnRay(replicas=2, most_replicas=6, target_requests=9, cpus=0.5, health_seconds=4), given)._bound_deployment
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 6, 9)
     assert deployment._deployment_config.graceful_shutdown_timeout_s == 9
     assert deployment._deployment_config.health_check_period_s == 4
     variables = deployment.ray_actor_options["runtime_env"]["env_vars"]
     assert Settings.from_environment(variables) == for_replicas(given, OnRay(replicas=2, most_replicas=6))
-    fixed = application(OnRay(replicas=3), given)._bound_deployment
+    fixed = built(OnRay(replicas=3), given)._bound_deployment
     assert fixed.num_replicas == 3 and fixed._deployment_config.autoscaling_config is None
+
+
+def test_ray_builds_the_application_from_arguments_as_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECSYS_SERVE_MAX_BATCH_ROWS", "77")
+    deployment = call_user_app_builder_with_args_if_necessary(application, {"replicas": "2", "cpus": "0.5"})._bound_deployment
+    assert (deployment.num_replicas, deployment.ray_actor_options["num_cpus"]) == (2, 0.5)
+    assert deployment.ray_actor_options["runtime_env"]["env_vars"]["RECSYS_SERVE_MAX_BATCH_ROWS"] == "77"
 
 
 # --- health
