@@ -25,7 +25,7 @@ from recsys.training.progress import track
 DIM, LEVELS, CODES = 64, 4, 256
 BATCHES, K = (1, 64), 100
 RETIRED = 0.01
-QUICK = {"dense": 10**6, "ivf": 10**5, "hnsw": 10**5, "gather": 10**6, "beam": 10**6}
+QUICK = {"dense": 10**6, "ivf": 10**5, "hnsw": 10**5, "gather": 4 * 10**6, "beam": 10**6}
 FULL = {"dense": 4 * 10**6, "ivf": 10**6, "hnsw": 10**6, "gather": 10**7, "beam": 10**7}
 
 
