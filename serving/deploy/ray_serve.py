@@ -23,7 +23,6 @@ from serving.app import from_environment
 from serving.settings import Settings
 
 DEPLOYMENT = "server"
-_FAILED_CHECKS = 3  # in a row, after which Ray ends a replica; it cannot be set
 
 
 class OnRay(Config):
@@ -143,7 +142,6 @@ def built(options: OnRay, settings: Settings) -> Any:
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus, "runtime_env": {"env_vars": own.environment()}},
         max_ongoing_requests=options.most_requests,
         health_check_period_s=options.health_seconds,
-        health_check_timeout_s=_FAILED_CHECKS * options.health_seconds,
         # Ray sends nothing more, waits for what is under way, and then ends the application, which stops its engine.
         graceful_shutdown_wait_loop_s=max(own.grace_seconds, 0.1),
         graceful_shutdown_timeout_s=own.grace_seconds + own.drain_seconds,

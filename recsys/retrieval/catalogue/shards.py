@@ -2,9 +2,10 @@
 """A catalogue in several parts, each with an index of its own: what the parts answer becomes what an index of the whole would answer.
 
 A part is a range of rows. It numbers them from 0, and its list says which of them are best; the k best of all parts' k best are the k
-best of the whole, since an item that k others of its own part precede has no place there. That holds to the bit and for ties, as all
-indexes order by score, then row, and a range keeps the order of rows. It holds for exact indexes (``dense``, ``gather``) and for a beam
-that is nowhere cut; of a search that may miss an item, the merged lists miss no more than the parts did.
+best of the whole, since an item that k others of its own part precede has no place there. That holds for ties as well, as all indexes order
+by score, then row, and a range keeps the order of rows. It holds for exact indexes (``dense``, whose scores may differ in their last bit
+between parts and whole as they do between batch sizes; ``gather``, whose bits are the same) and for a beam that is nowhere cut. Of a search
+that may miss an item, the merged lists miss no more than the parts did.
 """
 
 from collections.abc import Sequence

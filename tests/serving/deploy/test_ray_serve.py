@@ -20,6 +20,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from mlflow import MlflowClient
+from prometheus_client.parser import text_string_to_metric_families
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from pipelines.cli import serve as command
@@ -195,6 +196,12 @@ class Cluster:
     def ask(self, path: str, body: Any) -> httpx.Response:
         return httpx.post(self.address + path, json=body, timeout=60, trust_env=False)
 
+    def answered(self, route: str) -> float:
+        """How many requests were answered, as one of the replicas has it."""
+        families = text_string_to_metric_families(httpx.get(self.address + "/metrics", timeout=60, trust_env=False).text)
+        samples = [sample for family in families for sample in family.samples if sample.name == "recsys_requests_total"]
+        return sum(sample.value for sample in samples if sample.labels["route"] == route)
+
     def status(self) -> int:
         try:
             return httpx.get(self.address + "/readyz", timeout=30, trust_env=False).status_code
@@ -279,6 +286,7 @@ def test_two_replicas_answer_as_one_process_survive_a_loss_and_follow_a_promotio
             expected = [alone.post("/invocations", json={"inputs": [row]}).json() for row in ASKED]
         for _ in range(4):
             assert [ray.ask("/invocations", {"inputs": [row]}).json() for row in ASKED] == expected
+        assert {ray.answered("/invocations") for _ in range(10)} == {4.0 * len(ASKED)}, "both count together"
 
         # One is killed while it is asked: what it had begun may be lost, nothing that comes later is, and another takes its place.
         before = ray.live()
