@@ -4,15 +4,20 @@
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from feature_store.online import SQLiteStore
 from feature_store.online.base import ViewState
 from recsys.core.errors import DataError
 from recsys.core.tombstones import Tombstones
-from recsys.registry.location import Location
+from recsys.registry.location import TRACKING_URI, Location
+from serving.app import create_app
 from serving.deploy import stores
+from serving.engine import Engine, RegistrySource
+from tests.serving.support import settings, wait_until
 
 NAME = "0123456789abcdef.sqlite"
 
@@ -76,6 +81,26 @@ def test_a_second_copy_replaces_the_first_and_what_stood_beside_it(tmp_path: Pat
     stores.publish(batch, shared)
     store.close()
     assert fetched(pod, shared) == second
+
+
+def test_a_server_with_nothing_but_a_copy_and_the_registrys_address_answers_as_one_at_home(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a pod does: its home is empty, the registry is elsewhere."""
+    asked = {"inputs": [{"user_id": "3", "k": 4, "request_time": "2030-01-01T00:00:00Z"}]}
+
+    def answer(home: Path) -> Any:
+        engine = Engine(RegistrySource("models:/recsys@champion", Location.under(home)), settings())
+        with TestClient(create_app(engine, engine.settings)) as client:
+            wait_until(lambda: client.get("/readyz").status_code == 200)
+            return client.post("/invocations", json=asked).json()["predictions"]
+
+    expected = answer(tiny_run.home)
+    monkeypatch.setenv(TRACKING_URI, Location.under(tiny_run.home).tracking_uri)
+    stores.publish(tiny_run.home, tmp_path / "shared")
+    stores.fetch(tmp_path / "pod", tmp_path / "shared")
+    assert answer(tmp_path / "pod") == expected and len(expected[0]["item_ids"]) == 4
+    assert not (tmp_path / "pod" / "mlflow.db").exists()
 
 
 def test_whoever_was_forgotten_stays_forgotten(tmp_path: Path) -> None:
