@@ -16,10 +16,11 @@ import pyarrow as pa
 from recsys.bundle.bundle import Bundle
 from recsys.core.schema import ITEM, TIME
 from recsys.decisions.decision import CANDIDATES, Decision, Evidence
-from recsys.decisions.recorded import RecordedReader
+from recsys.decisions.recorded import recorded_features
 from recsys.inference import rules
 from recsys.inference.frame import ITEM_SERVICE, USER_SERVICE
 from recsys.inference.recommender import Ranked, Recommender
+from recsys.inference.recorded import RecordedReader
 
 OVERLAP_AT = 10
 OPINIONS = tuple(name for name in CANDIDATES.names if name != ITEM)
@@ -120,7 +121,7 @@ def replay(bundle: Bundle, decisions: Iterable[Decision]) -> ReplayReport:
         bundle: the models.
         decisions: of one log or of several; those without evidence are counted and skipped.
     """
-    reader = RecordedReader(bundle.settings.seen_feature)
+    reader = RecordedReader()
     recommender = Recommender(bundle, reader)
     skipped: Counter[str] = Counter()
     return _report(bundle.manifest.sha256, _replayed(recommender, reader, decisions, skipped), skipped)
@@ -134,7 +135,7 @@ def _replayed(
         if reason is not None or evidence is None:
             skipped[reason or "not_recorded"] += 1
             continue
-        reader.show(decision)
+        reader.show(recorded_features(decision, recommender.bundle.settings.seen_feature))
         yield _compare(recommender, decision, evidence)
 
 

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from recsys.bundle.golden import Golden, Recorded
 from recsys.core.errors import BundleError
-from recsys.core.schema import REQUEST_TIME, TIME
-from recsys.core.status import STATUS_SUFFIX, ValueStatus
 from recsys.inference.features import FeatureReader
 from recsys.inference.recommender import Recommender
+from recsys.inference.recorded import RecordedReader, row_of
 from recsys.inference.request import Request, Response
 
 TOLERANCE = 1e-3
@@ -76,7 +74,7 @@ def check(recommender: Recommender, tolerance: float = TOLERANCE) -> GoldenRepor
     moved, largest = 0, 0.0
     for number, expected in enumerate(golden.requests):
         answer = _alone(replaying, Request(user_id=expected.user_id, k=expected.k, at=expected.at))
-        places, difference = _compare(f"golden request {number} (user {expected.user_id!r})", answer, expected, tolerance)
+        places, difference = _compare(f"golden request {number}", answer, expected, tolerance)
         moved, largest = moved + places, max(largest, difference)
     return GoldenReport(len(golden.requests), moved, largest)
 
@@ -94,31 +92,6 @@ def _compare(where: str, answer: Response, expected: Recorded, tolerance: float)
         found, kept = answer.items[place], f"{expected.item_ids[place]!r} at {expected.scores[place]!r}"
         raise BundleError(f"{where}: place {place}: {found.item_id!r} at {found.score!r}, but recorded was {kept}")
     return int(moved.sum()), float(differences.max(initial=0))
-
-
-class RecordedReader:
-    """A `FeatureReader` over rows that were recorded; what was not recorded is MISSING.
-
-    Args:
-        features: for each service its rows, as a reader gave them.
-    """
-
-    def __init__(self, features: dict[str, pa.Table]) -> None:
-        self._features = features
-        self._rows = {service: _row_of(table) for service, table in features.items()}
-
-    def read(self, service: str, spine: pa.Table) -> pa.Table:
-        """See `FeatureReader.read`."""
-        table, row_of = self._features[service], self._rows[service]
-        rows = pa.array([row_of.get(key) for key in _keys(spine, _entity(table))], pa.int64())
-        found = table.take(rows)
-        answer = spine
-        for name in table.column_names:
-            if name not in spine.column_names:
-                column = found.column(name)
-                filled = pc.fill_null(column, int(ValueStatus.MISSING)) if name.endswith(STATUS_SUFFIX) else column
-                answer = answer.append_column(table.schema.field(name), filled)
-        return answer
 
 
 class _Listening:
@@ -150,21 +123,6 @@ def _recorded(request: Request, response: Response) -> Recorded:
     )
 
 
-def _entity(table: pa.Table) -> str:
-    """The key's column: a reader's rows begin with the spine, which is the entity's key and the time."""
-    names: list[str] = table.column_names
-    return next(name for name in names if name != REQUEST_TIME)
-
-
-def _keys(table: pa.Table, entity: str) -> list[tuple[str, int]]:
-    times = table.column(REQUEST_TIME).cast(TIME).cast(pa.int64()).to_pylist()
-    return list(zip(table.column(entity).to_pylist(), times, strict=True))
-
-
-def _row_of(table: pa.Table) -> dict[tuple[str, int], int]:
-    return {key: row for row, key in enumerate(_keys(table, _entity(table)))}
-
-
 def _distinct(table: pa.Table) -> pa.Table:
     """Each entity and time once."""
-    return table.take(pa.array(sorted(_row_of(table).values()))).combine_chunks()
+    return table.take(pa.array(sorted(row_of(table).values()))).combine_chunks()

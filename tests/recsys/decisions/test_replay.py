@@ -18,9 +18,10 @@ from recsys.core.errors import DataError
 from recsys.core.schema import TIME
 from recsys.decisions.decision import Decision, decision_of, evidence_of
 from recsys.decisions.parts import read_decisions
-from recsys.decisions.recorded import RecordedReader
+from recsys.decisions.recorded import recorded_features
 from recsys.decisions.replay import replay
 from recsys.inference.recommender import Recommender
+from recsys.inference.recorded import RecordedReader
 from recsys.inference.request import Request
 from recsys.registry import Location
 from tests.recsys.decisions.simulation import decision, log_decisions
@@ -151,10 +152,10 @@ def test_what_cannot_be_computed_again_is_counted(recommender: Recommender, deci
 
 
 def test_the_recorded_reader_is_a_feature_reader(recommender: Recommender, decisions: list[Decision]) -> None:
-    given, reader = decisions[1], RecordedReader(recommender.bundle.settings.seen_feature)
+    given, reader, seen_feature = decisions[1], RecordedReader(), recommender.bundle.settings.seen_feature
     with pytest.raises(DataError, match="service 'user': recorded are none"):
         reader.read("user", pa.table({"user_id": ["1"]}))
-    reader.show(given)
+    reader.show(recorded_features(given, seen_feature))
     ids = given.evidence.candidates.column("item_id").to_pylist()
     spine = pa.table({"item_id": ["no such item", ids[2], ids[0]], "request_time": pa.array([given.time] * 3, TIME), "kept": [1, 2, 3]})
     read = reader.read("item", spine)
@@ -162,7 +163,7 @@ def test_the_recorded_reader_is_a_feature_reader(recommender: Recommender, decis
     assert read.column("item_events__status").to_pylist()[0] == 2 and read.column("item_events")[0].as_py() is None
     served = recommender.features.read("item", spine)
     assert read.slice(1).select(served.column_names).equals(served.slice(1).cast(read.select(served.column_names).schema))
-    seen = reader.read("seen", pa.table({"user_id": [given.user_id]})).column(recommender.bundle.settings.seen_feature)[0].as_py()
+    seen = reader.read("seen", pa.table({"user_id": [given.user_id]})).column(seen_feature)[0].as_py()
     assert set(seen) and set(seen).isdisjoint(ids) and pc.count_distinct(pa.array(seen)).as_py() == len(seen)
     with pytest.raises(DataError, match="the features that were served were not recorded"):
-        reader.show(decision(1, 0, "u", ["x"]))
+        recorded_features(decision(1, 0, "u", ["x"]), seen_feature)

@@ -19,8 +19,8 @@ from recsys.core.errors import BundleError
 from recsys.core.status import ValueStatus
 from recsys.data.datasets.synthetic import Synthetic
 from recsys.inference import frame, golden
-from recsys.inference.golden import RecordedReader
 from recsys.inference.recommender import Recommender
+from recsys.inference.recorded import RecordedReader
 from recsys.inference.request import Request
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -80,7 +80,7 @@ def test_a_model_that_computes_something_else_is_found(bundle: Bundle) -> None:
         parameter = max(module.parameters(), key=lambda p: p.numel())
         before = parameter.detach().clone()
         parameter.data.mul_(1.5)
-        with pytest.raises(BundleError, match=r"golden request \d \(user '.*'\): place \d+: '.*' at .*, but recorded was '.*' at "):
+        with pytest.raises(BundleError, match=r"golden request \d: place \d+: '.*' at .*, but recorded was '.*' at "):
             golden.check(holding(bundle, bundle.golden))
         parameter.data.copy_(before)
     assert golden.check(holding(bundle, bundle.golden)).exact
