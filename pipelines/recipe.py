@@ -153,6 +153,7 @@ class Recipe(Config):
         lists: how the two become one list.
         evaluation: intervals and tests.
         gates: what must hold before the bundle goes live.
+        decisions: the folder of a decision log, whose decisions by the very bundle the parity gates compute again; null for none.
     """
 
     name: str
@@ -173,6 +174,7 @@ class Recipe(Config):
     lists: Lists
     evaluation: Evaluation = Evaluation()
     gates: tuple[Gate, ...]
+    decisions: Path | None = None
 
     @model_validator(mode="after")
     def _retriever_fits(self) -> Self:

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from pipelines.cli._registry import describe, open_registry, parser, print_gates
 from recsys.core.errors import RegistryError
 from recsys.registry import Event, GateResult, Override, Registry, State
-from recsys.registry.recorded import recorded_evidence, recorded_gates
+from recsys.registry.recorded import recorded_evidence, recorded_gates, with_parity
 
 FAILED = 1
 _TARGETS = "champion, canary=PERCENT, shadow, validated or retired"
@@ -28,6 +29,7 @@ class _Asked:
     actor: str | None
     reason: str
     console: Console
+    decisions: Path | None
 
 
 def main(argv: list[str]) -> int:
@@ -37,6 +39,8 @@ def main(argv: list[str]) -> int:
     options.add_argument("--to", default="champion", metavar="STATE", help=f"{_TARGETS} (default: champion)")
     options.add_argument("--reason", help="why, for the log")
     options.add_argument("--actor", help="who, for the log (default: the user of this process)")
+    decisions = "a decision log: what the version itself decided there is computed again, for the parity gate"
+    options.add_argument("--decisions", type=Path, metavar="FOLDER", help=decisions)
     options.add_argument("--override", action="store_true", help="promote in spite of failed gates; needs --actor and --reason")
     arguments = options.parse_args(argv)
     state, percent = _target(arguments.to)
@@ -45,7 +49,8 @@ def main(argv: list[str]) -> int:
     override = Override(arguments.actor or "", arguments.reason or "") if arguments.override else None
     registry, console = open_registry(arguments.home), Console()
     _, version, _ = registry.resolve(_address(arguments.name, arguments.version))
-    asked = _Asked(registry, arguments.name, version, arguments.actor, arguments.reason or f"recsys promote --to {arguments.to}", console)
+    reason = arguments.reason or f"recsys promote --to {arguments.to}"
+    asked = _Asked(registry, arguments.name, version, arguments.actor, reason, console, arguments.decisions)
     event = _judged(asked, partial(registry.promote, override=override)) if state is State.CHAMPION else _move(asked, state, percent)
     console.print(describe(event))
     return FAILED if event.action == "refuse" else 0
@@ -70,11 +75,13 @@ def _address(model: str, version: str) -> str:
 def _judged(asked: _Asked, move: Callable[..., tuple[Event, list[GateResult]]]) -> Event:
     """What came of a move that runs the gates, which are printed: `Registry.promote` or `Registry.validate`."""
     champion = asked.registry.log.standing(asked.model).champion
+    gates = recorded_gates(asked.registry, asked.model, asked.version)
+    evidence = recorded_evidence(asked.registry, asked.model, asked.version, champion)
     event, results = move(
         asked.model,
         asked.version,
-        gates=recorded_gates(asked.registry, asked.model, asked.version),
-        evidence=recorded_evidence(asked.registry, asked.model, asked.version, champion),
+        gates=gates,
+        evidence=with_parity(evidence, gates, asked.decisions),
         expected=champion,
         actor=asked.actor,
         reason=asked.reason,

@@ -15,7 +15,7 @@ from recsys.core.errors import DataError, RegistryError
 from recsys.core.files import write_json
 from recsys.core.part_log import part_files
 from recsys.decisions.decision import Decision
-from recsys.decisions.parts import read_decisions, read_decisions_part
+from recsys.decisions.parts import decisions_of, read_decisions, read_decisions_part
 from recsys.decisions.replay import OVERLAP_AT, ReplayReport, replay
 from recsys.ranking.mixers import fold_mixing
 from recsys.registry import Registry
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     else:
         for sha256, (model, version) in made_by.items():
             bundle = _bundle(registry, sha256, model, version)
-            reports.append(_replay(bundle, _decisions_of(arguments.decisions, sha256)))
+            reports.append(_replay(bundle, decisions_of(arguments.decisions, sha256)))
     print_reports(Console(), reports)
     if arguments.json is not None:
         write_json(arguments.json, {"tolerance": arguments.tolerance, "reports": [report.as_json() for report in reports]})
@@ -83,10 +83,6 @@ def _bundle(registry: Registry, sha256: str, model: str, version: int | None) ->
     if bundle.manifest.sha256 != sha256:
         raise RegistryError(f"{model}: version {version} is the bundle {bundle.manifest.sha256}, but the decisions say {sha256}")
     return bundle
-
-
-def _decisions_of(folder: Path, sha256: str) -> Iterator[Decision]:
-    return (decision for decision in read_decisions(folder) if decision.bundle == sha256)
 
 
 def print_reports(console: Console, reports: list[ReplayReport]) -> None:

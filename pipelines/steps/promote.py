@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from recsys.core.files import read_json, write_json
 from recsys.registry import Event, Evidence, Location, PromotionLog, Registry
 from recsys.registry.evidence import Comparison, slice_metric
 from recsys.registry.gates import measuring
+from recsys.registry.gates.parity import replay_own
 from recsys.training.tracking import MLflowTracker, start_run
 
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ def _evidence(context: Context, registry: Registry, directory: Path, expected: i
     users = load_prepared(context.inputs["splits"]).impressions("test").column("user_id")
     asked = np.random.default_rng(recipe.seed).permutation(len(users))[:_ASKED]
     reader = open_online(recipe.features, context.home)
-    measured = measuring.measure(recipe.gates, directory, reader, users.take(pa.array(asked)).to_pylist())
+    replayed = None if recipe.decisions is None else partial(replay_own, folder=recipe.decisions)
+    measured = measuring.measure(recipe.gates, directory, reader, users.take(pa.array(asked)).to_pylist(), replayed)
     return Evidence.of(directory, comparison, champion, measured)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys.core.errors import SchemaError
 from recsys.core.files import canonical_json
@@ -107,6 +108,22 @@ def read_decisions(folder: Path) -> Iterator[Decision]:
     """
     for path in part_files(folder):
         yield from from_table(read_decisions_part(path))
+
+
+def decisions_of(folder: Path, bundle: str) -> Iterator[Decision]:
+    """The decisions of a log that one bundle made, in the order in which they were written; parts without any are not read whole.
+
+    Args:
+        folder: of the log.
+        bundle: its SHA-256.
+
+    Raises:
+        DataError, SchemaError: see `read_decisions_part`.
+    """
+    for path in part_files(folder):
+        if pc.any(pc.equal(read_decisions_part(path, ("bundle",)).column("bundle"), bundle)).as_py():
+            part = read_decisions_part(path)
+            yield from from_table(part.filter(pc.equal(part.column("bundle"), bundle)))
 
 
 def _lists(tables: Sequence[pa.Table | None], schema: pa.Schema) -> pa.Array:

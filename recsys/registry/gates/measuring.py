@@ -14,6 +14,7 @@ from recsys.inference.features import FeatureReader
 from recsys.inference.recommender import Recommender
 from recsys.inference.request import Request
 from recsys.registry.gates import Gate, LatencyBudget, ParityBound
+from recsys.registry.gates.parity import of_decisions, of_golden
 from recsys.registry.gates.served import LATENCY, PARITY
 
 _WARM_UP = 5  # requests that are not counted: the first ones pay for what is built once
@@ -53,24 +54,37 @@ def measure(
         directory: the candidate.
         reader: features as they would be served.
         users: who is asked for, in turn, by the latency gates. None are no measurement, which fails them.
-        decisions: replays recorded decisions, for the parity gates.
+        decisions: computes the candidate's recorded decisions again, for the parity gates. Where it compares nothing, or is not given,
+            the requests that the bundle was recorded with are answered again.
         at: the time of the requests; now by default.
 
     Raises:
         BundleError: the candidate is incomplete or was changed.
     """
     budgets = [gate for gate in gates if isinstance(gate, LatencyBudget)]
-    replayed = decisions if any(isinstance(gate, ParityBound) for gate in gates) else None
-    if not budgets and replayed is None:
+    compares = any(isinstance(gate, ParityBound) for gate in gates)
+    if not budgets and not compares:
         return {}
     bundle, measured = Bundle.load(directory), dict[str, Any]()
     if budgets and users:
         k, count = max(gate.k for gate in budgets), max(gate.requests for gate in budgets)
         measured[LATENCY] = latency(Recommender(bundle, reader), users, count, k, at or datetime.now(UTC))
-    if replayed is not None:
-        report = replayed(bundle)
-        measured[PARITY] = {"max_difference": float(report.largest_difference), "rows": int(report.rows)}
+    if compares and (found := parity(bundle, decisions)) is not None:
+        measured[PARITY] = found
     return measured
+
+
+def parity(bundle: Bundle, decisions: Replay | None = None) -> dict[str, Any] | None:
+    """What the parity gates are to read of a bundle: see `measure`; None where there is nothing to compare.
+
+    Args:
+        bundle: the candidate.
+        decisions: see `measure`.
+    """
+    report = None if decisions is None else decisions(bundle)
+    if report is not None and report.rows:
+        return of_decisions(report.largest_difference, report.rows)
+    return of_golden(bundle)
 
 
 def latency(recommender: Recommender, users: Sequence[str], count: int, k: int, at: datetime) -> dict[str, float | int]:

@@ -8,10 +8,15 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from recsys.core.config import Config
 from recsys.registry.evidence import Evidence
-from recsys.registry.gates.result import GateResult, lookup, within
+from recsys.registry.gates.result import GateResult, lookup, number, within
 
 LATENCY, PARITY = "latency", "parity"
 """The keys of what the promotion measured."""
+DECISIONS, GOLDEN = "decisions", "golden"
+"""What the measured parity is of: recorded decisions, or the requests that the bundle was recorded with."""
+
+_STORES = "between the offline and the online store"
+_UNBOUNDED = "no finite difference; an item may be on one side only"
 
 Milliseconds = Annotated[FiniteFloat, Field(gt=0)]
 
@@ -52,13 +57,14 @@ class LatencyBudget(Config):
 
 
 class ParityBound(Config):
-    """The served scores are the offline ones: the largest difference over recorded decisions that were replayed.
+    """The served scores are the offline ones: the largest difference over the candidate's own recorded decisions, computed again.
 
-    Where there are no recorded decisions, it is the difference that the evaluation measured between the offline and the online store.
+    Where it has made none, it is that of the requests that the bundle was recorded with, or that which the evaluation measured between the
+    offline and the online store, whichever is larger. The result says which it was.
 
     Attributes:
         at_most: the largest difference that passes.
-        min_rows: recorded decisions must have at least so many scores to compare.
+        min_rows: at least so many scores must have been compared; more than the bundle's own requests hold insists on decisions.
     """
 
     kind: Literal["parity"] = "parity"
@@ -67,16 +73,20 @@ class ParityBound(Config):
 
     def judge(self, evidence: Evidence) -> list[GateResult]:
         """One result."""
+        stores = lookup(evidence.metrics, "parity.max_difference")
         if PARITY not in evidence.measured:
-            value, note = lookup(evidence.metrics, "parity.max_difference"), "between the offline and the online store"
-            return [within("parity", value, None, self.at_most, absent="no decisions were replayed, and none was measured", note=note)]
-        replayed = _measured(evidence, PARITY)
-        rows = replayed.get("rows")
+            absent = "no decisions were replayed, and none was measured"
+            return [within("parity", stores, None, self.at_most, absent=absent, note=_STORES)]
+        measured = _measured(evidence, PARITY)
+        rows, found, golden = measured.get("rows"), [measured.get("max_difference")], measured.get("source") == GOLDEN
+        what = f"{rows} scores of {'requests that the bundle was recorded with' if golden else 'its recorded decisions'}"
         if not isinstance(rows, int) or rows < self.min_rows:
-            absent = f"expected at least {self.min_rows} replayed scores, got {rows}"
-            return [within("parity", None, None, self.at_most, absent=absent)]
-        note = f"{rows} replayed scores"
-        return [within("parity", replayed.get("max_difference"), None, self.at_most, absent="the replay has no difference", note=note)]
+            return [within("parity", None, None, self.at_most, absent=f"expected at least {self.min_rows} compared scores, got {what}")]
+        if golden and stores is not None:
+            found, what = [*found, stores], f"{what}, and {_STORES}"
+        figures = [figure for each in found if (figure := number(each)) is not None]
+        worst = max(figures) if len(figures) == len(found) else None
+        return [within("parity", worst, None, self.at_most, absent=f"{what}: {_UNBOUNDED}", note=what)]
 
 
 def _measured(evidence: Evidence, key: str) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from recsys.core.config import parse
 from recsys.inference import golden
 from recsys.inference.recommender import Recommender
 from recsys.registry import Bound, Evidence, Location, run_gates
-from recsys.registry.gates import LatencyBudget, ParityBound
+from recsys.registry.gates import LatencyBudget, ParityBound, SchemaCompatibility
 from recsys.registry.gates.measuring import measure
 
 USERS = ["1", "2", "never seen"]
@@ -58,7 +58,7 @@ def replayed(bundle: Bundle) -> Found:
 
 
 def test_nothing_is_measured_that_no_gate_wants(directory: Path, reader: Counting) -> None:
-    assert measure((Bound(metric="a"), ParityBound(at_most=1)), Path("nowhere"), reader, USERS) == {}
+    assert measure((Bound(metric="a"), SchemaCompatibility()), Path("nowhere"), reader, USERS) == {}
     assert reader.asked == {}
 
 
@@ -87,7 +87,8 @@ def test_nobody_to_ask_for_is_no_measurement(directory: Path, reader: Counting) 
 def test_recorded_decisions_are_replayed_with_the_candidate(directory: Path, reader: Counting) -> None:
     gates = (ParityBound(at_most=0, min_rows=10),)
     measured = measure(gates, directory, reader, USERS, replayed)
-    assert measured == {"parity": {"max_difference": 0.0, "rows": measured["parity"]["rows"]}} and measured["parity"]["rows"] >= 10
+    rows = measured["parity"]["rows"]
+    assert measured == {"parity": {"max_difference": 0.0, "rows": rows, "source": "decisions"}} and rows >= 10
     assert reader.asked == {}
     (result,) = run_gates(gates, Evidence.of(directory, measured=measured))
-    assert result.passed and result.note == f"{measured['parity']['rows']} replayed scores"
+    assert result.passed and result.note == f"{rows} scores of its recorded decisions"
