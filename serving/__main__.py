@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 
 from recsys.core.errors import ConfigError
+from serving.logs import configure_logs
 from serving.security.exposure import check_exposure
 from serving.security.protocol import BoundedProtocol
 from serving.settings import Settings
@@ -27,6 +28,7 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"recsys serve: {error}")
     os.environ |= settings.environment()
+    configure_logs(settings.log_format)
     # Once uvicorn has drained, it raises the signal that ended it again, for whoever had a handler before: an orderly end is status 0.
     signal.signal(signal.SIGTERM, _end)
     with shared_metrics(settings.workers):
@@ -37,6 +39,7 @@ def main() -> None:
             port=settings.port,
             http=BoundedProtocol,
             workers=settings.workers,
+            log_config=None,
             log_level="warning",
             timeout_graceful_shutdown=settings.drain_seconds,
         )

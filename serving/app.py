@@ -4,7 +4,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TypeAlias
 
 from fastapi import APIRouter, FastAPI, Request
@@ -16,18 +16,22 @@ from recsys.core.deadline import RejectReason
 from recsys.decisions.log import DecisionLog
 from recsys.inference.request import InvalidRequest
 from recsys.registry import Location
+from serving.aside import second_port
 from serving.decided import Decided
 from serving.engine import Engine, Hosting, RegistrySource, Rejected, Served
 from serving.engine.hook import OnAnswer
 from serving.lanes import lanes_of
 from serving.lifecycle import drain_on_sigterm
 from serving.live import ChangeLog, LiveCatalogue
+from serving.logs import FIELDS, configure_logs
 from serving.metrics import Metrics
 from serving.observing import Observe
 from serving.routes import admin, events, open_inference, page, probes, rank, recommend, scoring, similar
 from serving.schemas import ErrorOut
+from serving.scope import ID_HEADER, REASON, REQUEST_ID
 from serving.security import Credentials, Guard, Limits
 from serving.settings import Settings
+from serving.tracing import tracing_of_environment
 
 log = logging.getLogger("serving")
 
@@ -51,7 +55,9 @@ CATALOGUE_FILE = "catalogue.sqlite"
 _SHOWN = 200
 
 
-def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None], more: Sequence[Routes] = ()) -> FastAPI:
+def create_app(
+    engine: Engine, settings: Settings, *closing: Callable[[], None], more: Sequence[Routes] = (), admin_routes: Routes | None = None
+) -> FastAPI:
     """The application around an engine, which it starts and stops; ``closing`` is called when the engine has stopped.
 
     Args:
@@ -59,17 +65,34 @@ def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None],
         settings: of the server.
         closing: what else ends with the engine.
         more: routes besides `ROUTES`.
+        admin_routes: offered as the settings say: on a port of their own, beside the others, or, by default, not at all.
     """
+    apart = settings.admin_port if admin_routes is not None else None
+    beside = (admin_routes,) if admin_routes is not None and apart is None and settings.admin else ()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        drain_on_sigterm(engine, settings.grace_seconds)
-        yield
+        async with AsyncExitStack() as stack:
+            if admin_routes is not None and apart is not None:
+                own = _application(engine, settings, (admin_routes, probes.routes))
+                await stack.enter_async_context(second_port(own, settings.admin_host, apart))
+            engine.start()
+            drain_on_sigterm(engine, settings.grace_seconds)
+            yield
         await asyncio.to_thread(engine.stop)
         for close in closing:
             await asyncio.to_thread(close)
 
+    return _application(engine, settings, (*ROUTES, *more, *beside), lifespan)
+
+
+def _application(
+    engine: Engine,
+    settings: Settings,
+    offered: Sequence[Routes],
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """Routes behind all layers."""
     # A redirect would be to a host that the request names.
     app = FastAPI(title="recsys", version="1", lifespan=lifespan, redirect_slashes=False)
     # The last one added sees a request first.
@@ -83,8 +106,8 @@ def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None],
     )
     if settings.access is not None:
         app.add_middleware(Guard, credentials=Credentials.read(settings.access), metrics=engine.metrics)
-    app.add_middleware(Observe, metrics=engine.metrics)
-    for routes in (*ROUTES, *more):
+    app.add_middleware(Observe, metrics=engine.metrics, tracing=engine.tracing, logged=settings.log_requests)
+    for routes in offered:
         app.include_router(routes(engine, settings))
     _add_errors(app, engine.metrics)
     return app
@@ -92,9 +115,8 @@ def create_app(engine: Engine, settings: Settings, *closing: Callable[[], None],
 
 def from_environment() -> FastAPI:
     """The application of a server or of one of its workers, whose settings are in the environment."""
-    # Libraries may have set handlers when they were imported; ours replace them.
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s %(levelname)s %(message)s", force=True)
     settings = Settings.from_environment()
+    configure_logs(settings.log_format)
     hosting = Hosting(
         settings.mmap, settings.quantize, settings.compile, settings.remembered_users, settings.events_go, settings.held_events
     )
@@ -103,11 +125,11 @@ def from_environment() -> FastAPI:
     canary, shadow = lanes_of(source, settings, live.kept_up) or (None, None)
     decided = None if settings.decisions is None else Decided(DecisionLog(settings.decisions, share=settings.decision_share))
     told = [each for each in (shadow, decided) if each is not None]
-    engine = Engine(source, settings, on_answer=_all_of(told) if told else None, keep_up=live.kept_up, lanes=canary)
+    on_answer, tracing = _all_of(told) if told else None, tracing_of_environment()
+    engine = Engine(source, settings, on_answer=on_answer, keep_up=live.kept_up, lanes=canary, tracing=tracing)
     if shadow is not None:
         shadow.start(engine.metrics)
-    more = (admin.routes_of(live, canary, shadow),) if settings.admin else ()
-    return create_app(engine, settings, *(each.close for each in told), more=more)
+    return create_app(engine, settings, *(each.close for each in told), admin_routes=admin.routes_of(live, canary, shadow))
 
 
 def _all_of(told: Sequence[OnAnswer]) -> OnAnswer:
@@ -119,32 +141,37 @@ def _all_of(told: Sequence[OnAnswer]) -> OnAnswer:
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
-    def rejection(status: int, reason: RejectReason, message: str, retry_after: float | None = None) -> JSONResponse:
+    def rejection(request: Request, status: int, reason: RejectReason, message: str, **headers: str) -> JSONResponse:
+        request.scope[REASON] = reason.value
         metrics.rejected.labels(reason.value).inc()
-        headers = None if retry_after is None else {"retry-after": f"{retry_after:.0f}"}
-        return JSONResponse(ErrorOut(error=reason.value, message=message).model_dump(), status, headers)
+        return JSONResponse(ErrorOut(error=reason.value, message=message).model_dump(), status, headers or None)
 
     @app.exception_handler(Rejected)
-    async def rejected(_: Request, error: Rejected) -> JSONResponse:
-        return rejection(error.status, error.reason, error.message, error.retry_after)
+    async def rejected(request: Request, error: Rejected) -> JSONResponse:
+        after = {} if error.retry_after is None else {"retry-after": f"{error.retry_after:.0f}"}
+        return rejection(request, error.status, error.reason, error.message, **after)
 
     @app.exception_handler(InvalidRequest)
-    async def impossible(_: Request, error: InvalidRequest) -> JSONResponse:
-        return rejection(422, RejectReason.INVALID_INPUT, str(error))
+    async def impossible(request: Request, error: InvalidRequest) -> JSONResponse:
+        return rejection(request, 422, RejectReason.INVALID_INPUT, str(error))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return rejection(400, RejectReason.INVALID_INPUT, f"body: not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+            message = f"body: not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+            return rejection(request, 400, RejectReason.INVALID_INPUT, message)
         field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        return rejection(422, RejectReason.INVALID_INPUT, f"{field}: {first['msg']}, got {repr(first.get('input'))[:_SHOWN]}")
+        message = f"{field}: {first['msg']}, got {repr(first.get('input'))[:_SHOWN]}"
+        return rejection(request, 422, RejectReason.INVALID_INPUT, message)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return rejection(error.status_code, RejectReason.INVALID_INPUT, str(error.detail))
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        return rejection(request, error.status_code, RejectReason.INVALID_INPUT, str(error.detail))
 
     @app.exception_handler(Exception)
-    async def internal(_: Request, error: Exception) -> JSONResponse:
-        log.exception("internal error", exc_info=error)
-        return rejection(500, RejectReason.INTERNAL, "the server failed; its log says why")
+    async def internal(request: Request, error: Exception) -> JSONResponse:
+        # This response passes by whoever else would name the request.
+        name = request.scope[REQUEST_ID]
+        log.error("internal error", exc_info=error, extra={FIELDS: {"request_id": name}})
+        return rejection(request, 500, RejectReason.INTERNAL, "the server failed; its log says why", **{ID_HEADER: name})

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from recsys.core.deadline import RejectReason
@@ -68,10 +69,17 @@ class Metrics:
         for outcome in ("loaded", "flipped_back", "failed"):
             self.swaps.labels(outcome)
 
-    def answered(self, stages: Mapping[str, float], flags: Iterable[str], cached_age: float | None, event_age: float | None) -> None:
-        """Count an answer."""
+    def answered(
+        self,
+        stages: Mapping[str, float],
+        flags: Iterable[str],
+        cached_age: float | None,
+        event_age: float | None,
+        exemplar: dict[str, str] | None = None,
+    ) -> None:
+        """Count an answer; the exemplar names its trace."""
         for stage, seconds in stages.items():
-            self.stage.labels(stage).observe(seconds)
+            self.stage.labels(stage).observe(seconds, exemplar)
         for flag in flags:
             self.flagged.labels(flag).inc()
         if cached_age is not None:
@@ -103,15 +111,19 @@ class Metrics:
             self.model.labels(*before).set(0)
         self.model.labels(*now).set(1)
 
-    def text(self) -> bytes:
-        """The metrics in Prometheus' text format; of all worker processes, where there are several."""
+    def text(self, accept: str = "") -> tuple[bytes, str]:
+        """The metrics in the text format that a scraper accepts, and its media type; of all worker processes, where there are several.
+
+        Exemplars are in OpenMetrics alone, and in that of a single process.
+        """
+        write, media_type = choose_encoder(accept)
         folder = os.environ.get(FOLDER)
         if folder is None:
-            return generate_latest(self.registry)
+            return write(self.registry), media_type
         _forget_the_dead(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry, folder)
-        return generate_latest(registry)
+        return write(registry), media_type
 
 
 def _forget_the_dead(folder: Path) -> None:

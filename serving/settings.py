@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recsys.core.config import Config, parse
 from recsys.registry.location import HOME, home
@@ -65,9 +65,16 @@ class Settings(Config):
 
     catalogue_seconds: float = Field(0.25, gt=0, description="how often the log of catalogue changes is looked into")
     admin: bool = Field(False, description="whether /admin is offered, to whoever reaches the port")
+    admin_port: int | None = Field(
+        None, ge=1, le=65535, description="a port of its own for /admin, which the other one then does not offer"
+    )
+    admin_host: str = Field("127.0.0.1", description="the address to listen on for it")
 
     canary_policy: Path | None = Field(None, description="a JSON file of steps and guardrails of canaries, for other than the defaults")
     shadow_requests: int = Field(100, ge=1, description="that may wait for a shadow; more are not copied to it")
+
+    log_format: Literal["json", "text"] = Field("text", description="one line of JSON for each record of the log, or of text")
+    log_requests: Literal["all", "errors"] = Field("all", description="which requests have a line; of probes only those that fail")
 
     poll_seconds: float = Field(1.0, gt=0, description="how often the promotion log is asked who the champion is")
     retry_seconds: float = Field(5.0, gt=0, description="between attempts to load a bundle that failed")
@@ -79,6 +86,12 @@ class Settings(Config):
     def most_waiting_rows(self) -> int:
         """How many candidates may wait."""
         return self.queue_rows or 4 * self.max_batch_rows
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.admin_port is not None and self.admin_port == self.port:
+            raise ValueError(f"admin_port: expected another port than {self.port}, which is the public one")
+        return self
 
     @property
     def events_go(self) -> Literal["off", "held", "store"]:

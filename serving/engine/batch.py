@@ -21,9 +21,9 @@ from serving.engine.candidates import CandidateCache, key_of, list_of, scored, t
 from serving.engine.entry import Entry
 from serving.engine.explaining import Explainer, Explanation
 from serving.engine.finishing import Finisher
-from serving.engine.ladder import flagged
+from serving.engine.ladder import DEADLINE, because, flagged
 from serving.engine.loaded import Loaded
-from serving.engine.reading import Reads
+from serving.engine.reading import Problem, Reads
 from serving.engine.work import CACHED_FEATURES, NO_REASONS, Answer, FeatureAges
 from serving.metrics import Metrics
 
@@ -70,23 +70,23 @@ class Batch:
         users, at = _asked(entries)
         began = time.monotonic()
         read = self._tools.reads.begin(lambda: self._recommender.users(users, at), [entry.cutoff for entry in entries])
-        for places, in_time in read.groups():
+        for places, problem in read.groups():
             some = [entries[place] for place in places]
-            _note(some, "features", time.monotonic() - began)
-            if in_time:
+            _note(some, "features", began)
+            if problem is None:
                 self._go_on(Group(some, take_users(self._recommender, read.result, places)))
             else:
-                self._remember(some)
+                self._remember(some, problem)
 
-    def _remember(self, entries: Sequence[Entry]) -> None:
+    def _remember(self, entries: Sequence[Entry], problem: Problem) -> None:
         """Go on with the last features of those whose features are remembered."""
         memory, known = self._loaded.memory, []
         for entry in self._in_time(entries):
             age = memory.age(entry.work.request.user_id)
             if age is None:
-                self._tools.finisher.fall_back(entry)
+                self._tools.finisher.fall_back(entry, f"features: {problem}")
             else:
-                entry.known.ages = FeatureAges(cached=age)
+                entry.known.ages, entry.known.why = FeatureAges(cached=age), (f"features: {problem}",)
                 known.append(entry)
         with self._rung("features", known):
             if known:
@@ -102,7 +102,7 @@ class Batch:
         self._retrieve(group)
         for entry in group.entries:
             if entry.known.candidates is None:
-                self._tools.finisher.fall_back(entry)
+                self._tools.finisher.fall_back(entry, "retrieve: failed")
         group = self._left(group)
         if group.entries:
             self._rank(group)
@@ -145,14 +145,14 @@ class Batch:
         candidates = together(entry.known.candidates for entry in group.entries if entry.known.candidates is not None)
         users, began = group.users, time.monotonic()
         read = self._tools.reads.begin(lambda: self._recommender.items(users, candidates), [entry.cutoff for entry in group.entries])
-        for places, in_time in read.groups():
+        for places, problem in read.groups():
             some = [group.entries[place] for place in places]
-            _note(some, "items", time.monotonic() - began)
-            if in_time:
+            _note(some, "items", began)
+            if problem is None:
                 chosen = [place for place in places if self._is_in_time(group.entries[place])]
                 self._score(group, chosen, *_narrowed(candidates, read.result, chosen))
-            for entry in some if not in_time else ():
-                self._tools.finisher.fall_back(entry)
+            for entry in some if problem is not None else ():
+                self._tools.finisher.fall_back(entry, f"items: {problem}")
 
     def _score(self, group: Group, places: Sequence[int], candidates: Candidates, items: pa.Table) -> None:
         """Rank the candidates of some requests of a group, and answer them."""
@@ -170,13 +170,13 @@ class Batch:
     def _respond(self, entry: Entry, b: int, users: Users, ranked: Ranked) -> None:
         if not np.isfinite(ranked.score[b]).any() and (ranked.candidates.rows[b] >= 0).any():
             self._tools.metrics.failed("rank")
-            self._tools.finisher.fall_back(entry)
+            self._tools.finisher.fall_back(entry, "rank: failed")
             return
         request, finisher = entry.work.request, self._tools.finisher
         trace = finisher.trace(entry, users, ranked, b)
         began = time.monotonic()
         response = self._recommender.respond(replace(request, explain=False), b, users, ranked)
-        _note([entry], "respond", time.monotonic() - began)
+        _note([entry], "respond", began)
         answer = self._answer(entry, Answer(response, self._loaded, {}))
         if not request.explain:
             finisher.answer(entry, answer, trace)
@@ -189,11 +189,11 @@ class Batch:
                     response = self._recommender.respond(request, b, users, ranked)
                 finisher.answer(entry, self._answer(entry, Answer(response, self._loaded, {})), trace)
 
-        plain = flagged(answer, NO_REASONS)
+        plain = flagged(because(answer, "explain: too slow"), NO_REASONS)
         self._tools.explainer.offer(Explanation(entry, explained, lambda: finisher.answer(entry, plain, trace)))
 
     def _answer(self, entry: Entry, answer: Answer) -> Answer:
-        whole = replace(answer, stages=dict(entry.known.stages), ages=entry.known.ages)
+        whole = replace(answer, stages=entry.known.stages, ages=entry.known.ages, why=entry.known.why)
         return whole if entry.known.ages.cached is None else flagged(whole, CACHED_FEATURES)
 
     def _is_in_time(self, entry: Entry) -> bool:
@@ -201,7 +201,7 @@ class Batch:
         if entry.gone:
             return False
         if time.monotonic() >= entry.cutoff:
-            self._tools.finisher.fall_back(entry)
+            self._tools.finisher.fall_back(entry, DEADLINE)
             return False
         return True
 
@@ -223,7 +223,7 @@ class Batch:
             log.exception("stage %s failed for %d requests", stage, len(entries))
             self._tools.metrics.failed(stage)
             for entry in entries:
-                self._tools.finisher.fall_back(entry)
+                self._tools.finisher.fall_back(entry, f"{stage}: failed")
 
 
 def _asked(entries: Sequence[Entry]) -> tuple[list[str], pa.Array]:
@@ -240,13 +240,15 @@ def _narrowed(candidates: Candidates, items: pa.Table, places: Sequence[int]) ->
     return Candidates(candidates.rows[chosen], candidates.log_probability[chosen]), items.filter(pa.array(np.isin(owner, chosen)))
 
 
-def _note(entries: Sequence[Entry], stage: str, seconds: float) -> None:
+def _note(entries: Sequence[Entry], stage: str, began: float) -> None:
+    """A stage that began then has ended."""
+    interval = (stage, began, time.monotonic())
     for entry in entries:
-        entry.known.stages[stage] = entry.known.stages.get(stage, 0.0) + seconds
+        entry.known.intervals.append(interval)
 
 
 @contextmanager
 def _timed(entries: Sequence[Entry], stage: str) -> Iterator[None]:
     began = time.monotonic()
     yield
-    _note(entries, stage, time.monotonic() - began)
+    _note(entries, stage, began)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import pyarrow as pa
+from opentelemetry.trace import Span
 
 from recsys.core.deadline import RejectReason
 from recsys.core.schema import TIME
 from recsys.inference.request import InvalidRequest
-from serving.engine import ladder
+from serving.engine import ladder, spans
 from serving.engine.batch import Batch, Tools
 from serving.engine.breaker import Breaker
 from serving.engine.cache import LRU
@@ -33,6 +34,7 @@ from serving.engine.verify import NOBODY
 from serving.engine.work import Answer, Rejected, Work
 from serving.metrics import Metrics
 from serving.settings import Settings
+from serving.tracing import Tracing
 
 log = logging.getLogger("serving")
 
@@ -49,9 +51,11 @@ class Engine:
         keep_up: gives a bundle with all changes of the catalogue, which is itself where there are none; called every
             ``catalogue_seconds``, and before a bundle goes live.
         lanes: bundles that answer some of the users in the champion's place.
+        tracing: makes spans of requests; by default none.
 
     Attributes:
         metrics: what it counts.
+        tracing: see above.
         draining: whether it is about to end: it answers, but wants no more to be sent to it.
     """
 
@@ -63,9 +67,11 @@ class Engine:
         on_answer: OnAnswer | None = None,
         keep_up: KeepUp | None = None,
         lanes: Lanes | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics = Metrics()
+        self.tracing = tracing or Tracing()
         self.draining = False
         self._lanes = lanes
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
@@ -162,17 +168,19 @@ class Engine:
         Raises:
             Rejected: it cannot be answered; says for which of the fixed reasons.
         """
-        entry = self._entered(work)
-        try:
-            outcome: Answer | Rejected = await self._awaited(entry)
-        except Rejected as error:
-            outcome = error
-        if self._lanes is not None:
-            self._lanes.ended(entry.loaded, time.monotonic() - entry.arrived, outcome)
-            self.metrics.versions.labels(str(entry.loaded.version), "rejected" if isinstance(outcome, Rejected) else "answered").inc()
-        if isinstance(outcome, Rejected):
-            raise outcome
-        return outcome
+        with spans.answering(self.tracing, work) as span:
+            entry = self._entered(work, span)
+            try:
+                outcome: Answer | Rejected = await self._awaited(entry)
+            except Rejected as error:
+                outcome = error
+            if self._lanes is not None:
+                self._lanes.ended(entry.loaded, time.monotonic() - entry.arrived, outcome)
+                self.metrics.versions.labels(str(entry.loaded.version), "rejected" if isinstance(outcome, Rejected) else "answered").inc()
+            spans.ended(self.tracing, entry, outcome)
+            if isinstance(outcome, Rejected):
+                raise outcome
+            return outcome
 
     async def _awaited(self, entry: Entry) -> Answer:
         """The answer to a request that waits, or what there is when time is nearly over."""
@@ -190,7 +198,7 @@ class Engine:
         self._forget(entry)
         return self._last_call(entry)
 
-    def _entered(self, work: Work) -> Entry:
+    def _entered(self, work: Work, span: Span) -> Entry:
         """The request, waiting."""
         loaded = self.loaded
         if loaded is None:
@@ -208,7 +216,7 @@ class Engine:
         except InvalidRequest as error:
             raise Rejected(RejectReason.INVALID_INPUT, str(error)) from None
         rows = loaded.recommender.wanted([work.request]) if item_rows is None else len(item_rows)
-        entry = Entry(work, loaded, rows, item_rows, self.settings.reserve_ms / 1000)
+        entry = Entry(work, loaded, rows, item_rows, self.settings.reserve_ms / 1000, span)
         # Whatever list is given in the end, of the popular one too.
         entry.known.seen = loaded.recommender.excluded(work.request) if item_rows is None else None
         with self._changed:
@@ -230,7 +238,7 @@ class Engine:
             raise Rejected(RejectReason.DEADLINE_BEFORE_START, _TOO_LATE)
         if entry.work.deadline.expired:
             raise Rejected(RejectReason.DEADLINE_IN_STAGE, "the deadline came while the request was computed")
-        return self._finisher.answered(entry, ladder.best_known(entry))
+        return self._finisher.answered(entry, ladder.best_known(entry, ladder.DEADLINE))
 
     def _compute(self) -> None:
         while self._step():
@@ -244,7 +252,8 @@ class Engine:
         rows, began = sum(entry.rows for entry in batch), time.monotonic()
         self.metrics.batch(len(batch), rows)
         try:
-            Batch(batch[0].loaded, batch, self._tools).run()
+            with spans.batch(self.tracing, batch, rows):
+                Batch(batch[0].loaded, batch, self._tools).run()
         except Exception:
             log.exception("a batch of %d requests failed", len(batch))
             self._reject(batch, RejectReason.INTERNAL, "the server failed; its log says why")
@@ -265,7 +274,7 @@ class Engine:
         self._reject(late, RejectReason.DEADLINE_BEFORE_START, _TOO_LATE)
         for entry in batch:
             entry.started = now
-            entry.known.stages["queue"] = now - entry.arrived
+            entry.known.intervals.append(("queue", entry.arrived, now))
         return batch
 
     def _reject(self, entries: Sequence[Entry], reason: RejectReason, message: str) -> None:

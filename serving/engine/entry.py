@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
+from opentelemetry.trace import INVALID_SPAN, Span
 
 from serving.engine.loaded import Loaded
 from serving.engine.work import Answer, FeatureAges, Work
@@ -24,6 +25,7 @@ class Entry:
         rows: how many candidates it has.
         item_rows: int64 ``[rows]``, the catalogue rows to order; None to recommend.
         reserve: seconds before the deadline that are kept for a fallback list.
+        span: what tells a trace of it.
         arrived: monotonic seconds.
         future: the answer, or a `Rejected`.
         started: monotonic seconds at which its batch was formed.
@@ -35,6 +37,7 @@ class Entry:
     rows: int
     item_rows: np.ndarray | None
     reserve: float
+    span: Span = INVALID_SPAN
     arrived: float = field(default_factory=time.monotonic)
     future: "Future[Answer]" = field(default_factory=Future)
     started: float | None = None
@@ -92,7 +95,8 @@ class Known:
         candidates: catalogue rows and the retriever's log-probabilities, ``[C]`` each.
         answer: a whole answer that lacks its reasons only.
         ages: of the user's features.
-        stages: seconds by stage.
+        intervals: stages with the monotonic seconds at which they began and ended, in the order in which they ended.
+        why: see `Answer`; of what was left out so far.
     """
 
     seen: np.ndarray | None = None
@@ -100,4 +104,13 @@ class Known:
     candidates: tuple[np.ndarray, np.ndarray] | None = None
     answer: Answer | None = None
     ages: FeatureAges = field(default_factory=FeatureAges)
-    stages: dict[str, float] = field(default_factory=dict)
+    intervals: list[tuple[str, float, float]] = field(default_factory=list)
+    why: tuple[str, ...] = ()
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage."""
+        took: dict[str, float] = {}
+        for stage, began, ended in tuple(self.intervals):
+            took[stage] = took.get(stage, 0.0) + ended - began
+        return took

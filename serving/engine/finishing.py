@@ -17,6 +17,7 @@ from serving.engine.ladder import flagged
 from serving.engine.loaded import Loaded
 from serving.engine.work import Answer, Served
 from serving.metrics import Metrics
+from serving.tracing import exemplar_of
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,16 @@ class Finisher:
             answer = self.answered(entry, answer, trace)
             entry.settle(answer)
 
-    def fall_back(self, entry: Entry) -> None:
-        """Answer a request with the best list that is known so far, unless it has been answered."""
+    def fall_back(self, entry: Entry, why: str) -> None:
+        """Answer a request with the best list that is known so far, unless it has been answered; why, as `serving.engine.ladder` has it."""
         if not entry.gone:
-            self.answer(entry, ladder.best_known(entry))
+            self.answer(entry, ladder.best_known(entry, why))
 
     def answered(self, entry: Entry, answer: Answer, trace: Trace | None = None) -> Answer:
         """What is answered: without what may not be shown any more. Counts it, and tells the hook of it."""
         answer = self._still_live(entry, answer)
-        self._metrics.answered(answer.stages, answer.response.flags, answer.ages.cached, answer.ages.newest_event)
+        exemplar = exemplar_of(entry.span)
+        self._metrics.answered(answer.stages, answer.response.flags, answer.ages.cached, answer.ages.newest_event, exemplar)
         if answer.response.items and not math.isnan(answer.response.items[0].probability):
             self._metrics.probability.observe(answer.response.items[0].probability)
         if self._hook is not None:

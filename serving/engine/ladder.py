@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lists of a hurry: of the retriever alone, or the popular one. Cheap enough for the reserve of a deadline, and free of I/O."""
+"""The lists of a hurry: of the retriever alone, or the popular one. Cheap enough for the reserve of a deadline, and free of I/O.
+
+Why something was left out is told in few texts: ``deadline``, where the time was over before a stage; or a stage (``features``, ``items``,
+``retrieve``, ``rank``, ``explain``) and what was wrong with it, as ``features: left alone`` (the store), ``too slow`` or ``failed``.
+"""
 
 from dataclasses import replace
 
@@ -12,15 +16,16 @@ from serving.engine.work import CACHED_FEATURES, NO_REASONS, POPULAR, RETRIEVER_
 
 UNKNOWN = float("nan")
 """The ranker's probability where no ranker was asked."""
+DEADLINE = "deadline"
 
 
-def best_known(entry: Entry) -> Answer:
-    """The best answer that what is known so far allows, at once."""
+def best_known(entry: Entry, why: str) -> Answer:
+    """The best answer that what is known so far allows, at once; it says why it is no better."""
     if entry.known.answer is not None:
-        return flagged(entry.known.answer, NO_REASONS)
+        return flagged(because(entry.known.answer, why), NO_REASONS)
     if entry.known.candidates is not None:
-        return retriever_only(entry)
-    return popular(entry)
+        return because(retriever_only(entry), why)
+    return because(popular(entry), why)
 
 
 def retriever_only(entry: Entry) -> Answer:
@@ -44,6 +49,11 @@ def popular(entry: Entry) -> Answer:
     return _answer(entry, rows, popularity.log_share[rows], POPULAR)
 
 
+def because(answer: Answer, why: str) -> Answer:
+    """The same answer, which lacks something for one more reason."""
+    return replace(answer, why=(*answer.why, why))
+
+
 def flagged(answer: Answer, *flags: str) -> Answer:
     """The same answer with further flags."""
     added = tuple(flag for flag in flags if flag not in answer.response.flags)
@@ -61,4 +71,4 @@ def _answer(entry: Entry, rows: np.ndarray, log_probability: np.ndarray, rung: s
         rung,
         *([NO_REASONS] if request.explain else []),
     ]
-    return Answer(Response(request.user_id, items, loaded.sha256, tuple(flags)), loaded, dict(known.stages), known.ages)
+    return Answer(Response(request.user_id, items, loaded.sha256, tuple(flags)), loaded, known.stages, known.ages, known.why)

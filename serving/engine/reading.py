@@ -4,12 +4,14 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 from serving.engine.breaker import Breaker
 from serving.engine.threads import Daemons
+from serving.logs import named
 
 T = TypeVar("T")
+Problem: TypeAlias = Literal["left alone", "too slow", "failed"]
 
 # Requests whose time is over while another's is not nearly so go on without it, and not one by one.
 _TOGETHER = 2.0
@@ -58,7 +60,7 @@ class Read(Generic[T]):
     """A read under way.
 
     Attributes:
-        result: what was read, for the requests that `groups` gave as in time.
+        result: what was read, for the requests that `groups` gave without a problem.
     """
 
     result: T
@@ -66,17 +68,20 @@ class Read(Generic[T]):
     def __init__(self, reads: Reads, future: "Future[T] | None", begun: float, limits: Sequence[float]) -> None:
         self._reads, self._future, self._begun, self._limits = reads, future, begun, limits
 
-    def groups(self) -> Iterator[tuple[list[int], bool]]:
-        """Places of requests, with whether the read was in time for them: those that cannot wait come first, as soon as they cannot."""
+    def groups(self) -> Iterator[tuple[list[int], Problem | None]]:
+        """Places of requests, and why they go on without the read, None where it was in time.
+
+        Those that cannot wait come first, as soon as they cannot.
+        """
         waiting = sorted(range(len(self._limits)), key=self._limits.__getitem__)
         if self._future is None:
-            yield sorted(waiting), False
+            yield sorted(waiting), "left alone"
             return
         while waiting:
             first = self._limits[waiting[0]]
             done, _ = wait([self._future], timeout=max(0.0, first - time.monotonic()))
             if done:
-                yield sorted(waiting), self._ended(self._future)
+                yield sorted(waiting), None if self._ended(self._future) else "failed"
                 return
             most = self._begun + _TOGETHER * (first - self._begun)
             late = [place for place in waiting if self._limits[place] <= most]
@@ -84,12 +89,12 @@ class Read(Generic[T]):
             if not waiting:
                 self._future.cancel()
                 self._reads.report(f"no answer within {1000 * (first - self._begun):.0f} ms")
-            yield sorted(late), False
+            yield sorted(late), "too slow"
 
     def _ended(self, future: "Future[T]") -> bool:
         """Whether it ended well; the breaker is told."""
         error = future.exception()
         if error is None:
             self.result = future.result()
-        self._reads.report(None if error is None else f"{type(error).__name__}: {error}")
+        self._reads.report(None if error is None else named(error))
         return error is None

@@ -61,7 +61,7 @@ class Memory:
         for user in spine.column(USER).to_pylist():
             row = self._rows[service].get(user) if service in self._rows else None
             if row is None:
-                raise FeatureStoreError(f"service {service!r}: the features of user {user!r} are not remembered")
+                raise FeatureStoreError(f"service {service!r}: the features of a user are not remembered")
             pieces.append(row.table.slice(row.place, 1))
         table = pa.concat_tables(pieces)
         return table.set_column(table.schema.get_field_index(REQUEST_TIME), REQUEST_TIME, spine.column(REQUEST_TIME))

@@ -12,6 +12,7 @@ from serving.engine.loaded import Loaded
 from serving.engine.pace import Pace
 from serving.engine.source import Source, Target
 from serving.engine.verify import check_answers, warm_up
+from serving.logs import named
 from serving.metrics import Metrics
 
 log = logging.getLogger("serving")
@@ -172,7 +173,7 @@ class Follower:
         except Exception as error:
             self._failed = (key, time.monotonic() + self._retry_seconds)
             self._slots.problem = str(error) or type(error).__name__
-            log.warning("not swapped: %s: %s; next attempt in %.0f s", type(error).__name__, error, self._retry_seconds)
+            log.warning("not swapped: %s; next attempt in %.0f s", named(error), self._retry_seconds)
 
     def _waits(self, key: tuple[int, str]) -> bool:
         """Whether this bundle failed a short time ago."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Threads that a hung call cannot keep the process from ending with."""
 
+import contextvars
 import logging
 import queue
 import threading
@@ -23,14 +24,15 @@ class Daemons:
             thread.start()
 
     def submit(self, call: Callable[[], T]) -> "Future[T]":
-        """The outcome of a call, to come; cancelling it takes back a call that has not begun."""
+        """The outcome of a call in the context of the caller, to come; cancelling it takes back a call that has not begun."""
         future: Future[T] = Future()
+        context = contextvars.copy_context()
 
         def task() -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                future.set_result(call())
+                future.set_result(context.run(call))
             except BaseException as error:
                 future.set_exception(error)
 

@@ -45,12 +45,13 @@ def check_answers(loaded: Loaded, users: Sequence[str] = ()) -> None:
 
     Raises:
         BundleError: a recorded request is answered otherwise here; or a list is empty, holds an item that is not live or not finite, or is
-            not sorted; names the user.
+            not sorted; says whether the user is a known one, and not who it is, since servers log it.
     """
     golden.check(loaded.recommender)
     for user in dict.fromkeys((NOBODY, *loaded.sample, *users)):
         if problem := _problem(loaded, _answer(loaded, _ask(user, k=_K), 1)):
-            raise BundleError(f"{loaded.name} version {loaded.version}: the list of user {user!r} {problem}: refused")
+            whose = "a user without a history" if user == NOBODY else "a user of the store"
+            raise BundleError(f"{loaded.name} version {loaded.version}: the list of {whose} {problem}: refused")
 
 
 def _problem(loaded: Loaded, response: Response) -> str | None:

@@ -15,8 +15,10 @@ CACHED_FEATURES = "cached_features"
 RETRIEVER_ONLY = "retriever_only"
 POPULAR = "popular"
 NO_REASONS = "no_reasons"
-FLAGS = (CACHED_FEATURES, RETRIEVER_ONLY, POPULAR, NO_REASONS, "new_user", "short_list")
-"""Every flag of an answer. The first four say what was left out to be in time."""
+FALLBACKS = (CACHED_FEATURES, RETRIEVER_ONLY, POPULAR, NO_REASONS)
+"""The flags that say what was left out to be in time."""
+FLAGS = (*FALLBACKS, "new_user", "short_list")
+"""Every flag of an answer."""
 
 STATUS = MappingProxyType(
     {
@@ -92,12 +94,14 @@ class Answer:
         stages: seconds by stage, of those that there were: ``queue``, ``features``, ``retrieve``, ``items``, ``rank``, ``respond``,
             ``explain``.
         ages: of the user's features.
+        why: for each thing that was left out, where that happened and why; few different texts, see `serving.engine.ladder`.
     """
 
     response: Response
     loaded: Loaded
     stages: Mapping[str, float]
     ages: FeatureAges = field(default_factory=FeatureAges)
+    why: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

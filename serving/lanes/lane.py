@@ -11,6 +11,7 @@ from serving.engine.loaded import Loaded
 from serving.engine.source import Target
 from serving.engine.swap import KeepUp
 from serving.engine.verify import check_answers, warm_up
+from serving.logs import named
 
 log = logging.getLogger("serving")
 
@@ -79,7 +80,7 @@ class Lane:
         except Exception as error:
             self._retry_at = time.monotonic() + self._retry_seconds
             self.problem = f"{event.action} {event.to_version}: {type(error).__name__}: {error}"
-            log.warning("not loaded: %s; next attempt in %.0f s", self.problem, self._retry_seconds)
+            log.warning("not loaded: %s %d: %s; next attempt in %.0f s", event.action, event.to_version, named(error), self._retry_seconds)
             return
         with self._changing:
             self.now, self.problem = (event, loaded), None

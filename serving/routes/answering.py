@@ -3,9 +3,7 @@
 
 import asyncio
 import math
-import re
 import time
-import uuid
 from typing import Any
 
 from fastapi import Request, Response
@@ -13,13 +11,11 @@ from fastapi import Request, Response
 from recsys.core.deadline import Deadline, RejectReason
 from serving.engine import Answer, Engine, Rejected, Work
 from serving.schemas import ErrorOut, FeaturesOut, ItemOut, ListOut, ModelOut, ReasonOut
+from serving.scope import ARRIVED, FLAGS, REQUEST_ID, VERSION
 from serving.settings import Settings
 
-ARRIVED = "recsys.arrived"
-DEADLINE_HEADER, ID_HEADER = "x-deadline-ms", "x-request-id"
+DEADLINE_HEADER = "x-deadline-ms"
 ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorOut} for code in (400, 422, 429, 500, 503, 504)}
-
-_ID = re.compile(r"[!-~]{1,128}")
 
 
 def body_of(schema: dict[str, Any], *examples: dict[str, Any]) -> dict[str, Any]:
@@ -54,9 +50,14 @@ def deadline_of(request: Request, asked_ms: float | None, default_ms: float, set
 
 
 def request_id_of(request: Request) -> str:
-    """The caller's id where it gave a printable one of at most 128 characters, else a new one."""
-    given = request.headers.get(ID_HEADER, "")
-    return given if _ID.fullmatch(given) else uuid.uuid4().hex
+    """By which the request is known, to whoever asks as well: every response says it."""
+    request_id: str = request.scope[REQUEST_ID]
+    return request_id
+
+
+def note(request: Request, answer: Answer) -> None:
+    """Tell whoever observes the request which bundle answered, and how."""
+    request.scope[VERSION], request.scope[FLAGS] = answer.loaded.version, answer.response.flags
 
 
 async def answer(engine: Engine, request: Request, work: Work) -> Response:
@@ -75,8 +76,9 @@ async def answer(engine: Engine, request: Request, work: Work) -> Response:
     finally:
         computed.cancel()
         gone.cancel()
+    note(request, found)
     out = _list_out(work, found, took_ms=1000 * (time.monotonic() - request.scope[ARRIVED]))
-    return Response(out.model_dump_json(), media_type="application/json", headers={ID_HEADER: work.request_id})
+    return Response(out.model_dump_json(), media_type="application/json")
 
 
 async def _gone(request: Request) -> None:

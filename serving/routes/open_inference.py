@@ -118,14 +118,14 @@ async def _inferred(engine: Engine, settings: Settings, name: str, version: str 
     request_id, now = answering.request_id_of(request), datetime.now(UTC)
     works = [Work(asking.Request(user, len(own), now, rules=NO_RULES), deadline, request_id, tuple(own)) for user, own in by_user.items()]
     answers = await several.answers(engine, works)
+    answering.note(request, answers[0])
     figures = _figures(dict(zip(by_user, answers, strict=True)), users, items)
     loaded = answers[0].loaded
     head = {"model_name": loaded.name, "model_version": str(loaded.version), **({} if asked.id is None else {"id": asked.id})}
     content, length = tensors.write(head, [(each.name, figures[each.name], asked.binary(each)) for each in wanted])
-    headers = {answering.ID_HEADER: request_id}
     if length is None:
-        return Response(content, media_type="application/json", headers=headers)
-    return Response(content, media_type="application/octet-stream", headers={**headers, tensors.HEADER: str(length)})
+        return Response(content, media_type="application/json")
+    return Response(content, media_type="application/octet-stream", headers={tensors.HEADER: str(length)})
 
 
 def _model(engine: Engine, name: str, version: str | None) -> Loaded:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``/livez``, ``/readyz``, ``/startupz``, ``/metrics``."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serving.engine import Engine
@@ -38,9 +38,10 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
         return JSONResponse(out.model_dump(), 200 if why is None else 503)
 
     @router.get("/metrics")
-    def scrape() -> Response:
-        """The metrics, for Prometheus; of all workers."""
-        return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4")
+    def scrape(request: Request) -> Response:
+        """The metrics, for Prometheus; of all workers. Exemplars where OpenMetrics is accepted."""
+        content, media_type = engine.metrics.text(request.headers.get("accept", ""))
+        return Response(content, headers={"content-type": media_type})
 
     return router
 

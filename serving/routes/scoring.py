@@ -90,16 +90,17 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
         deadline = answering.deadline_of(request, None, settings.recommend_deadline_ms, settings)
         asked = [_request(row, place, now) for place, row in enumerate(rows)]
         works = [Work(each, deadline, f"{request_id}-{place}" if place else request_id) for place, each in enumerate(asked)]
-        answers = [answer.response for answer in await several.answers(engine, works)]
+        answers = await several.answers(engine, works)
+        answering.note(request, answers[0])
         predictions = [
             {
-                "user_id": answer.user_id,
-                "item_ids": [item.item_id for item in answer.items],
-                "scores": [item.score for item in answer.items],
+                "user_id": response.user_id,
+                "item_ids": [item.item_id for item in response.items],
+                "scores": [item.score for item in response.items],
             }
-            for answer in answers
+            for response in (answer.response for answer in answers)
         ]
-        return JSONResponse({"predictions": predictions}, headers={answering.ID_HEADER: request_id})
+        return JSONResponse({"predictions": predictions})
 
     return router
 

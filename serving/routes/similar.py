@@ -10,6 +10,7 @@ from recsys.core.deadline import RejectReason
 from serving.engine import Engine, Loaded, Rejected
 from serving.routes import answering
 from serving.schemas import ModelOut, SimilarBody, SimilarItemOut, SimilarOut
+from serving.scope import VERSION
 from serving.settings import Settings
 
 _AT_ONCE = 2
@@ -36,7 +37,8 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
                 out = await asyncio.to_thread(_similar, loaded, body, answering.request_id_of(request))
         finally:
             waiting -= 1
-        return JSONResponse(out.model_dump(), headers={answering.ID_HEADER: out.request_id})
+        request.scope[VERSION] = loaded.version
+        return JSONResponse(out.model_dump())
 
     return router
 

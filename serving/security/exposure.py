@@ -16,10 +16,13 @@ def check_exposure(settings: Settings) -> None:
     """
     if settings.access is not None:
         Credentials.read(settings.access)
-    elif not settings.insecure and not is_local(settings.host):
-        raise ConfigError(
-            f"host: {settings.host} is reached from other machines, and anybody could ask: expected --access FILE, or --insecure true"
-        )
+        return
+    hosts = {"host": settings.host, **({} if settings.admin_port is None else {"admin_host": settings.admin_host})}
+    for name, host in hosts.items():
+        if not settings.insecure and not is_local(host):
+            raise ConfigError(
+                f"{name}: {host} is reached from other machines, and anybody could ask: expected --access FILE, or --insecure true"
+            )
 
 
 def is_local(host: str) -> bool:

@@ -76,13 +76,14 @@ class Guard:
         caller = self._credentials.caller(_given(scope))
         if caller is None:
             what = "expected an API key or a token, in the header x-api-key or authorization: Bearer"
-            await refuse(send, self._metrics, 401, RejectReason.UNAUTHORIZED, what, {"www-authenticate": "Bearer"})
+            await refuse(scope, send, self._metrics, 401, RejectReason.UNAUTHORIZED, what, {"www-authenticate": "Bearer"})
         elif needed not in caller.scopes:
-            await refuse(send, self._metrics, 403, RejectReason.UNAUTHORIZED, f"this needs the scope {needed!r}, which the caller lacks")
+            what = f"this needs the scope {needed!r}, which the caller lacks"
+            await refuse(scope, send, self._metrics, 403, RejectReason.UNAUTHORIZED, what)
         elif seconds := self._wait(caller):
             after = {"retry-after": str(math.ceil(seconds))}
             message = f"expected at most {caller.rate:g} requests a second of this caller, after {caller.burst} at once"
-            await refuse(send, self._metrics, 429, RejectReason.RATE_LIMITED, message, after)
+            await refuse(scope, send, self._metrics, 429, RejectReason.RATE_LIMITED, message, after)
         else:
             await self._app(scope, receive, send)
 

@@ -52,7 +52,7 @@ class Limits:
             body = await self._whole(scope, receive)
         except _Refused as error:
             # The rest of the body is not wanted, so the connection cannot go on.
-            await refuse(send, self._metrics, error.status, RejectReason.INVALID_INPUT, error.message, {"connection": "close"})
+            await refuse(scope, send, self._metrics, error.status, RejectReason.INVALID_INPUT, error.message, {"connection": "close"})
             return
         if body is None:
             return

@@ -4,16 +4,24 @@
 import json
 from collections.abc import Mapping
 
-from starlette.types import Send
+from starlette.types import Scope, Send
 
 from recsys.core.deadline import RejectReason
 from serving.metrics import Metrics
+from serving.scope import REASON
 
 
 async def refuse(
-    send: Send, metrics: Metrics, status: int, reason: RejectReason, message: str, headers: Mapping[str, str] | None = None
+    scope: Scope,
+    send: Send,
+    metrics: Metrics,
+    status: int,
+    reason: RejectReason,
+    message: str,
+    headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Answer with a rejection, and count it."""
+    """Answer with a rejection, and count it; whoever observes is told the reason by the scope."""
+    scope[REASON] = reason.value
     metrics.rejected.labels(reason.value).inc()
     body = json.dumps({"error": reason.value, "message": message}).encode()
     fields = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
