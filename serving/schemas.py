@@ -161,6 +161,9 @@ class EventBody(_Body):
     values: dict[str, bool | int | float | str | None] = Field(
         default_factory=dict, max_length=64, description="by the columns that features read of events, such as a rating"
     )
+    request_id: str | None = Field(
+        None, min_length=1, max_length=128, description="of the list that showed the item, by which a canary is judged"
+    )
     ingest_seq: int | None = Field(None, ge=0, lt=2**62, description="the number that the log of events gave it, where it has one by now")
 
 

@@ -4,11 +4,12 @@
 The training loader and the server both call `Encoder.transform`, so what a model saw in training is what it sees online.
 """
 
+import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -351,11 +352,24 @@ def _label(task: Task, column: Scalars) -> np.ndarray:
     if not column.present.all():
         row = int(np.flatnonzero(~column.present)[0])
         raise DataError(f"label {task.feature!r} of task {task.name!r}: row {row} is null, not PRESENT or not finite")
+    return _compared(task, column.numbers())
+
+
+def label_of(task: Task, values: Mapping[str, Any]) -> float | None:
+    """The label that the values of one event have, as training has it; None where they do not hold the task's column as a finite number."""
+    value = values.get(task.feature)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(_compared(task, np.array([value], np.float64))[0])
+
+
+def _compared(task: Task, numbers: np.ndarray) -> np.ndarray:
+    """The labels that numbers of the task's column have."""
     if task.threshold is None:
-        return column.numbers()
+        return numbers
     text = task.threshold.strip()
     sign = next(s for s in _COMPARE if text.startswith(s))
-    return np.asarray(_COMPARE[sign](column.numbers(), float(text.removeprefix(sign))))
+    return np.asarray(_COMPARE[sign](numbers, float(text.removeprefix(sign))))
 
 
 def _weights(name: str, columns: Columns) -> torch.Tensor:

@@ -5,8 +5,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 from opentelemetry.trace import Span
@@ -96,8 +97,17 @@ class Engine:
 
     @property
     def bundles(self) -> tuple[Loaded, ...]:
-        """The bundles that are loaded: the one that answers, then the former one while it is kept."""
-        return tuple(loaded for loaded in (self._slots.loaded, self._slots.former) if loaded is not None)
+        """The bundles that are loaded: the one that answers, then the former one while it is kept, and the canary; each once."""
+        found: dict[tuple[int, str], Loaded] = {}
+        for loaded in (self._slots.loaded, self._slots.former, self.canary):
+            if loaded is not None:
+                found.setdefault(loaded.key, loaded)
+        return tuple(found.values())
+
+    @property
+    def canary(self) -> Loaded | None:
+        """The bundle that answers some of the users in the champion's place; None while there is none."""
+        return None if self._lanes is None else self._lanes.canary
 
     @property
     def problem(self) -> str | None:
@@ -162,6 +172,11 @@ class Engine:
         if self._lanes is not None:
             self._lanes.renew()
 
+    def feedback(self, request_id: str, user_id: str, item_id: str, values: Mapping[str, Any]) -> None:
+        """Tell whoever judges bundles of an event about an item that the list of a request has shown."""
+        if self._lanes is not None:
+            self._lanes.feedback(request_id, user_id, item_id, values)
+
     async def answer(self, work: Work) -> Answer:
         """Answer a request before its deadline, as well as time and feature store allow. Cancelling the call takes the request back.
 
@@ -175,7 +190,7 @@ class Engine:
             except Rejected as error:
                 outcome = error
             if self._lanes is not None:
-                self._lanes.ended(entry.loaded, time.monotonic() - entry.arrived, outcome)
+                self._lanes.ended(work.request_id, entry.loaded, time.monotonic() - entry.arrived, outcome)
                 self.metrics.versions.labels(str(entry.loaded.version), "rejected" if isinstance(outcome, Rejected) else "answered").inc()
             spans.ended(self.tracing, entry, outcome)
             if isinstance(outcome, Rejected):

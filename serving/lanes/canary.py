@@ -15,6 +15,7 @@ from serving.engine.work import POPULAR, RETRIEVER_ONLY, Answer, Rejected
 from serving.lanes.figures import Figures
 from serving.lanes.lane import Lane
 from serving.lanes.policy import CanaryPolicy, Verdict
+from serving.lanes.shown import Shown
 from serving.lanes.split import SALT, is_in, salt_of
 
 log = logging.getLogger("serving")
@@ -75,7 +76,7 @@ class Canary:
         self.verdict: Verdict | None = None
         self._moves, self._clock = moves, clock
         self._step: tuple[int, tuple[int, str] | None] | None = None
-        self._own, self._champion = Figures(), Figures()
+        self._own, self._champion, self._shown = Figures(), Figures(), Shown()
         self._champion_key: tuple[int, str] | None = None
         self._thread = Repeating(self.look, poll_seconds, "canary")
 
@@ -96,7 +97,13 @@ class Canary:
         now = self.lane.now
         return now[1] if now is not None and is_in(user_id, now[0]) else champion
 
-    def ended(self, loaded: Loaded, seconds: float, outcome: Answer | Rejected) -> None:
+    @property
+    def canary(self) -> Loaded | None:
+        """The bundle of the lane; None while there is none."""
+        now = self.lane.now
+        return None if now is None else now[1]
+
+    def ended(self, request_id: str, loaded: Loaded, seconds: float, outcome: Answer | Rejected) -> None:
         """A request that a bundle was to answer has ended."""
         now = self.lane.now
         if now is None:
@@ -108,22 +115,28 @@ class Canary:
         if isinstance(outcome, Rejected):
             figures.answered(seconds, error=outcome.status >= _SERVER_ERROR)
             return
+        self._shown.keep(request_id, outcome)
         items, flags = outcome.response.items, outcome.response.flags
         probability = items[0].probability if items and not math.isnan(items[0].probability) else None
         figures.answered(seconds, error=RETRIEVER_ONLY in flags or POPULAR in flags, probability=probability)
 
-    def label(self, loaded: Loaded, probability: float, label: float) -> None:
-        """Whether a user took an item that a bundle had given this probability: what the calibration is judged by."""
+    def feedback(self, request_id: str, user_id: str, item_id: str, values: Mapping[str, Any]) -> None:
+        """An event about an item of a list that was answered lately: a label, by which the calibration is judged; see `Shown.labelled`."""
         now = self.lane.now
-        if now is not None:
-            (self._own if loaded.key == now[1].key else self._champion).label(probability, label)
+        if now is None or (found := self._shown.labelled(request_id, user_id, item_id, values)) is None:
+            return
+        if found.key == now[1].key:
+            self._own.label(found.probability, found.label)
+        elif found.key == self._champion_key:
+            self._champion.label(found.probability, found.label)
 
     def look(self) -> None:
         """Follow the log, judge by the figures, and move the canary where the policy says so."""
         self.lane.follow()
         now = self.lane.now
         if now is None:
-            self.verdict = self._step = None
+            if self._step is not None:
+                self.verdict, self._step, self._shown = None, None, Shown()
             return
         event = now[0]
         if self._step != (step := (event.id, self._champion_key)):

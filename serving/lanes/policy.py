@@ -66,6 +66,7 @@ class CanaryPolicy(Config):
             "error_rate": [canary.error_rate, champion.error_rate],
             "p99_seconds": [_number(canary.p99), _number(champion.p99)],
             "calibration": [canary.calibration, champion.calibration],
+            "labels": [canary.labelled, champion.labelled],
             "psi": canary.psi_from(champion),
         }
         problems = self._problems(canary, champion)

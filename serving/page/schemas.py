@@ -61,7 +61,8 @@ class BundleOut(_Body):
     """A bundle that is loaded."""
 
     model: ModelOut
-    live: bool
+    live: bool = Field(description="whether it is the one that answers")
+    canary: bool = Field(description="whether it answers some of the users in that one's place")
     created: str
 
 

@@ -31,7 +31,7 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
         if loaded.events is None:
             raise Rejected(RejectReason.DEPENDENCY, "no events are taken here (setting: events)")
         try:
-            event = Event(**{**body.model_dump(), "time": body.time.astimezone(UTC)})
+            event = Event(**{**body.model_dump(exclude={"request_id"}), "time": body.time.astimezone(UTC)})
         except OverflowError:
             raise InvalidRequest(f"time: expected one that UTC has, got {body.time.isoformat()}") from None
         if event.time > event.received + _AHEAD:
@@ -45,6 +45,8 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
         engine.metrics.events.labels(status).inc()
         if new and not known:
             engine.metrics.unknown_items.inc()
+        if new and body.request_id is not None:
+            engine.feedback(body.request_id, event.user_id, event.item_id, event.values)
         return JSONResponse(EventOut(event_id=event.event_id, status=status, known_item=known).model_dump())
 
     return router

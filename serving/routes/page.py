@@ -59,8 +59,9 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
     @router.get("/page/bundles", response_model=schemas.BundlesOut)
     async def bundles() -> schemas.BundlesOut:
         """The bundles that are loaded."""
-        live = engine.loaded
-        return schemas.BundlesOut(bundles=[_bundle_out(loaded, live=loaded is live) for loaded in engine.bundles])
+        live, canary = (None if loaded is None else loaded.key for loaded in (engine.loaded, engine.canary))
+        found = [_bundle_out(loaded, live=loaded.key == live, canary=loaded.key == canary) for loaded in engine.bundles]
+        return schemas.BundlesOut(bundles=found)
 
     @router.get("/page/items", response_model=schemas.FoundItemsOut, responses=answering.ERRORS)
     async def items(request: Request, q: Text = "", limit: Limit = 10) -> schemas.FoundItemsOut:
@@ -146,9 +147,9 @@ def _model_out(loaded: Loaded) -> ModelOut:
     return ModelOut(name=loaded.name, version=loaded.version, sha256=loaded.sha256, features=loaded.features)
 
 
-def _bundle_out(loaded: Loaded, *, live: bool) -> schemas.BundleOut:
+def _bundle_out(loaded: Loaded, *, live: bool, canary: bool) -> schemas.BundleOut:
     created = loaded.recommender.bundle.manifest.created
-    return schemas.BundleOut(model=_model_out(loaded), live=live, created=created.isoformat(timespec="seconds"))
+    return schemas.BundleOut(model=_model_out(loaded), live=live, canary=canary, created=created.isoformat(timespec="seconds"))
 
 
 def _what_if_out(loaded: Loaded, supposed: Supposed) -> schemas.WhatIfOut:

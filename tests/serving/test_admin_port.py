@@ -66,14 +66,14 @@ def test_by_default_there_is_no_admin_and_where_it_is_wanted_it_stands_beside_th
 def test_on_its_own_port_it_is_not_on_the_public_one(load: Load, tmp_path: Path) -> None:
     port = free_port()
     change = {"changes": [{"action": "block", "item_id": "5"}], "actor": "ann", "reason": "test"}
-    with listening(Switch(v1=load), tmp_path, admin=True, admin_port=port) as address:
+    with listening(Switch(v1=load), tmp_path, admin=True, admin_port=port, body_bytes=2000) as address:
         own = f"http://127.0.0.1:{port}"
         assert (ask(address, CATALOGUE), ask(own, CATALOGUE)) == (404, 200)
         assert (ask(address, CATALOGUE, "POST", json=change), ask(own, CATALOGUE, "POST", json=change)) == (404, 200)
         assert ask(address, "/v1/recommend", "POST", json={"user_id": KNOWN[0]}) == 200
         assert ask(own, "/v1/recommend", "POST", json={"user_id": KNOWN[0]}) == 404
         assert ask(own, "/livez") == 200
-        assert ask(own, CATALOGUE, "POST", content=b"x" * 2_000_000) == 413, "the same limits"
+        assert ask(own, CATALOGUE, "POST", content=b"x" * 3000) == 413, "the same limits"
         assert open_at("127.0.0.1", port) and not open_at("127.0.0.2", port), "on loopback's first address alone"
         counted = httpx.get(f"{address}/metrics", trust_env=False).text
         assert 'recsys_requests_total{route="/admin/catalogue",status="200"} 2.0' in counted

@@ -91,7 +91,9 @@ def test_nothing_that_was_planted_is_in_the_log_and_every_error_has_its_line(
         told.append(served.request_id)
         raise ValueError(f"no room for {served.request.user_id}")
 
-    engine = Engine(Switch(v1=lambda: load(reader=faulty)), settings(access=tmp_path / "access.json"), on_answer=hook, tracing=tracing)
+    engine = Engine(
+        Switch(v1=lambda: load(reader=faulty)), settings(access=tmp_path / "access.json", body_bytes=2000), on_answer=hook, tracing=tracing
+    )
     answers: list[httpx.Response] = []
     with listening(create_app(engine, engine.settings, more=(failing,))) as address:
         wait_until(lambda: engine.loaded is not None)
@@ -105,11 +107,11 @@ def test_nothing_that_was_planted_is_in_the_log_and_every_error_has_its_line(
             ask("POST", "/v1/rank", json={"user_id": USER, "item_ids": [ITEM]})
             ask("POST", "/v1/similar", json={"item_id": ITEM})
             ask("POST", "/v1/recommend", json={"user_id": USER, "k": 0, BODY: BODY})
-            ask("POST", "/v1/recommend", content='{"user_id": "' + BODY)
+            ask("POST", "/v1/recommend", content='{"user_id": "' + BODY, headers={"content-type": "application/json"})
             ask("POST", "/v1/recommend", json={"user_id": USER}, headers={"x-deadline-ms": BODY})
             ask("POST", "/v1/recommend", json={"user_id": USER}, headers={"x-api-key": f"{KEY} no more"})
             ask("POST", "/v1/recommend", json={"user_id": USER}, headers={"x-api-key": "", "authorization": f"Bearer {TOKEN}"})
-            ask("POST", "/v1/recommend", content=BODY.encode() * 200_000)
+            ask("POST", "/v1/recommend", content=BODY.encode() * 200)
             event = {"event_id": "e1", "user_id": USER, "item_id": ITEM, "time": "2026-01-01T12:00:00Z"}
             ask("POST", "/v1/events", json=event)
             ask("POST", "/v1/events", json={**event, "time": BODY})

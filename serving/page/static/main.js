@@ -101,7 +101,10 @@ async function look() {
   return true;
 }
 
-const option = ({ model, live }) => new Option(`${model.version}${live ? " (live)" : ""}`, model.version);
+const option = ({ model, live, canary }) => {
+  const role = live ? " (live)" : canary ? " (canary)" : "";
+  return new Option(`${model.version}${role}`, model.version);
+};
 
 /** Offer every other bundle to be compared with the chosen one. */
 function offer() {

@@ -90,7 +90,7 @@ def test_the_tolerance_is_the_bound_of_the_difference(bundle: Bundle) -> None:
     first, *rest = bundle.golden.requests
     moved = first.model_copy(update={"scores": (first.scores[0] + 0.01, *first.scores[1:])})
     recommender = holding(bundle, replace(bundle.golden, requests=(moved, *rest)))
-    with pytest.raises(BundleError, match=r"golden request 0 .*: place 0"):
+    with pytest.raises(BundleError, match="golden request 0: place 0"):
         golden.check(recommender, tolerance=0.009)
     report = golden.check(recommender, tolerance=0.011)
     assert report.largest_difference == pytest.approx(0.01, abs=1e-5) and not report.exact

@@ -11,10 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from recsys.core.errors import ConfigError
+from recsys.data.encode import label_of
+from recsys.data.encoding.config import Task
 from recsys.inference.request import Response
 from recsys.registry import Entry, Location, PromotionLog, State
 from serving.app import create_app
-from serving.engine import Engine, Loaded, RegistrySource, Target
+from serving.engine import Engine, Hosting, Loaded, RegistrySource, Target
 from serving.engine.threads import Repeating
 from serving.lanes import Canary, CanaryPolicy, Lane, Shadow, lanes_of
 from serving.lanes.split import SALT, is_in
@@ -258,3 +260,83 @@ def test_what_is_repeated_goes_on_after_a_failure() -> None:
     repeating.start()
     assert enough.wait(10)
     repeating.stop()
+
+
+def test_the_canary_is_among_the_bundles_that_the_page_compares(load: Load, second: Loaded, moves: Moves) -> None:
+    canary = canary_of(moves, second)
+    engine = Engine(Switch(v1=load), settings(), lanes=canary)
+    with TestClient(create_app(engine, engine.settings)) as client:
+
+        def roles() -> list[tuple[int, bool, bool]]:
+            bundles = client.get("/page/bundles").json()["bundles"]
+            return [(bundle["model"]["version"], bundle["live"], bundle["canary"]) for bundle in bundles]
+
+        wait_until(lambda: engine.loaded is not None)
+        assert roles() == [(1, True, False)]
+        moves.stage(MODEL, 2, "canary", percent=30.0, reason="try")
+        wait_until(lambda: canary.lane.now is not None)
+        assert roles() == [(1, True, False), (2, False, True)]
+        lists = [client.post("/page/what-if", json={"user_id": USERS[0], "version": version}).json() for version in (1, 2)]
+        assert [each["model"]["version"] for each in lists] == [1, 2] and lists[0]["items"] != lists[1]["items"]
+        moves.withdraw(MODEL, 2, reason="enough")
+        wait_until(lambda: canary.lane.now is None)
+        assert roles() == [(1, True, False)]
+
+
+def one_answer(client: TestClient, user: str) -> list[Any]:
+    return list(client.post("/v1/recommend", json={"user_id": user, "k": 3, "explain": False}).json()["items"])
+
+
+def test_events_that_name_a_request_label_its_list_and_a_canary_that_promises_too_much_is_withdrawn(
+    tiny_run: Any, second: Loaded, moves: Moves
+) -> None:
+    """Every shown item gets a low rating, the positive label of nothing, but for a few: the ranker had expected more."""
+    patient = CanaryPolicy(steps=(60.0,), judged_requests=10_000, p99_growth=1e6, psi=1e6, error_points=100)
+    canary = canary_of(moves, second, patient)
+    source = RegistrySource("models:/recsys@champion", Location.under(tiny_run.home), Hosting(events="held"))
+    engine = Engine(source, settings(), lanes=canary)
+    with TestClient(create_app(engine, engine.settings)) as client:
+        wait_until(lambda: engine.loaded is not None)
+
+        def figures() -> dict[str, Any]:
+            return {"requests": [0, 0]} if canary.verdict is None else canary.verdict.figures
+
+        event = moves.stage(MODEL, 2, "canary", percent=60.0, reason="try")
+        champions = next(user for user in USERS if not is_in(user, event))
+        # What is counted begins anew with the first answer of a champion.
+        wait_until(lambda: bool(one_answer(client, champions)) and figures()["requests"][1] > 0)
+        expected = {True: [0.0, 0.0, 0], False: [0.0, 0.0, 0]}
+        sent = 0
+
+        def rate(user: str, item: str, request_id: str | None, **values: float) -> int:
+            nonlocal sent
+            sent += 1
+            body = {"event_id": f"e{sent}", "user_id": user, "item_id": item, "time": "2026-01-01T12:00:00Z", "values": values}
+            return client.post("/v1/events", json=body | ({} if request_id is None else {"request_id": request_id})).status_code
+
+        for place, user in enumerate(USERS[:12]):
+            answer = client.post("/v1/recommend", json={"user_id": user, "k": 3, "explain": False}, headers={"x-request-id": f"r{place}"})
+            own = is_in(user, event)
+            assert answer.json()["model"]["version"] == (2 if own else 1)
+            for item in answer.json()["items"]:
+                rating = 5.0 if sent % 20 == 0 else 1.0
+                assert rate(user, item["item_id"], f"r{place}", rating=rating) == 200
+                expected[own] = [a + b for a, b in zip(expected[own], (item["probability"], float(rating >= 4), 1), strict=True)]
+                # None of these is a label: again, of another user's request, of no request, without the rating.
+                assert rate(user, item["item_id"], f"r{place}", rating=5.0) == 200
+                assert rate("somebody else", item["item_id"], f"r{place}", rating=5.0) == 200
+                assert rate(user, item["item_id"], None, rating=5.0) == 200
+        wait_until(lambda: figures()["labels"] == [expected[True][2], expected[False][2]])
+        assert figures()["calibration"] == [pytest.approx(expected[own][0] / expected[own][1]) for own in (True, False)]
+        assert expected[True][2] >= 15 and expected[True][0] > 1.1 * max(expected[True][1], 1)
+        canary.policy = patient.model_copy(update={"judged_requests": 15})
+        wait_until(lambda: moves.log.canary(MODEL) is None)
+        last = moves.log.events(MODEL)[-1]
+        assert (last.action, last.actor) == ("withdraw", "guardrail") and "calibration" in last.reason
+        assert last.details["figures"]["labels"] == [expected[True][2], expected[False][2]]
+
+
+def test_the_label_of_an_event_is_that_of_training() -> None:
+    task = Task(name="like", feature="rating", threshold=">= 4")
+    assert [label_of(task, {"rating": value}) for value in (5, 4.0, 3.9, None, "5", float("nan"))] == [1.0, 1.0, 0.0, None, None, None]
+    assert label_of(task, {"other": 5}) is None and label_of(Task(name="watched", feature="share"), {"share": 0.25}) == 0.25
