@@ -171,7 +171,9 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> JSONResponse:
-        # This response passes by whoever else would name the request.
+        # This response passes by whoever else would name the request. The server closes the connection after it, which is said beforehand.
         name = request.scope[REQUEST_ID]
         log.error("internal error", exc_info=error, extra={FIELDS: {"request_id": name}})
-        return rejection(request, 500, RejectReason.INTERNAL, "the server failed; its log says why", **{ID_HEADER: name})
+        return rejection(
+            request, 500, RejectReason.INTERNAL, "the server failed; its log says why", **{ID_HEADER: name, "connection": "close"}
+        )

@@ -35,6 +35,7 @@ _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "P
 _OTHER = "_OTHER"
 _SERVER_ERROR = 500
 _OUT = TraceContextTextMapPropagator()
+_PARENT = b"traceparent"
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -48,10 +49,14 @@ class Tracing:
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.tracer: Tracer = NoOpTracer() if tracer is None else tracer
+        self._off = isinstance(self.tracer, NoOpTracer)
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[Span]:
         """The span of an HTTP request, which is the current one inside: a child of the one that its ``traceparent`` names, if it does."""
+        if self._off and all(name != _PARENT for name, _ in scope["headers"]):
+            yield trace.INVALID_SPAN
+            return
         parent = propagate.extract(scope["headers"], Context(), _HEADERS)
         method = _method(scope)
         span = self.tracer.start_span(method, parent, SpanKind.SERVER, {"http.request.method": method})
@@ -83,6 +88,8 @@ def responded(span: Span, scope: Scope, route: str | None, status: int, reason: 
 
 def headers_of(span: Span) -> Headers:
     """``traceparent``, and ``tracestate`` where there is one, for whoever gets the response; nothing outside of a trace."""
+    if not span.get_span_context().is_valid:
+        return []
     carrier: dict[str, str] = {}
     _OUT.inject(carrier, trace.set_span_in_context(span, Context()))
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in carrier.items()]
@@ -154,7 +161,7 @@ class _Headers(Getter[Any]):
         """The values of a header; of a ``traceparent`` that is there several times none, since none of them is the caller's."""
         wanted = key.lower().encode("latin-1")
         found = [value.decode("latin-1") for name, value in carrier if name == wanted]
-        return None if not found or (wanted == b"traceparent" and len(found) > 1) else found
+        return None if not found or (wanted == _PARENT and len(found) > 1) else found
 
     def keys(self, carrier: Headers) -> list[str]:
         """The names of the headers."""
