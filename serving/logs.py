@@ -63,7 +63,7 @@ class TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
         fields = [f"{name}={value}" for name, value in _fields(record).items() if value is not None]
-        line = " ".join([_time(record), str(record.process), record.name, record.levelname, _message(record), *fields])
+        line = " ".join([_time(record).replace("T", " "), str(record.process), record.name, record.levelname, _message(record), *fields])
         if record.exc_info is None or record.exc_info[1] is None:
             return line
         causes = [[f"  {kind}", *(f"    {place}" for place in places)] for kind, places in _causes(record.exc_info[1])]
