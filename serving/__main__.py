@@ -18,6 +18,8 @@ from serving.security.protocol import BoundedProtocol
 from serving.settings import Settings
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported, so not before the workers
+_WORKER_SECONDS = 60
+"""In which a worker must answer whoever watches it: on a busy host its imports alone take longer than uvicorn's five."""
 
 
 def main() -> None:
@@ -42,6 +44,7 @@ def main() -> None:
             log_config=None,
             log_level="warning",
             timeout_graceful_shutdown=settings.drain_seconds,
+            timeout_worker_healthcheck=_WORKER_SECONDS,
         )
 
 
