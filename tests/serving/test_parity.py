@@ -15,7 +15,13 @@ from fastapi.testclient import TestClient
 
 from feature_store.online import OnlineReader
 from pipelines.cli import main
+from pipelines.graph import Runner
+from pipelines.pipeline import GRAPH
+from pipelines.recipe import Recipe
+from pipelines.steps.bundle import bundle_directory
+from pipelines.steps.promote import load_release
 from recsys.bundle.bundle import Bundle
+from recsys.core.config import load_recipe
 from recsys.data.encode import Encoder
 from recsys.data.encoding.fitted import Fitted
 from recsys.decisions.log import DecisionLog
@@ -27,6 +33,7 @@ from recsys.registry.gates.parity import replay_own
 from serving.app import create_app
 from serving.decided import Decided
 from serving.engine import Engine, Loaded
+from tests.pipelines.small import SMALL
 from tests.recsys.registry.small import register
 from tests.serving.support import KNOWN, Switch, settings, wait_until
 from tests.serving.test_process import process, status
@@ -148,6 +155,24 @@ def test_the_command_takes_a_log(home: Path, plain: Path, other: Path, online: O
 def test_the_command_reads_golden_requests_without_a_log(home: Path) -> None:
     code, event = promote(home, 1)
     assert (code, event.details["measured"]["parity"]["source"]) == (0, "golden")
+
+
+def test_the_step_of_the_pipeline_reads_the_log_that_its_recipe_names(home: Path, online: OnlineReader, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.mkdir()
+    gates = "gates=[{kind: parity, at_most: 0.0001}]"
+    runner = Runner(GRAPH, load_recipe(Recipe, "quickstart", (*SMALL, gates, f"decisions={log}")), home)
+
+    def released(**how: Any) -> tuple[bool, str, Path]:
+        places = {each.step: each.result.directory for each in runner.run(["promote"], **how)}
+        release = load_release(places["promote"])
+        return release["promoted"], release["event"]["details"]["measured"]["parity"]["source"], bundle_directory(places["bundle"])
+
+    promoted, source, directory = released()
+    assert (promoted, source) == (True, "golden"), "nobody has asked it anything yet"
+    served(Bundle.load(directory), online, log)
+    promoted, source, again = released(force=("promote",))
+    assert (promoted, source, again) == (True, "decisions", directory)
 
 
 @pytest.mark.slow  # a process of its own
