@@ -40,6 +40,7 @@ def main() -> None:
             host=settings.host,
             port=settings.port,
             http=BoundedProtocol,
+            ws="none",
             workers=settings.workers,
             log_config=None,
             log_level="warning",

@@ -129,6 +129,8 @@ def from_environment() -> FastAPI:
     engine = Engine(source, settings, on_answer=on_answer, keep_up=live.kept_up, lanes=canary, tracing=tracing)
     if shadow is not None:
         shadow.start(engine.metrics)
+    if decided is not None:
+        decided.start(engine.metrics)
     return create_app(engine, settings, *(each.close for each in told), admin_routes=admin.routes_of(live, canary, shadow))
 
 

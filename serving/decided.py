@@ -4,6 +4,7 @@
 from recsys.decisions.decision import RequestKind, decision_of, evidence_of
 from recsys.decisions.log import DecisionLog
 from serving.engine import Served
+from serving.metrics import Metrics
 
 
 class Decided:
@@ -15,6 +16,12 @@ class Decided:
 
     def __init__(self, log: DecisionLog) -> None:
         self.log = log
+        self._metrics: Metrics | None = None
+        self._dropped = 0
+
+    def start(self, metrics: Metrics) -> None:
+        """Count in these metrics what the log drops."""
+        self._metrics = metrics
 
     def __call__(self, served: Served) -> None:
         """Offer one answer's decision; with its evidence, if it was ranked and the log keeps it."""
@@ -34,7 +41,16 @@ class Decided:
             version=served.loaded.version,
         )
         self.log.offer(decision)
+        self._count()
 
     def close(self) -> None:
         """Write what waits."""
         self.log.close()
+        self._count()
+
+    def _count(self) -> None:
+        """What could not be written is known later than it was offered: with the next answer."""
+        dropped = self.log.dropped
+        if self._metrics is not None:
+            self._metrics.dropped_decisions.inc(dropped - self._dropped)
+        self._dropped = dropped

@@ -59,6 +59,7 @@ class Metrics:
         self.events = Counter("recsys_events", "Events taken", ["status"], registry=registry)
         self.unknown_items = Counter("recsys_events_unknown_items", "Events of items that the catalogue lacks", registry=registry)
         self.unlogged = Counter("recsys_unlogged_answers", "Answers that the hook had no room for", registry=registry)
+        self.dropped_decisions = Counter("recsys_dropped_decisions", "Decisions that are in no part of the log", registry=registry)
         self.versions = Counter(
             "recsys_version_requests", "Requests by the version that was to answer", ["version", "outcome"], registry=registry
         )

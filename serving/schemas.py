@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
 from recsys.bundle.rules import Quota, Rules
 
@@ -158,7 +158,7 @@ class EventBody(_Body):
     item_id: str = Field(min_length=1, max_length=256, description="an item that the catalogue does not have is counted")
     event_type: str | None = Field(None, max_length=128, description="what was done, where features read the column event_type")
     time: AwareDatetime = Field(description="when, with a time zone; a minute ahead of the server at most")
-    values: dict[str, bool | int | float | str | None] = Field(
+    values: dict[str, bool | int | FiniteFloat | str | None] = Field(
         default_factory=dict, max_length=64, description="by the columns that features read of events, such as a rating"
     )
     request_id: str | None = Field(

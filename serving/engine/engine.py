@@ -79,7 +79,9 @@ class Engine:
         pace = Pace()
         self._slots = Slots(settings.max_batch_rows, settings.keep_previous_seconds, pace, metrics, keep_up or (lambda loaded: loaded))
         self._keeper = None if keep_up is None else Repeating(self.renew, settings.catalogue_seconds, "catalogue")
-        self._follower = Follower(source, self._slots, settings.poll_seconds, settings.retry_seconds, self._tick)
+        self._follower = Follower(source, self._slots, settings.poll_seconds, settings.retry_seconds)
+        # Not on the follower: a registry that hangs, or a bundle that takes long, must not keep the store from being tried again.
+        self._upkeep = Repeating(self._tick, settings.poll_seconds, "upkeep")
         limits = Limits(settings.max_batch_rows, settings.most_waiting_rows, settings.max_delay_ms / 1000)
         self._queue = RowQueue(limits, pace)
         self._changed = threading.Condition()
@@ -136,6 +138,7 @@ class Engine:
         """Begin to load and to compute; returns at once."""
         self._thread.start()
         self._follower.start()
+        self._upkeep.start()
         if self._keeper is not None:
             self._keeper.start()
         if self._lanes is not None:
@@ -148,6 +151,7 @@ class Engine:
     def stop(self) -> None:
         """Answer what waits, and take no more."""
         self._follower.stop()
+        self._upkeep.stop()
         if self._keeper is not None:
             self._keeper.stop()
         if self._lanes is not None:

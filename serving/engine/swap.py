@@ -106,8 +106,8 @@ class Slots:
                 self.loaded = self._keep_up(self.loaded)
 
     def release(self) -> None:
-        """Let the former bundle go, once its time is over."""
-        with self._swapping:
+        """Let the former bundle go, once its time is over; does not wait for a swap that is under way."""
+        with self._flipping:
             if self._former is not None and time.monotonic() >= self._former.until:
                 self._former = None
 
@@ -115,10 +115,10 @@ class Slots:
         with self._flipping:
             loaded, before = self._keep_up(loaded), self.loaded
             self.loaded = loaded
+            self._former = None
+            if before is not None and self._keep_seconds > 0:
+                self._former = _Former(before, time.monotonic() + self._keep_seconds)
         self.problem = None
-        self._former = None
-        if before is not None and self._keep_seconds > 0:
-            self._former = _Former(before, time.monotonic() + self._keep_seconds)
         self._metrics.live(_labels(loaded), None if before is None else _labels(before))
         self._metrics.swaps.labels(outcome).inc()
         return loaded
@@ -132,11 +132,10 @@ class Follower:
         slots: where they go.
         poll_seconds: between two looks.
         retry_seconds: between two attempts with one bundle that failed.
-        tick: called after every look.
     """
 
-    def __init__(self, source: Source, slots: Slots, poll_seconds: float, retry_seconds: float, tick: Callable[[], None]) -> None:
-        self._source, self._slots, self._tick = source, slots, tick
+    def __init__(self, source: Source, slots: Slots, poll_seconds: float, retry_seconds: float) -> None:
+        self._source, self._slots = source, slots
         self._poll_seconds, self._retry_seconds = poll_seconds, retry_seconds
         self._failed: tuple[tuple[int, str] | None, float] | None = None
         self._stopped = threading.Event()
@@ -153,7 +152,6 @@ class Follower:
     def _follow(self) -> None:
         while not self._stopped.is_set():
             self._look()
-            self._tick()
             self._stopped.wait(self._poll_seconds)
 
     def _look(self) -> None:

@@ -14,7 +14,7 @@ from serving.engine import Engine, Loaded, Rejected
 from serving.lanes import Canary, Shadow
 from serving.live import LiveCatalogue, Wanted
 from serving.live.log import ChangeLogError
-from serving.routes import answering
+from serving.routes import answering, strict
 from serving.settings import Settings
 
 
@@ -84,7 +84,7 @@ def routes_of(live: LiveCatalogue, canary: Canary | None = None, shadow: Shadow 
     """The routes over a catalogue that the engine is kept up with, and over the lanes that there are."""
 
     def routes(engine: Engine, settings: Settings) -> APIRouter:
-        router = APIRouter()
+        router = strict.router()
 
         @router.get("/admin/catalogue", response_model=CatalogueOut, responses=answering.ERRORS)
         async def catalogue() -> CatalogueOut:

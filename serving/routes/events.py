@@ -12,7 +12,7 @@ from recsys.core.deadline import RejectReason
 from recsys.inference.request import InvalidRequest
 from serving.engine import Engine, Rejected
 from serving.events import Event
-from serving.routes import answering
+from serving.routes import answering, strict
 from serving.schemas import EventBody, EventOut
 from serving.settings import Settings
 
@@ -21,7 +21,7 @@ _AHEAD = timedelta(minutes=1)
 
 def routes(engine: Engine, settings: Settings) -> APIRouter:
     """The route."""
-    router = APIRouter()
+    router = strict.router()
 
     @router.post("/v1/events", response_model=EventOut, responses=answering.ERRORS)
     async def events(body: EventBody) -> JSONResponse:

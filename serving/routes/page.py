@@ -20,7 +20,7 @@ from serving.page.files import HEADERS, File, page_files
 from serving.page.finding import Titles, find_users
 from serving.page.report import plots_of
 from serving.page.what_if import Supposed, suppose
-from serving.routes import answering
+from serving.routes import answering, strict
 from serving.schemas import ModelOut
 from serving.settings import Settings
 
@@ -34,7 +34,7 @@ _MOST_WAITING = 16
 
 def routes(engine: Engine, settings: Settings) -> APIRouter:
     """The routes."""
-    router = APIRouter(include_in_schema=False)  # what the page asks is its own affair
+    router = strict.router(include_in_schema=False)  # what the page asks is its own affair
     files = page_files()
     aside = _Aside(settings)
     titles: weakref.WeakKeyDictionary[Loaded, Titles] = weakref.WeakKeyDictionary()

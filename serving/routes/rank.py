@@ -8,14 +8,14 @@ from fastapi import APIRouter, Request, Response
 from recsys.bundle.rules import NO_RULES
 from recsys.inference import request as path
 from serving.engine import Engine, Work
-from serving.routes import answering
+from serving.routes import answering, strict
 from serving.schemas import ListOut, RankBody
 from serving.settings import Settings
 
 
 def routes(engine: Engine, settings: Settings) -> APIRouter:
     """The route."""
-    router = APIRouter()
+    router = strict.router()
 
     @router.post("/v1/rank", response_model=ListOut, responses=answering.ERRORS)
     async def rank(body: RankBody, request: Request) -> Response:

@@ -2,14 +2,14 @@
 """Several requests to the engine that are answered together or not at all; and bodies that routes parse themselves."""
 
 import asyncio
-import json
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from recsys.core.deadline import RejectReason
 from serving.engine import Answer, Engine, Rejected, Work
+from serving.routes import strict
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -49,8 +49,8 @@ def parsed(cls: type[B], content: bytes) -> B:
         Rejected: it is not; names the field, the value and what was expected.
     """
     try:
-        value = json.loads(content, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        value = strict.loads(content)
+    except ValueError as error:
         raise Malformed(f"body: not valid JSON: {error}") from None
     try:
         return cls.model_validate(value)
@@ -59,10 +59,6 @@ def parsed(cls: type[B], content: bytes) -> B:
         field = ".".join(str(part) for part in first["loc"]) or "body"
         shown = repr(first.get("input"))[:_SHOWN]
         raise Rejected(RejectReason.INVALID_INPUT, f"{field}: {first['msg']}, got {shown}") from None
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def invalid(field: str, expected: str, got: Any) -> Rejected:

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 
 from recsys.core.deadline import RejectReason
 from serving.engine import Engine, Loaded, Rejected
-from serving.routes import answering
+from serving.routes import answering, strict
 from serving.schemas import ModelOut, SimilarBody, SimilarItemOut, SimilarOut
 from serving.scope import VERSION
 from serving.settings import Settings
@@ -20,7 +20,7 @@ _MAY_WAIT = 64
 
 def routes(engine: Engine, settings: Settings) -> APIRouter:
     """The route."""
-    router = APIRouter()
+    router = strict.router()
     turns, waiting = asyncio.Semaphore(_AT_ONCE), 0
 
     @router.post("/v1/similar", response_model=SimilarOut, responses=answering.ERRORS)

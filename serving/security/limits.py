@@ -26,6 +26,10 @@ class _Refused(Exception):
     message: str
 
 
+class _Gone(Exception):
+    """The client has gone before all of its request had come."""
+
+
 class Limits:
     """See the module.
 
@@ -50,11 +54,12 @@ class Limits:
         try:
             self._check_head(scope)
             body = await self._whole(scope, receive)
+        except _Gone:
+            await refuse(send, self._metrics, 499, RejectReason.CANCELLED, "the client has gone")
+            return
         except _Refused as error:
             # The rest of the body is not wanted, so the connection cannot go on.
             await refuse(scope, send, self._metrics, error.status, RejectReason.INVALID_INPUT, error.message, {"connection": "close"})
-            return
-        if body is None:
             return
         await self._app(scope, _replayed(body, receive), send)
 
@@ -68,8 +73,8 @@ class Limits:
             if name == b"content-length" and (not value.isdigit() or len(value) > 18 or int(value) > self._most):
                 raise self._too_large()
 
-    async def _whole(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None where the client has gone."""
+    async def _whole(self, scope: Scope, receive: Receive) -> bytes:
+        """The body."""
         if scope["method"] in ("GET", "HEAD") and not _announced(scope):
             return b""
         parts, size = [], 0
@@ -78,7 +83,7 @@ class Limits:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
+                        raise _Gone
                     part = message.get("body", b"")
                     if (size := size + len(part)) > self._most:
                         raise self._too_large()

@@ -23,8 +23,13 @@ async def refuse(
     """Answer with a rejection, and count it; whoever observes is told the reason by the scope."""
     scope[REASON] = reason.value
     metrics.rejected.labels(reason.value).inc()
-    body = json.dumps({"error": reason.value, "message": message}).encode()
+    body = body_of(reason, message)
     fields = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
+
+
+def body_of(reason: RejectReason, message: str) -> bytes:
+    """The JSON of a rejection."""
+    return json.dumps({"error": reason.value, "message": message}).encode()
