@@ -47,7 +47,7 @@ class Settings(Config):
     breaker_failures: int = Field(5, ge=1, description="failed reads in a row after which the store is left alone")
     breaker_seconds: float = Field(2.0, gt=0, description="how long it is left alone before one read tries it again")
     remembered_users: int = Field(10_000, ge=1, description="users whose last features are kept for when the store fails")
-    cached_candidates: int = Field(10_000, ge=1, description="retrieved lists that are kept")
+    cached_candidates: int = Field(10_000, ge=1, description="retrieved lists that are kept with each bundle")
     ready_needs_store: bool = Field(True, description="whether /readyz fails while the store is left alone")
 
     events: Literal["auto", "off", "held", "store"] = Field(

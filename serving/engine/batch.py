@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from recsys.core.schema import TIME
 from recsys.inference.recommender import Candidates, Ranked, Users
-from serving.engine.candidates import CandidateCache, key_of, list_of, scored, take_users, together
+from serving.engine.candidates import CandidateCaches, key_of, list_of, scored, take_users, together
 from serving.engine.entry import Entry
 from serving.engine.explaining import Explainer, Explanation
 from serving.engine.finishing import Finisher
@@ -35,7 +35,7 @@ class Tools:
     """What all batches share."""
 
     reads: Reads
-    cache: CandidateCache
+    caches: CandidateCaches
     explainer: Explainer
     finisher: Finisher
     metrics: Metrics
@@ -116,9 +116,10 @@ class Batch:
         """Find the candidates of every request; those of one that fails stay unknown."""
         missing: dict[int | None, list[int]] = defaultdict(list)
         keys = {b: key_of(entry, group.users, b) for b, entry in enumerate(group.entries) if entry.item_rows is None}
+        cache = self._tools.caches.of(self._loaded)
         for b, entry in enumerate(group.entries):
             if b in keys:
-                entry.known.candidates = self._tools.cache.get(keys[b])
+                entry.known.candidates = cache.get(keys[b])
                 self._tools.metrics.cached("candidates", hit=entry.known.candidates is not None)
             if entry.known.candidates is None:
                 # Lists of different lengths are not the beginnings of each other for every index.
@@ -132,7 +133,7 @@ class Batch:
                     entry.known.candidates = found
         for b, key in keys.items():
             if (kept := group.entries[b].known.candidates) is not None:
-                self._tools.cache.put(key, kept)
+                cache.put(key, kept)
 
     def _find(self, group: Group, count: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
         if count is None:

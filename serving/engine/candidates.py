@@ -2,6 +2,7 @@
 """The candidates of a batch: retrieved once for equal histories, scored where the caller gave them, and padded to one width."""
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
@@ -13,25 +14,49 @@ from recsys.data.jagged import Jagged, gather
 from recsys.inference.recommender import Candidates, Recommender, Users
 from serving.engine.cache import LRU
 from serving.engine.entry import Entry
+from serving.engine.loaded import Loaded
+from serving.engine.remembering import Memory
 
 
 class Key(NamedTuple):
-    """What a retrieved list depends on, and nothing else."""
+    """What a retrieved list of one bundle depends on, and nothing else."""
 
     history: bytes
     seen: bytes
     length: int
     catalogue: str
-    bundle: str
 
 
 CandidateCache: TypeAlias = LRU[Key, tuple[np.ndarray, np.ndarray]]
 
 
+class CandidateCaches:
+    """The cache of each bundle, which goes with it: nobody asks again for the lists of a bundle that was let go.
+
+    Args:
+        capacity: lists of each bundle.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        # By what a bundle shares with itself over other states of its catalogue.
+        self._caches: weakref.WeakKeyDictionary[Memory, CandidateCache] = weakref.WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def of(self, loaded: Loaded) -> CandidateCache:
+        """The cache of a bundle."""
+        found = self._caches.get(loaded.memory)
+        if found is None:
+            found = self._caches[loaded.memory] = LRU(self._capacity)
+        return found
+
+
 def key_of(entry: Entry, users: Users, b: int) -> Key:
     """The key of user ``b``."""
     view = entry.loaded.recommender.view
-    return Key(_digest(users.history, b), _digest(users.seen, b), entry.rows, view.version.digest, entry.loaded.sha256)
+    return Key(_digest(users.history, b), _digest(users.seen, b), entry.rows, view.version.digest)
 
 
 def list_of(jagged: Jagged, b: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from recsys.inference.request import InvalidRequest
 from serving.engine import ladder, spans
 from serving.engine.batch import Batch, Tools
 from serving.engine.breaker import Breaker
-from serving.engine.cache import LRU
+from serving.engine.candidates import CandidateCaches
 from serving.engine.entry import Entry
 from serving.engine.explaining import Explainer
 from serving.engine.finishing import Finisher
@@ -89,7 +89,7 @@ class Engine:
         self._hook = None if on_answer is None else Hook(on_answer, metrics.unlogged.inc)
         self._reads = Reads(settings.read_threads, settings.read_share, self.breaker, self._read_failed)
         self._finisher = Finisher(metrics, self._hook, lambda: self.loaded)
-        self._tools = Tools(self._reads, LRU(settings.cached_candidates), Explainer(), self._finisher, metrics)
+        self._tools = Tools(self._reads, CandidateCaches(settings.cached_candidates), Explainer(), self._finisher, metrics)
         self._thread = threading.Thread(target=self._compute, name="model", daemon=True)
 
     @property

@@ -171,6 +171,7 @@ class Follower:
         except Exception as error:
             self._failed = (key, time.monotonic() + self._retry_seconds)
             self._slots.problem = str(error) or type(error).__name__
+            # As text: whoever keeps what is logged would keep the error, its frames, and the bundle in them.
             log.warning("not swapped: %s; next attempt in %.0f s", named(error), self._retry_seconds)
 
     def _waits(self, key: tuple[int, str]) -> bool:

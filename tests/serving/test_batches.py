@@ -133,7 +133,7 @@ def test_who_goes_while_the_batch_is_computed_is_left_out_of_the_next_stage(load
         alone = one(engine, work("2"))
         monkeypatch.setattr(loaded.recommender, "retrieve", slow)
         monkeypatch.setattr(loaded.recommender, "rank", counted)
-        engine._tools.cache._entries.clear()
+        engine._tools.caches.of(engine.loaded)._entries.clear()
         alike(asyncio.run(ask(engine)), alone, 1e-5)
     assert ranked == ["2"]
 

@@ -15,7 +15,7 @@ from recsys.decisions.log import DecisionLog
 from recsys.decisions.parts import read_decisions
 from serving.decided import Decided
 from serving.engine import Engine, Hosting, Loaded, RegistrySource
-from tests.serving.faults.served import Server, own_home, registry_of, served
+from tests.serving.faults.served import POOLS, Server, own_home, registry_of, served
 from tests.serving.support import KNOWN, Switch, wait_until
 
 Load = Callable[..., Loaded]
@@ -58,7 +58,7 @@ def logged(load: Load, folder: Path) -> tuple[Decided, Callable[[Any], Engine]]:
 
 def test_decisions_that_find_no_room_are_dropped_and_counted(load: Load, disk: Path) -> None:
     decided, make = logged(load, disk / "decisions")
-    with served(None, engine=make, closing=(decided.close,)) as server, server.loses_nothing():
+    with served(None, engine=make, closing=(decided.close,)) as server, server.loses_nothing(POOLS):
         wait_until(lambda: decided.log.written > 0)
         rest = fill(disk)
         for user in KNOWN[:20]:
@@ -82,7 +82,7 @@ def test_events_that_cannot_be_written_are_refused_and_sent_again(tiny_run: Any,
     shutil.rmtree(home / "online")
     (home / "online").symlink_to(disk / "online")
     source = RegistrySource("models:/recsys@champion", registry_of(home).location, Hosting(events="store"))
-    with served(source) as server, server.loses_nothing():
+    with served(source) as server, server.loses_nothing(POOLS):
         rest = fill(disk)
         refused = [post_event(server, n) for n in range(200)]
         assert set(refused) <= {200, 503} and 503 in refused

@@ -4,6 +4,8 @@
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,10 @@ from recsys.registry.events import Entry
 from recsys.training.tracking import start_run
 from serving.engine import RegistrySource
 from tests.recsys.registry.servers import postgres_server
-from tests.serving.faults.served import Server, another_version, own_home, registry_of, served
+from tests.serving.faults.served import POOLS, Server, another_version, own_home, registry_of, served
 from tests.serving.support import wait_until
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def resumes(server: Server, home: Path) -> None:
 
 
 def test_a_database_that_is_removed_and_comes_back(server: Server, home: Path) -> None:
-    with server.loses_nothing():
+    with server.loses_nothing(POOLS):
         (home / "mlflow.db").rename(home / "aside")
         goes_on(server)
         (home / "aside").replace(home / "mlflow.db")
@@ -59,13 +63,47 @@ def test_a_database_that_is_removed_and_comes_back(server: Server, home: Path) -
 
 @pytest.mark.parametrize("content", [b"", b"no database" * 1000], ids=["nothing", "noise"])
 def test_a_database_that_is_another_file(server: Server, home: Path, content: bytes) -> None:
-    with server.loses_nothing():
-        shutil.copy(home / "mlflow.db", home / "aside")
+    with server.loses_nothing(POOLS):
+        (home / "mlflow.db").rename(home / "aside")
         (home / "new").write_bytes(content)
         (home / "new").replace(home / "mlflow.db")
         goes_on(server)
         (home / "aside").replace(home / "mlflow.db")
         resumes(server, home)
+
+
+def test_the_same_fault_again_and_again_adds_nothing(server: Server, home: Path) -> None:
+    def once() -> None:
+        (home / "mlflow.db").rename(home / "aside")
+        goes_on(server)
+        (home / "aside").replace(home / "mlflow.db")
+        wait_until(lambda: server.engine.problem is None)
+
+    once()
+    with server.loses_nothing():
+        for _ in range(3):
+            once()
+
+
+PROMOTE = """
+import sys
+from pathlib import Path
+from tests.serving.faults.served import another_version, registry_of
+print(another_version(registry_of(Path(sys.argv[1]))))
+"""
+
+
+def test_a_database_that_is_restored_from_a_copy_is_followed(server: Server, home: Path) -> None:
+    """It is another file then, under connections that may still hold the old one; whoever promotes is another process."""
+    with server.loses_nothing(POOLS):
+        shutil.copy(home / "mlflow.db", home / "copy")
+        (home / "mlflow.db").unlink()
+        goes_on(server)
+        (home / "copy").replace(home / "mlflow.db")
+        wait_until(lambda: server.engine.problem is None)
+        done = subprocess.run([sys.executable, "-c", PROMOTE, str(home)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: server.engine.loaded.version == int(done.stdout.split()[-1]), 30)
 
 
 MISSING = ("index", "ranker", "manifest.json", "features.json")
@@ -74,7 +112,7 @@ MISSING = ("index", "ranker", "manifest.json", "features.json")
 @pytest.mark.parametrize("part", MISSING)
 def test_a_bundle_that_lacks_a_part_is_refused_and_the_next_one_is_not(server: Server, home: Path, tmp_path: Path, part: str) -> None:
     registry = registry_of(home)
-    with server.loses_nothing():
+    with server.loses_nothing(POOLS):
         version = broken_version(registry, tmp_path / "artifact", part)
         wait_until(lambda: server.engine.problem is not None)
         assert server.engine.loaded.version != version
@@ -194,7 +232,7 @@ def over_postgres(home: Path, tiny_run: Any, postgres: str, wire: Wire, monkeypa
 
 
 def test_postgresql_that_is_stopped_and_comes_back(over_postgres: Server, wire: Wire, home: Path) -> None:
-    with over_postgres.loses_nothing():
+    with over_postgres.loses_nothing(POOLS):
         wire.cut()
         goes_on(over_postgres)
         wire.mend()
@@ -203,7 +241,7 @@ def test_postgresql_that_is_stopped_and_comes_back(over_postgres: Server, wire: 
 
 def test_postgresql_that_does_not_answer_holds_nobody(over_postgres: Server, wire: Wire, home: Path) -> None:
     """The follower waits, and nobody else does; when bytes flow again, it goes on by itself."""
-    with over_postgres.loses_nothing():
+    with over_postgres.loses_nothing(POOLS):
         wire.hang()
         assert all(over_postgres.is_whole() for _ in range(20))
         assert over_postgres.get("/readyz").status_code == 200
@@ -215,7 +253,7 @@ def test_a_server_that_starts_without_its_registry_is_ready_once_that_is_there(h
     location = registry_of(home).location
     (home / "mlflow.db").rename(home / "aside")
     source = RegistrySource("models:/recsys@champion", location)
-    with pytest.raises(Exception, match="champion|no such table"):
+    with pytest.raises(Exception, match=r"champion|no such table"):
         source.target()
     (home / "aside").replace(home / "mlflow.db")
     with served(source) as server:
