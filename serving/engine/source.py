@@ -2,6 +2,7 @@
 """Where bundles come from: which one ought to answer, asked often, and how it is loaded."""
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from serving.events import Events, EventViews, Held, HeldEvents, StoredEvents
 from serving.overlaid import OverlaidStore
 
 log = logging.getLogger("serving")
+
+# MLflow is asked once for a bundle. Connections that it kept meanwhile would go on reading a database that was replaced by a restored one.
+os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
 
 _SAMPLE = 3
 _FOLLOWED = re.compile(r"^models:/(?P<model>[^/@]+)@champion$")

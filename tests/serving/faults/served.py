@@ -90,7 +90,7 @@ class Server:
 
     @contextmanager
     def loses_nothing(self, files: int = 0) -> Iterator[None]:
-        """After what is done inside, a normal request is answered in full, nothing was a failure, and nothing stays behind but ``files``."""
+        """After what is done inside, a normal request is answered in full, nothing was a failure, and nothing but ``files`` stays."""
         self.warm()
         before, failures = self.held(), self.failures()
         wait_until(lambda: self.held().connections == 0, 10)
