@@ -85,12 +85,19 @@ def run(*, quick: bool) -> Result:
     return soak(QUICK_MINUTES if quick else MINUTES)
 
 
-def soak(minutes: float, home: Path = HOME, picture: Path = PICTURE) -> Result:
-    """Soak a server for so long; after Ctrl-C, for as long as it was."""
+def soak(minutes: float, home: Path = HOME, picture: Path = PICTURE, options: Sequence[str] = ()) -> Result:
+    """Soak a server for so long; after Ctrl-C, for as long as it was.
+
+    Args:
+        minutes: of load.
+        home: of the registry.
+        picture: where the SVG goes, and the server's log beside it.
+        options: further ones of the server.
+    """
     registry = registry_at(home)
     course = Course(0.0, [], [], [])
     keep = 60 * minutes / PROMOTIONS / 2
-    with running(home, picture.with_name("server.log"), "--keep-previous-seconds", f"{keep:.0f}") as (port, process):
+    with running(home, picture.with_name("server.log"), "--keep-previous-seconds", f"{keep:.0f}", *options) as (port, process):
         try:
             asyncio.run(_soaked(course, port, process, registry, minutes))
         except KeyboardInterrupt:
