@@ -25,6 +25,7 @@ NAMES = (
     "ranking_quality",
     "ranking_training",
     "retrieval_quality",
+    "serving",
     "serving_soak",
     "sparse_moe",
     "token_efficiency",
