@@ -154,9 +154,9 @@ class OpenLoop:
             seconds: how long requests are due.
         """
         self._loop, self._done = asyncio.get_running_loop(), asyncio.Event()
-        self._began = self._loop.time() + _FIRST_SECONDS
-        self._found.began, self._found.seconds = self._began, seconds
         with _undisturbed():
+            self._began = self._loop.time() + _FIRST_SECONDS
+            self._found.began, self._found.seconds = self._began, seconds
             for request, at in enumerate(self._found.due):
                 self._loop.call_at(self._began + at, self._start, request)
             if self._left:
@@ -266,7 +266,6 @@ async def closed_loop(port: int, requests: Sequence[bytes], clients: int, second
         ConnectionError: a connection was lost.
     """
     loop, found = asyncio.get_running_loop(), Outcomes(seconds=seconds)
-    began = found.began = loop.time()
     turns = iter(range(2**62))
 
     async def client() -> None:
@@ -296,6 +295,7 @@ async def closed_loop(port: int, requests: Sequence[bytes], clients: int, second
             connection.close()
 
     with _undisturbed():
+        began = found.began = loop.time()
         await asyncio.gather(*(client() for _ in range(clients)))
     return found
 

@@ -4,7 +4,6 @@
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,8 +26,8 @@ from benchmarks.serving.servers import FULL, PEERS, SAME, Contender, Route, mark
 from benchmarks.serving.swaps import Swaps
 from benchmarks.worker import Worker
 
-TOLERANCE = 0.06
-"""Seconds that a busy machine may add."""
+TOLERANCE = 0.15
+"""Seconds that a busy machine may add between an answer and its reading."""
 REQUEST = encoded("/x", b"{}")
 
 
@@ -45,7 +44,7 @@ async def server(handle: Callable[[int, asyncio.StreamWriter], Awaitable[bool]])
                 await reader.readexactly(2)
                 goes_on = await handle(next(numbers), writer)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
             writer.close()
@@ -81,37 +80,43 @@ def test_poisson_times_are_drawn_beforehand_at_the_rate() -> None:
 
 
 def test_latencies_are_those_that_the_server_takes() -> None:
-    delays = [0.02, 0.1, 0.2]
+    delays, answered = [0.02, 0.1, 0.2], []
 
     async def handle(number: int, writer: asyncio.StreamWriter) -> bool:
         await asyncio.sleep(delays[number % 3])
         writer.write(answer())
+        answered.append(time.monotonic())
         return True
 
-    found = outcomes(handle, [0.3 * place for place in range(6)])
+    due = [0.5 * place for place in range(6)]
+    found = outcomes(handle, due)
     assert found.status == [200] * 6
-    over = np.array(found.latency) - np.tile(delays, 2)
+    over = np.array(found.latency) - (np.array(answered) - found.began - due)
     assert over.min() > -0.002 and over.max() < TOLERANCE
+    assert (np.array(found.latency) > np.tile(delays, 2) - 0.002).all()
 
 
 def test_whatever_is_due_while_the_server_stalls_is_late() -> None:
     """With coordinated omission only the requests under way at the stall would be: one, or as many as there are connections."""
     stalled: list[float] = []
+    answered: dict[int, float] = {}
 
     async def handle(number: int, writer: asyncio.StreamWriter) -> bool:
         if number == 10:
             stalled.append(time.monotonic())
             time.sleep(0.5)  # the whole loop: server and client
         writer.write(answer())
+        answered[number] = time.monotonic()
         return True
 
     due = [0.02 * place for place in range(50)]
-    found = outcomes(handle, due)
+    found = outcomes(handle, due, most=2)
     began = stalled[0] - found.began
-    inside = [(at, latency) for at, latency in zip(due, found.latency, strict=True) if began < at < began + 0.45]
+    inside = [place for place, at in enumerate(due) if began < at < began + 0.5]
     assert len(inside) > 15
-    for at, latency in inside:
-        assert began + 0.5 - at - 0.002 <= latency < began + 0.5 - at + 2 * TOLERANCE
+    last = max(answered.values()) - found.began
+    for place in inside:
+        assert began + 0.5 - due[place] - 0.002 <= found.latency[place] < last - due[place] + TOLERANCE
 
 
 def test_requests_that_find_no_connection_are_late_by_their_wait() -> None:
@@ -121,7 +126,8 @@ def test_requests_that_find_no_connection_are_late_by_their_wait() -> None:
         return True
 
     found = outcomes(handle, [0.0] * 4, most=1)
-    assert np.array(found.latency) == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=TOLERANCE)
+    waits = np.sort(found.latency)  # those that are due at one moment come in any order
+    assert (waits > np.array([0.1, 0.2, 0.3, 0.4]) - 0.002).all() and (np.diff(waits) > 0.098).all() and waits[-1] < 0.4 + 4 * TOLERANCE
 
 
 def test_a_client_that_gave_up_has_no_answer_and_the_others_go_on() -> None:
@@ -131,8 +137,8 @@ def test_a_client_that_gave_up_has_no_answer_and_the_others_go_on() -> None:
         writer.write(answer())
         return True
 
-    found = outcomes(handle, [0.0, 0.1, 0.2], give_up=0.4)
-    assert found.status == [NO_ANSWER, 200, 200] and found.latency[0] == pytest.approx(0.4, abs=TOLERANCE)
+    found = outcomes(handle, [0.0, 0.1, 0.2], give_up=1.5)
+    assert found.status == [NO_ANSWER, 200, 200] and found.latency[0] == pytest.approx(1.5, abs=TOLERANCE)
 
 
 def test_answers_in_pieces_in_chunks_and_before_the_end_of_a_connection_are_read() -> None:
@@ -195,7 +201,7 @@ def test_a_closed_loop_asks_when_it_is_answered() -> None:
             return await closed_loop(port, [REQUEST], clients=4, seconds=1.0)
 
     found = capacity(as_json(asyncio.run(ask())))
-    assert 0.5 * 4 / 0.05 < found <= 4 / 0.05 + 4
+    assert 0.25 * 4 / 0.05 < found <= 4 / 0.05 + 4
 
 
 # --- the arithmetic
@@ -311,8 +317,8 @@ def test_the_generator_needs_no_library_and_has_its_core() -> None:
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
     with Worker("generator", sys.executable, root / "benchmarks/serving/generator.py", str(core), threads=1) as worker:
-        assert os.sched_getaffinity(worker.pid) == {core} or worker.ask(do="requests", name="x", file="/dev/null", path="/", headers={})
-        os.kill(worker.pid, signal.SIGCONT)
+        worker.ask(do="requests", name="x", file="/dev/null", path="/", headers={})
+        assert os.sched_getaffinity(worker.pid) == {core}
 
 
 @pytest.mark.slow
