@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contest: answers compared, capacities by closed loops, sweeps over rates, then the knees of ours and of the best peer in turns."""
 
+import copy
+import itertools
 import os
 import signal
 import sys
@@ -11,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -23,8 +24,8 @@ from benchmarks.serving.clients import Clients
 from benchmarks.serving.figures import capacity, knee
 from benchmarks.serving.prepared import Sizes
 from benchmarks.serving.report import Base, Knees, Measured, Sweep, result
-from benchmarks.serving.servers import OURS, PEERS, ROWS, Contender, Running, free_port, running
-from benchmarks.serving.swaps import swaps
+from benchmarks.serving.servers import OURS, PEERS, ROWS, WHOLE, Contender, Running, free_port, running
+from benchmarks.serving.swaps import Swaps, swaps
 from benchmarks.worker import Worker
 
 HERE = Path(__file__).parent
@@ -140,10 +141,11 @@ class Contest:
             with self._running(OURS, ROWS[0]) as ours:
                 size = len(self._answer(ours))
                 self._expected = {row: [ours.ask(row, question) for question in self._questions[:3]] for row in ROWS}
-                sweeps = [self._sweep(ours, row) for row in ROWS]
+                sweeps = [self._sweep(ours, row) for row in ROWS]  # before all others
             sweeps += [self._sweep_of(contender, row) for contender in plan.peers for row in ROWS]
-            knees = [self._knees(row, [sweep for sweep in sweeps if sweep.row == row]) for row in ROWS]
-            moved = self._swaps(sweeps)
+            with self._running(OURS, ROWS[0]) as ours:
+                knees = [self._knees(ours, row, [sweep for sweep in sweeps if sweep.row == row]) for row in ROWS]
+                moved = self._swaps(ours, sweeps[1].capacity / 2)
             ceiling = self._ceiling(size)
         base = Base(self._served.parameters, ceiling, offline, time.monotonic() - self._began)
         return result(Measured(base, sweeps, knees, moved, plan.rates, DEADLINES))
@@ -182,24 +184,23 @@ class Contest:
             sweep.steps[deadline] = steps
         return sweep
 
-    def _knees(self, row: str, sweeps: Sequence[Sweep]) -> Knees:
+    def _knees(self, ours: Running, row: str, sweeps: Sequence[Sweep]) -> Knees:
         """Ours beside the best peer, each at its own knee, in turns: by deadline."""
-        ours = next(sweep for sweep in sweeps if sweep.name == OURS.name)
-        peers = [sweep for sweep in sweeps if sweep.name != OURS.name]
+        own, peers = sweeps[0], sweeps[1:]
         best = {deadline: max(peers, key=lambda sweep: sweep.peak(deadline)) for deadline in DEADLINES}
-        contenders = {contender.name: contender for contender in self._plan.peers}
-        found = Knees(
-            row, {deadline: sweep.name for deadline, sweep in best.items()}, {d: [] for d in DEADLINES}, {d: [] for d in DEADLINES}
-        )
-        with self._running(OURS, row) as server:
-            for deadline in DEADLINES:
-                with self._running(contenders[best[deadline].name], row) as rival:
-                    self._say(f"{row}, {deadline} ms: ours and {rival.contender.name} in turns")
-                    for each in (server, rival):
-                        self._clients.closed(each, row, CLIENTS, self._plan.seconds / 2)
-                    for pair in range(self._plan.pairs):
-                        found.ours[deadline].append(self._at_knee(server, ours, deadline, pair))
-                        found.peer[deadline].append(self._at_knee(rival, best[deadline], deadline, pair))
+        none: dict[int, list[float]] = {deadline: [] for deadline in DEADLINES}
+        found = Knees(row, {deadline: sweep.name for deadline, sweep in best.items()}, none, copy.deepcopy(none))
+        for contender in self._plan.peers:
+            deadlines = [deadline for deadline in DEADLINES if best[deadline].name == contender.name]
+            if not deadlines:
+                continue
+            with self._running(contender, row) as peer:
+                self._say(f"{row}, {' and '.join(map(str, deadlines))} ms: ours and {contender.name} in turns")
+                for server in (ours, peer):
+                    self._clients.closed(server, row, CLIENTS, self._plan.seconds / 2)
+                for pair, deadline in itertools.product(range(self._plan.pairs), deadlines):
+                    found.ours[deadline].append(self._at_knee(ours, own, deadline, pair))
+                    found.peer[deadline].append(self._at_knee(peer, best[deadline], deadline, pair))
         return found
 
     def _at_knee(self, server: Running, sweep: Sweep, deadline: int, pair: int) -> float:
@@ -209,13 +210,10 @@ class Contest:
         self._settle(server, sweep.row)
         return step.goodput(deadline)
 
-    def _swaps(self, sweeps: Sequence[Sweep]) -> Any:
-        row = ROWS[1]
-        most = next(sweep.capacity for sweep in sweeps if (sweep.name, sweep.row) == (OURS.name, row))
-        with self._running(OURS, row) as server:
-            self._say(f"{self._plan.swaps} swaps at half of the capacity")
-            self._clients.closed(server, row, CLIENTS, self._plan.seconds / 2)
-            return swaps(server, row, self._clients, self._served.home, most / 2, self._plan.swaps, DEADLINES[0], self._plan.seconds)
+    def _swaps(self, ours: Running, rate: float) -> Swaps:
+        plan = self._plan
+        self._say(f"{plan.swaps} swaps at half of the capacity")
+        return swaps(ours, WHOLE, self._clients, self._served.home, rate, plan.swaps, DEADLINES[0], plan.seconds)
 
     def _check(self, server: Running, row: str) -> None:
         """Hold that its scores are ours."""

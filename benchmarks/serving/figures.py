@@ -88,12 +88,13 @@ def knee(steps: Sequence[Step], deadline_ms: float) -> int:
 
 
 def capacity(outcomes: dict[str, Any]) -> float:
-    """Answers with status 200 a second of a closed loop.
+    """Answers with status 200 a second of a closed loop, of those that came before its end.
 
     Raises:
         RuntimeError: there is none.
     """
-    count = sum(status == ANSWERED for status in outcomes["status"])
+    ended = [at + latency for at, latency in zip(outcomes["due"], outcomes["latency"], strict=True)]
+    count = sum(s == ANSWERED and end <= outcomes["seconds"] for s, end in zip(outcomes["status"], ended, strict=True))
     if count == 0:
         raise RuntimeError(f"a closed loop had no answer with status 200, but {sorted(set(outcomes['status']))}")
     return float(count / outcomes["seconds"])

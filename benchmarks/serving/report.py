@@ -9,10 +9,10 @@ from typing import Any
 from benchmarks.frame import Check, Ratio, Result, ratio
 from benchmarks.serving.figures import Step, knee
 from benchmarks.serving.prepared import CANDIDATES
-from benchmarks.serving.servers import FULL, SAME
+from benchmarks.serving.servers import SAME, WHOLE
 from benchmarks.serving.swaps import Swaps
 
-BOUNDS = {SAME: ("same_ranker_over_best_peer", 1.0), FULL: ("goodput_over_best_peer", 2.0)}
+BOUNDS = {SAME: ("same_ranker_over_best_peer", 1.0), WHOLE: ("goodput_over_best_peer", 2.0)}
 OFFLINE, OVERLOAD, P99, SWAP_P99, SWAP_MEMORY, CEILING = 0.7, 0.9, 1.0, 1.2, 1.05, 3.0
 LEAST_GOODPUT = 0.1  # a second: a ratio needs positive values, and no goodput at all is worse than this
 
@@ -130,7 +130,7 @@ def _over_best(knees: Knees) -> Check:
 
 def _of_offline(measured: Measured) -> Check:
     """Of answers a second at the peak, in rows, over the same work in its best batches."""
-    sweep, offline = measured.ours(FULL), measured.base.offline
+    sweep, offline = measured.ours(WHOLE), measured.base.offline
     peak = max(sweep.peak(deadline) for deadline in measured.deadlines) * CANDIDATES
     best = {what: max(offline.items(), key=lambda found: found[1][what]) for what in ("path", "ranker")}
     (size, path), (_, ranker) = best["path"], best["ranker"]
@@ -141,7 +141,7 @@ def _of_offline(measured: Measured) -> Check:
 
 def _overload(measured: Measured) -> list[Check]:
     """At the highest rate, of the deadline where it is worse."""
-    sweep = measured.ours(FULL)
+    sweep = measured.ours(WHOLE)
     goodput, late, lesser = {}, {}, {}
     for deadline in measured.deadlines:
         last, peak = sweep.of(deadline)[-1], sweep.peak(deadline)

@@ -21,8 +21,8 @@ from benchmarks.peers import python_of
 from benchmarks.serving.behind import CHAMPION, HOME, MODEL, PORT, WAY
 from benchmarks.worker import ROOT
 
-ROWS = SAME, FULL = "same_ranker", "full_path"
-WAYS = {SAME: "same", FULL: "rows"}
+ROWS = SAME, WHOLE = "same_ranker", "full_path"
+WAYS = {SAME: "same", WHOLE: "rows"}
 """What stands behind a peer in each row, see `benchmarks.serving.behind`."""
 DEADLINE_HEADER = "x-deadline-ms"
 START_SECONDS, END_SECONDS = 240.0, 15.0
@@ -102,7 +102,7 @@ OURS = Contender(
     "/readyz",
     {
         SAME: Route(f"/v2/models/{MODEL}/infer", _infer_body, lambda answer, _: answer["outputs"][0]["data"]),
-        FULL: Route("/v1/rank", lambda question: question, _listed, ('"retriever_only"', '"popular"')),
+        WHOLE: Route("/v1/rank", lambda question: question, _listed, ('"retriever_only"', '"popular"')),
     },
     told=True,
 )
@@ -117,7 +117,7 @@ PEERS = (
         routes=dict.fromkeys(ROWS, _BENTOML),
         variables={"BENTOML_DO_NOT_TRACK": "True"},
     ),
-    _peer("Ray Serve", "ours", lambda _: ["-m", f"{_PEERS}.ray_server"], health="/-/healthz", variables={"RAY_USAGE_STATS_ENABLED": "0"}),
+    _peer("Ray Serve", "ours", lambda _: ["-m", f"{_PEERS}.ray_server"], health="/predict", variables={"RAY_USAGE_STATS_ENABLED": "0"}),
 )
 
 

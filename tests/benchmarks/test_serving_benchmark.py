@@ -22,7 +22,7 @@ from benchmarks.serving.figures import Step, capacity, knee
 from benchmarks.serving.load import NO_ANSWER, OpenLoop, Outcomes, as_json, closed_loop, encoded, poisson
 from benchmarks.serving.prepared import Sizes
 from benchmarks.serving.report import Base, Knees, Measured, Sweep, result
-from benchmarks.serving.servers import FULL, PEERS, SAME, Contender, Route, marked, running
+from benchmarks.serving.servers import PEERS, SAME, WHOLE, Contender, Route, marked, running
 from benchmarks.serving.swaps import Swaps
 from benchmarks.worker import Worker
 
@@ -222,10 +222,11 @@ def test_goodput_counts_whole_answers_in_time() -> None:
     assert knee([step((0.01, 200, False)), found, step((0.2, 200, False))], 100) == 1
 
 
-def test_a_server_that_answers_nothing_has_no_capacity() -> None:
-    assert capacity({"status": [200, 429, 200], "seconds": 4.0}) == 0.5
+def test_capacity_is_what_is_answered_before_the_end() -> None:
+    times = {"due": [0.0, 1.0, 1.0, 3.5], "latency": [1.0, 1.0, 1.0, 1.0], "seconds": 4.0}
+    assert capacity({**times, "status": [200, 429, 200, 200]}) == 0.5
     with pytest.raises(RuntimeError, match=r"no answer with status 200, but \[500\]"):
-        capacity({"status": [500, 500], "seconds": 1.0})
+        capacity({**times, "status": [500] * 4})
 
 
 def test_the_checks_have_their_names_bounds_and_directions() -> None:
@@ -238,11 +239,11 @@ def test_the_checks_have_their_names_bounds_and_directions() -> None:
 
     knees = [
         Knees(row, {100: "FastAPI", 50: "FastAPI"}, {100: [90.0] * 5, 50: [60.0] * 5}, {100: [50.0] * 5, 50: [40.0] * 5})
-        for row in (SAME, FULL)
+        for row in (SAME, WHOLE)
     ]
     swaps = Swaps(20, [1.0] * 20, [10] * 10 + [12] * 10, [200] * 99 + [429], [0.02] * 99 + [0.001], [False] * 100, [0.02] * 50)
     base = Base(300_000, 2_000.0, {"1": {"path": 50_000.0, "ranker": 90_000.0}, "4": {"path": 100_000.0, "ranker": 80_000.0}}, 60.0)
-    found = result(Measured(base, sweeps(SAME) + sweeps(FULL), knees, swaps, (0.8, 1.0, 3.0), (100, 50)))
+    found = result(Measured(base, sweeps(SAME) + sweeps(WHOLE), knees, swaps, (0.8, 1.0, 3.0), (100, 50)))
     checks = {check.name: check for check in found.checks}
     assert {name: (check.at_least, check.at_most) for name, check in checks.items()} == {
         "same_ranker_over_best_peer": (1, None),
@@ -275,7 +276,7 @@ def test_the_checks_have_their_names_bounds_and_directions() -> None:
 
 def stub(code: str) -> Contender:
     route = Route("/", lambda question: question, lambda content, question: content["scores"])
-    return Contender("stub", "ours", lambda port, home: ["-c", code, str(port)], "/", {SAME: route, FULL: route})
+    return Contender("stub", "ours", lambda port, home: ["-c", code, str(port)], "/", {SAME: route, WHOLE: route})
 
 
 CHILD = """

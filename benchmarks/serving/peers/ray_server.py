@@ -26,6 +26,8 @@ class Scorer:
         return self.scores(asked)
 
     async def __call__(self, request: Request) -> Response:
+        if request.method == "GET":  # the health that Serve tells of by itself is its proxy's, which does not wait for a replica
+            return Response("ready")
         found = await self.predict(Asked.of(await request.json()))
         return Response(orjson.dumps({"scores": found}), media_type="application/json")
 
@@ -35,10 +37,17 @@ def main() -> None:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     variables = {name: os.environ[name] for name in VARIABLES}
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, runtime_env={"env_vars": variables})
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        runtime_env={"env_vars": variables},
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ[PORT])})
     serve.run(Scorer.bind(), route_prefix="/predict")
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())  # Ray has set a handler of its own meanwhile
     ended.wait()
     serve.shutdown()
     ray.shutdown()
