@@ -81,8 +81,8 @@ def _listed(answer: dict[str, Any], question: dict[str, Any]) -> list[float]:
 
 
 def _ours_command(port: int, home: Path) -> list[str]:
-    # Nothing but what keeps what is measured apart: no former champion, so that every swap loads; and the log of promotions asked often.
-    fixed = {"port": port, "home": home, "model": CHAMPION, "compile": "true", "keep-previous-seconds": 0, "poll-seconds": 0.2}
+    # The defaults, but for the ranker, which is compiled, and that no former champion is kept, so that every swap loads.
+    fixed = {"port": port, "home": home, "model": CHAMPION, "compile": "true", "keep-previous-seconds": 0}
     return ["-m", "serving", *(part for name, value in fixed.items() for part in (f"--{name}", str(value)))]
 
 
