@@ -2,7 +2,6 @@
 """The contest: answers compared, capacities by closed loops, sweeps over rates, then the knees of ours and of the best peer in turns."""
 
 import copy
-import itertools
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from benchmarks.frame import MIN_PAIRS, Result, threads
 from benchmarks.peers import python_of
 from benchmarks.serving import prepared
 from benchmarks.serving.clients import Clients
-from benchmarks.serving.figures import capacity, knee
+from benchmarks.serving.figures import Step, capacity, knee
 from benchmarks.serving.prepared import Sizes
 from benchmarks.serving.report import Base, Knees, Measured, Sweep, result
 from benchmarks.serving.servers import OURS, PEERS, ROWS, WHOLE, Contender, Running, free_port, running
@@ -53,7 +52,7 @@ class Plan:
 
     peers: tuple[Contender, ...] = PEERS
     rates: tuple[float, ...] = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
-    seconds: float = 5.0
+    seconds: float = 4.0
     pairs: int = MIN_PAIRS
     swaps: int = 100
     questions: int = 200
@@ -61,7 +60,7 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(peers=PEERS[:1], rates=(0.8, 1.0, 1.5, 3.0), seconds=2.0, swaps=10, questions=64)
+QUICK = Plan(peers=PEERS[:1], rates=(0.8, 1.0, 3.0), seconds=1.5, swaps=10, questions=64)
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,9 @@ class Contest:
         self._say("compiling, and the same work without a server")
         arguments = (str(self._cores.server), str(self._served.home))
         with Worker("offline", python_of("ours"), HERE / "offline.py", *arguments, threads=1) as worker:
-            found: dict[str, dict[str, float]] = worker.ask(do="rates", bodies=self._questions[:16], sizes=OFFLINE_SIZES, seconds=1.0)
+            found: dict[str, dict[str, float]] = worker.ask(
+                do="rates", bodies=self._questions[:16], sizes=OFFLINE_SIZES, seconds=self._plan.seconds / 4
+            )
         return found
 
     def _ceiling(self, size: int) -> float:
@@ -179,8 +180,8 @@ class Contest:
         for deadline in DEADLINES if contender.told else DEADLINES[:1]:
             steps = []
             for place, rate in enumerate(plan.rates):
-                steps.append(self._clients.step(server, row, deadline, rate * most, plan.seconds, seed=place))
                 self._settle(server, row)
+                steps.append(self._clients.step(server, row, deadline, rate * most, plan.seconds, seed=place))
             sweep.steps[deadline] = steps
         return sweep
 
@@ -198,17 +199,21 @@ class Contest:
                 self._say(f"{row}, {' and '.join(map(str, deadlines))} ms: ours and {contender.name} in turns")
                 for server in (ours, peer):
                     self._clients.closed(server, row, CLIENTS, self._plan.seconds / 2)
-                for pair, deadline in itertools.product(range(self._plan.pairs), deadlines):
-                    found.ours[deadline].append(self._at_knee(ours, own, deadline, pair))
-                    found.peer[deadline].append(self._at_knee(peer, best[deadline], deadline, pair))
+                for pair in range(self._plan.pairs):
+                    self._pair((ours, own), (peer, best[deadlines[0]]), deadlines, pair, found)
         return found
 
-    def _at_knee(self, server: Running, sweep: Sweep, deadline: int, pair: int) -> float:
-        """Goodput at the rate that was best."""
-        rate = self._plan.rates[knee(sweep.of(deadline), deadline)] * sweep.capacity
-        step = self._clients.step(server, sweep.row, deadline, rate, self._plan.seconds, seed=1000 + pair)
-        self._settle(server, sweep.row)
-        return step.goodput(deadline)
+    def _pair(self, ours: tuple[Running, Sweep], peer: tuple[Running, Sweep], deadlines: Sequence[int], pair: int, found: Knees) -> None:
+        """Each at the rates of its knees: ours for every deadline, since it is told; the peer once where they are one rate."""
+        for server, sweep, goodput in ((*ours, found.ours), (*peer, found.peer)):
+            steps: dict[tuple[int, float], Step] = {}
+            for deadline in deadlines:
+                rate = self._plan.rates[knee(sweep.of(deadline), deadline)] * sweep.capacity
+                key = (deadline if sweep.told else 0, rate)
+                if key not in steps:
+                    steps[key] = self._clients.step(server, sweep.row, deadline, rate, self._plan.seconds, seed=1000 + pair)
+                    self._settle(server, sweep.row)
+                goodput[deadline].append(steps[key].goodput(deadline))
 
     def _swaps(self, ours: Running, rate: float) -> Swaps:
         plan = self._plan

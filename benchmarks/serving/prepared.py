@@ -40,7 +40,7 @@ TRAINED_LITTLE = (
 class Sizes:
     """Of the planted data."""
 
-    users: int = 400
+    users: int = 250
     items: int = 2_000
     events_per_user: int = 60
 

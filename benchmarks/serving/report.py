@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.frame import Check, Ratio, Result, ratio
+from benchmarks.serving.clients import GIVE_UP_SECONDS
 from benchmarks.serving.figures import Step, knee
 from benchmarks.serving.prepared import CANDIDATES
 from benchmarks.serving.servers import SAME, WHOLE
@@ -147,7 +148,7 @@ def _overload(measured: Measured) -> list[Check]:
         last, peak = sweep.of(deadline)[-1], sweep.peak(deadline)
         goodput[deadline] = last.goodput(deadline) / peak if peak else 0.0
         lesser[deadline] = last.goodput(deadline, lesser=True) / peak if peak else 0.0
-        late[deadline] = last.percentile(99) / deadline
+        late[deadline] = min(last.percentile(99), 1000 * GIVE_UP_SECONDS) / deadline  # where none is answered, they gave up
     at = f"at {measured.rates[-1]:g} times the capacity; "
     notes = [f"{d} ms: {goodput[d]:.2f}, with lists without the ranker {lesser[d]:.2f}" for d in measured.deadlines]
     return [

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving.clients import Clients
+from benchmarks.serving.clients import GIVE_UP_SECONDS, Clients
 from benchmarks.serving.figures import ANSWERED
 from benchmarks.serving.prepared import move
 from benchmarks.serving.servers import Running, request
@@ -52,8 +52,10 @@ class Swaps:
 
     @property
     def p99_over_steady(self) -> float:
-        """The 99th percentile of answers while bundles were swapped over that before."""
+        """The 99th percentile of answers while bundles were swapped over that before; where there are none, clients gave up."""
         found = np.asarray(self.latency)[np.asarray(self.status) == ANSWERED]
+        if len(found) == 0:
+            return GIVE_UP_SECONDS / float(np.percentile(self.steady, 99))
         return float(np.percentile(found, 99) / np.percentile(self.steady, 99))
 
     @property
