@@ -55,7 +55,7 @@ class Limits:
             self._check_head(scope)
             body = await self._whole(scope, receive)
         except _Gone:
-            await refuse(send, self._metrics, 499, RejectReason.CANCELLED, "the client has gone")
+            await refuse(scope, send, self._metrics, 499, RejectReason.CANCELLED, "the client has gone")
             return
         except _Refused as error:
             # The rest of the body is not wanted, so the connection cannot go on.
