@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from recsys.core.deadline import RejectReason
+from recsys.core.memory import keep_freed_memory
 from recsys.decisions.log import DecisionLog
 from recsys.inference.request import InvalidRequest
 from recsys.registry import Location
@@ -115,6 +116,7 @@ def _application(
 
 def from_environment() -> FastAPI:
     """The application of a server or of one of its workers, whose settings are in the environment."""
+    keep_freed_memory()  # else a third of a batch's time is the system's, which gives the same pages again and again
     settings = Settings.from_environment()
     configure_logs(settings.log_format)
     hosting = Hosting(

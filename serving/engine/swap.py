@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from recsys.core.memory import give_back_memory
 from serving.engine.loaded import Loaded
 from serving.engine.pace import Pace
 from serving.engine.source import Source, Target
@@ -82,6 +83,7 @@ class Slots:
                 for rows, seconds in seen:
                     self._pace.observe(rows, seconds)
             loaded = self._flip(loaded, "loaded")
+            give_back_memory()  # of loading and warming, and of the bundle before where none is kept
             log.info("live: %s version %d, after %.1f s", loaded.name, loaded.version, time.monotonic() - began)
             return loaded
 
@@ -108,8 +110,11 @@ class Slots:
     def release(self) -> None:
         """Let the former bundle go, once its time is over; does not wait for a swap that is under way."""
         with self._flipping:
-            if self._former is not None and time.monotonic() >= self._former.until:
+            over = self._former is not None and time.monotonic() >= self._former.until
+            if over:
                 self._former = None
+        if over:
+            give_back_memory()
 
     def _flip(self, loaded: Loaded, outcome: str) -> Loaded:
         with self._flipping:

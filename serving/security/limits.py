@@ -106,8 +106,10 @@ def depth_of(body: bytes, enough: int | None = None) -> int:
 
     Args:
         body: the text.
-        enough: a depth that is not to be exceeded: the first above it is returned, whatever comes behind.
+        enough: a depth that is not to be exceeded: the first above it is returned, whatever comes behind, or 0 where none can be above.
     """
+    if enough is not None and body.count(b"[") + body.count(b"{") <= enough:
+        return 0
     depth = deepest = 0
     for byte in _STRING.sub(b"", _ESCAPE.sub(b"", body)).translate(None, _SKIPPED):
         depth += 1 if byte in b"[{" else -1

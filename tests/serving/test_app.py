@@ -2,6 +2,7 @@
 """The API over a real bundle: answers, probes, metrics, and every way of asking wrongly."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from recsys.registry import Location
 from serving.app import create_app
 from serving.engine import Engine, Loaded, RegistrySource
 from serving.engine.pace import Pace
+from serving.schemas import ListOut
 from tests.serving.support import Faulty, Switch, running, settings, wait_until
 
 Load = Callable[..., Loaded]
@@ -67,6 +69,14 @@ def test_an_answer_says_what_made_it(client: TestClient, engine: Engine) -> None
     assert answer["features"]["newest_event_age_seconds"] > 86400
     new = client.post("/v1/recommend", json={"user_id": "who?"}, headers={"x-request-id": "not\tprintable"}).json()
     assert new["features"]["newest_event_age_seconds"] is None and len(new["request_id"]) == 32
+
+
+@pytest.mark.parametrize("path", ["recommend", "rank"])
+@pytest.mark.parametrize("explain", [True, False])
+def test_an_answer_is_what_the_schema_says_field_by_field(client: TestClient, path: str, explain: bool) -> None:
+    asked = {"user_id": "17", "explain": explain} | ({"item_ids": ["1", "2", "3"]} if path == "rank" else {})
+    text = client.post(f"/v1/{path}", json=asked).text
+    assert json.loads(ListOut.model_validate_json(text, strict=True).model_dump_json()) == json.loads(text)
 
 
 def test_an_unknown_user_is_a_new_one(client: TestClient) -> None:

@@ -149,5 +149,6 @@ def test_similar_leaves_out_what_is_not_live_and_says_where_the_list_is_short(bu
 
 @pytest.mark.parametrize("item", ["no such item", "\ud800", ""])
 def test_an_item_that_is_none_is_refused(client: TestClient, item: str) -> None:
-    answer = client.post("/v1/similar", content=f'{{"item_id": "{item}"}}'.encode("utf-8", "surrogatepass"))
+    body = f'{{"item_id": "{item}"}}'.encode("utf-8", "surrogatepass")
+    answer = client.post("/v1/similar", content=body, headers={"content-type": "application/json"})
     assert answer.status_code in (400, 422) and answer.json()["error"] == "invalid_input"

@@ -217,7 +217,9 @@ def test_the_depth_of_json_is_what_a_parser_finds(value: Any) -> None:
             return 1 + max((depth(each) for each in (value.values() if isinstance(value, dict) else value)), default=0)
         return 0
 
-    assert depth_of(json.dumps(value, ensure_ascii=False).encode()) == depth(value)
+    text = json.dumps(value, ensure_ascii=False).encode()
+    assert depth_of(text) == depth(value)
+    assert all((depth_of(text, enough) > enough) == (depth(value) > enough) for enough in range(5))
 
 
 def test_deep_json_is_refused_before_it_is_parsed() -> None:

@@ -2,6 +2,7 @@
 """A ranker whose dense part was compiled by AOTInductor; its tables are looked up as ever."""
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class CompiledRanker:
-    """Predicts as the ranker does that it was compiled from.
+    """Predicts as the ranker does that it was compiled from; threads that ask at the same time come one after another.
+
+    A compiled graph has one place to work in, and whoever waits for it keeps Python's lock, which operators of the graph that are written
+    in Python need: two threads inside would wait for each other for ever.
 
     Args:
         ranker: whose tables are looked up, and which answers where a batch is too small for the graph.
@@ -31,7 +35,7 @@ class CompiledRanker:
 
     def __init__(self, ranker: Ranker, graph: Callable[..., Any], span: Span) -> None:
         self.ranker, self.span = ranker, span
-        self._graph = graph
+        self._graph, self._turn = graph, threading.Lock()
 
     @torch.no_grad()
     def predict(self, batch: RankingBatch | TiledBatch) -> Tensor:
@@ -40,7 +44,8 @@ class CompiledRanker:
         if not fits(inputs):
             return torch.sigmoid(self.ranker.interact(self.ranker.fields_of(inputs)))
         given = arguments(inputs) if self.span == "vectors" else (self.ranker.fields_of(inputs).contiguous(),)
-        logits: Tensor = self._graph(*given)
+        with self._turn:
+            logits: Tensor = self._graph(*given)
         return torch.sigmoid(logits)
 
 

@@ -2,6 +2,8 @@
 """Compiled rankers say what the rankers say that they were made from, or do not answer at all."""
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -121,6 +123,27 @@ def test_a_history_encoder_that_does_not_export_is_left_out(bundle: Bundle, feat
     for ids, count in BATCHES:
         batch = tiled(recommender, ids, count)
         torch.testing.assert_close(compiled.predict(batch), given.ranker.predict(batch), rtol=0, atol=1e-6)
+
+
+def test_one_thread_after_another_is_in_the_graph(bundle: Bundle, recommender: Recommender) -> None:
+    inside, most, exported = 0, 0, export(bundle.ranker, "vectors").module()
+
+    def graph(*given: Tensor) -> Tensor:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.02)
+        logits: Tensor = exported(*given)
+        inside -= 1
+        return logits
+
+    compiled = CompiledRanker(bundle.ranker, graph, "vectors")
+    batch = tiled(recommender, ("5", "17"), 20)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(compiled.predict, [batch] * 8))
+    assert most == 1
+    for each in found:
+        torch.testing.assert_close(each, bundle.ranker.predict(batch), rtol=0, atol=1e-6)
 
 
 def test_int8_tables_go_with_a_graph(bundle: Bundle, recommender: Recommender) -> None:
