@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 from opentelemetry.trace import Span
 
-from recsys.core.deadline import RejectReason
+from recsys.core.deadline import Deadline, RejectReason
 from recsys.core.schema import TIME
 from recsys.inference.request import InvalidRequest
 from serving.engine import ladder, spans
 from serving.engine.batch import Batch, Tools
 from serving.engine.breaker import Breaker
 from serving.engine.candidates import CandidateCaches
-from serving.engine.entry import Entry
+from serving.engine.entry import Entry, reserve_of
 from serving.engine.explaining import Explainer
 from serving.engine.finishing import Finisher
 from serving.engine.hook import Hook, OnAnswer
@@ -180,6 +180,16 @@ class Engine:
         """Tell whoever judges bundles of an event about an item that the list of a request has shown."""
         if self._lanes is not None:
             self._lanes.feedback(request_id, user_id, item_id, values)
+
+    def admit(self, deadline: Deadline) -> None:
+        """Refuse a request before it is read, of which no more is known than when it must be answered at the latest.
+
+        Raises:
+            Rejected: not even a list of one item could be computed by then, so that `answer` would reject it as well.
+        """
+        now = time.monotonic()
+        with self._changed:
+            self._queue.check(1, deadline.at - reserve_of(deadline, self.settings.reserve_ms / 1000, now), now)
 
     async def answer(self, work: Work) -> Answer:
         """Answer a request before its deadline, as well as time and feature store allow. Cancelling the call takes the request back.

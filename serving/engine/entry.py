@@ -9,10 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from opentelemetry.trace import INVALID_SPAN, Span
 
+from recsys.core.deadline import Deadline
 from serving.engine.loaded import Loaded
 from serving.engine.work import Answer, FeatureAges, Work
 
 _LARGEST_RESERVE = 0.25
+
+
+def reserve_of(deadline: Deadline, reserve: float, now: float) -> float:
+    """Seconds that are kept of a deadline for the fallback list: ``reserve``, but of a short one not all."""
+    return min(reserve, _LARGEST_RESERVE * max(0.0, deadline.at - now))
 
 
 @dataclass(eq=False)
@@ -46,8 +52,7 @@ class Entry:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        # A short deadline is not all reserve.
-        self.reserve = min(self.reserve, _LARGEST_RESERVE * max(0.0, self.work.deadline.at - self.arrived))
+        self.reserve = reserve_of(self.work.deadline, self.reserve, self.arrived)
 
     @property
     def cutoff(self) -> float:

@@ -51,20 +51,30 @@ class RowQueue:
         Raises:
             Rejected: it is too late already (``deadline_before_start``), or the queue is full or would make it late (``queue_full``).
         """
-        if now >= entry.cutoff:
-            raise Rejected(RejectReason.DEADLINE_BEFORE_START, "the deadline leaves no time to begin")
-        ready = self._ready(entry.rows, now)
-        if self._waiting and self.rows + entry.rows > self.limits.waiting:
-            raise Rejected(RejectReason.QUEUE_FULL, f"{self.rows} candidates wait already", _whole(ready - now))
-        # Where nothing waits or runs it is tried, however slow the last batches were: else nothing would ever show that this is over.
-        if (self._busy or self._waiting) and ready > entry.cutoff:
-            left = 1000 * (entry.cutoff - now)
-            message = f"it would be ready in {1000 * (ready - now):.0f} ms, but only {left:.0f} ms are left"
-            raise Rejected(RejectReason.QUEUE_FULL, message, _whole(ready - entry.cutoff))
+        self.check(entry.rows, entry.cutoff, now)
         self._waiting.append(entry)
         self._fill(self._fills, entry.rows)
         self.rows += entry.rows
         self._arrivals.add(entry.rows, now)
+
+    def check(self, rows: int, cutoff: float, now: float) -> None:
+        """Whether a request may come in: of so many rows, for which no stage begins after ``cutoff``.
+
+        One of fewer rows, or with more time, is let in wherever this one is.
+
+        Raises:
+            Rejected: see `offer`.
+        """
+        if now >= cutoff:
+            raise Rejected(RejectReason.DEADLINE_BEFORE_START, "the deadline leaves no time to begin")
+        ready = self._ready(rows, now)
+        if self._waiting and self.rows + rows > self.limits.waiting:
+            raise Rejected(RejectReason.QUEUE_FULL, f"{self.rows} candidates wait already", _whole(ready - now))
+        # Where nothing waits or runs it is tried, however slow the last batches were: else nothing would ever show that this is over.
+        if (self._busy or self._waiting) and ready > cutoff:
+            left = 1000 * (cutoff - now)
+            message = f"it would be ready in {1000 * (ready - now):.0f} ms, but only {left:.0f} ms are left"
+            raise Rejected(RejectReason.QUEUE_FULL, message, _whole(ready - cutoff))
 
     def remove(self, entry: Entry) -> bool:
         """Take out a request whose client has gone; whether it was still waiting."""

@@ -12,6 +12,7 @@ from recsys.core.memory import give_back_memory
 from serving.engine.loaded import Loaded
 from serving.engine.pace import Pace
 from serving.engine.source import Source, Target
+from serving.engine.threads import give_way
 from serving.engine.verify import check_answers, warm_up
 from serving.logs import named
 from serving.metrics import Metrics
@@ -155,8 +156,12 @@ class Follower:
         self._stopped.set()
 
     def _follow(self) -> None:
+        went_first = True
         while not self._stopped.is_set():
             self._look()
+            if went_first and self._slots.loaded is not None:
+                give_way()  # from now on there are requests, which a bundle that is being loaded must not keep waiting
+                went_first = False
             self._stopped.wait(self._poll_seconds)
 
     def _look(self) -> None:

@@ -50,6 +50,15 @@ def deadline_of(request: Request, asked_ms: float | None, default_ms: float, set
     return Deadline(request.scope[ARRIVED] + min([*(asked or [default_ms]), settings.largest_deadline_ms]) / 1000)
 
 
+def admit(engine: Engine, request: Request, settings: Settings) -> None:
+    """Refuse at once what cannot be answered in time, whatever its body says: reading bodies must not take an overloaded server's time.
+
+    Raises:
+        Rejected: see `Engine.admit`; or the header is not a positive number.
+    """
+    engine.admit(deadline_of(request, None, settings.largest_deadline_ms, settings))
+
+
 def request_id_of(request: Request) -> str:
     """By which the request is known, to whoever asks as well: every response says it."""
     request_id: str = request.scope[REQUEST_ID]

@@ -108,6 +108,7 @@ async def _inferred(engine: Engine, settings: Settings, name: str, version: str 
     _model(engine, name, version)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise HTTPException(415, "content-encoding: expected none")
+    answering.admit(engine, request, settings)
     asked, values = tensors.read(await request.body(), request.headers.get(tensors.HEADER))
     wanted = _wanted(asked)
     users, items = _rows(values)

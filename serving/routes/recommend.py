@@ -14,7 +14,7 @@ from serving.settings import Settings
 
 def routes(engine: Engine, settings: Settings) -> APIRouter:
     """The route."""
-    router = strict.router()
+    router = strict.router(lambda request: answering.admit(engine, request, settings))
 
     @router.post("/v1/recommend", response_model=ListOut, responses=answering.ERRORS)
     async def recommend(body: RecommendBody, request: Request) -> Response:

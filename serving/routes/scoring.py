@@ -85,6 +85,7 @@ def routes(engine: Engine, settings: Settings) -> APIRouter:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise HTTPException(415, f"content-type: expected application/json, got {kind[:50]!r}")
+        answering.admit(engine, request, settings)
         rows = several.parsed(Invocation, await request.body()).rows()
         now, request_id = datetime.now(UTC), answering.request_id_of(request)
         deadline = answering.deadline_of(request, None, settings.recommend_deadline_ms, settings)

@@ -24,9 +24,22 @@ def loads(content: bytes) -> Any:
         raise json.JSONDecodeError(str(error), "", 0) from None
 
 
-def router(**options: Any) -> APIRouter:
-    """A router whose routes read their bodies by `loads`; ``options`` are those of `fastapi.APIRouter`."""
-    return APIRouter(route_class=_StrictRoute, **options)
+def router(first: Callable[[Request], None] | None = None, **options: Any) -> APIRouter:
+    """A router whose routes read their bodies by `loads`.
+
+    Args:
+        first: called with each request before its body is read; what it raises is the outcome.
+        options: those of `fastapi.APIRouter`.
+    """
+
+    class Route(_StrictRoute):
+        before = staticmethod(first or _nothing)
+
+    return APIRouter(route_class=Route, **options)
+
+
+def _nothing(_: Request) -> None:
+    return
 
 
 class _StrictRequest(Request):
@@ -37,10 +50,13 @@ class _StrictRequest(Request):
 
 
 class _StrictRoute(APIRoute):
+    before: Callable[[Request], None]
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def strictly(request: Request) -> Response:
+            self.before(request)
             # A route that parses its body itself looks at the media type itself.
             if self.body_field is not None and not _says_json(request):
                 given = request.headers.get("content-type", "")[:50]

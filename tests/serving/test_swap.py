@@ -3,6 +3,7 @@
 
 import asyncio
 import gc
+import os
 import shutil
 import time
 import weakref
@@ -78,6 +79,14 @@ def test_twenty_swaps_under_load(load: Load) -> None:
 def test_a_hundred_swaps_under_load(load: Load) -> None:
     _, answers, _ = swapped_under_load(load, 100, keep=0.0)
     holds_together(load, answers)
+
+
+def test_the_thread_that_loads_goes_behind_the_others_once_there_is_a_bundle(load: Load) -> None:
+    with running(Switch(v1=lambda: load(1))) as engine:
+        wait_until(lambda: engine.loaded is not None)
+        loads, computes = (thread.native_id for thread in (engine._follower._thread, engine._thread))
+        wait_until(lambda: os.getpriority(os.PRIO_PROCESS, loads) > os.getpriority(os.PRIO_PROCESS, computes))
+        assert os.getpriority(os.PRIO_PROCESS, computes) == os.getpriority(os.PRIO_PROCESS, os.getpid())
 
 
 def test_the_former_champion_is_kept_warm_and_flips_back_without_loading(load: Load) -> None:
