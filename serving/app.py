@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TypeAlias
@@ -35,6 +36,8 @@ from serving.settings import Settings
 from serving.tracing import tracing_of_environment
 
 log = logging.getLogger("serving")
+
+_SWITCH_SECONDS = 0.0005
 
 Routes: TypeAlias = Callable[[Engine, Settings], APIRouter]
 
@@ -116,6 +119,8 @@ def _application(
 
 def from_environment() -> FastAPI:
     """The application of a server or of one of its workers, whose settings are in the environment."""
+    # Every call into PyTorch gives Python's lock away, and waits so long for it where another thread has work in Python.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     keep_freed_memory()  # else a third of a batch's time is the system's, which gives the same pages again and again
     settings = Settings.from_environment()
     configure_logs(settings.log_format)

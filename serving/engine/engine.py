@@ -185,11 +185,11 @@ class Engine:
         """Refuse a request before it is read, of which no more is known than when it must be answered at the latest.
 
         Raises:
-            Rejected: not even a list of one item could be computed by then, so that `answer` would reject it as well.
+            Rejected: `answer` would reject it as well, unless it is smaller than all that came of late.
         """
         now = time.monotonic()
         with self._changed:
-            self._queue.check(1, deadline.at - reserve_of(deadline, self.settings.reserve_ms / 1000, now), now)
+            self._queue.check(deadline.at - reserve_of(deadline, self.settings.reserve_ms / 1000, now), now)
 
     async def answer(self, work: Work) -> Answer:
         """Answer a request before its deadline, as well as time and feature store allow. Cancelling the call takes the request back.

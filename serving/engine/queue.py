@@ -2,12 +2,15 @@
 """The policy of the queue: who is let in, who waits, who computes together. No threads and no clock of its own."""
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 from recsys.core.deadline import RejectReason
 from serving.engine.entry import Entry
 from serving.engine.pace import Arrivals, Pace
 from serving.engine.work import Rejected
+
+_RECENT = 64  # requests
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class RowQueue:
         self._waiting: list[Entry] = []
         self._fills: list[int] = []
         self._arrivals = Arrivals()
+        self._sizes: deque[int] = deque(maxlen=_RECENT)
         self._busy_until = 0.0
         self._busy = False
         self.rows = 0
@@ -51,20 +55,22 @@ class RowQueue:
         Raises:
             Rejected: it is too late already (``deadline_before_start``), or the queue is full or would make it late (``queue_full``).
         """
-        self.check(entry.rows, entry.cutoff, now)
+        self._sizes.append(entry.rows)
+        self._check(entry.rows, entry.cutoff, now)
         self._waiting.append(entry)
         self._fill(self._fills, entry.rows)
         self.rows += entry.rows
         self._arrivals.add(entry.rows, now)
 
-    def check(self, rows: int, cutoff: float, now: float) -> None:
-        """Whether a request may come in: of so many rows, for which no stage begins after ``cutoff``.
-
-        One of fewer rows, or with more time, is let in wherever this one is.
+    def check(self, cutoff: float, now: float) -> None:
+        """Whether a request may be read for which no stage begins after ``cutoff``: it is taken to be as small as the smallest of late.
 
         Raises:
             Rejected: see `offer`.
         """
+        self._check(min(self._sizes, default=1), cutoff, now)
+
+    def _check(self, rows: int, cutoff: float, now: float) -> None:
         if now >= cutoff:
             raise Rejected(RejectReason.DEADLINE_BEFORE_START, "the deadline leaves no time to begin")
         ready = self._ready(rows, now)

@@ -60,7 +60,7 @@ class Daemons:
 
 
 def give_way() -> None:
-    """Let the other threads of this process go first wherever they want the processor (Linux, where threads have priorities of their own)."""
+    """Let the other threads of this process go first where they want the processor; on Linux, where threads have their own priorities."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BEHIND)
 

@@ -45,23 +45,24 @@ def test_a_batch_is_as_many_requests_as_fit_in_their_order() -> None:
     assert queue.take(0.001)[0] == entries[2:] and queue.rows == 0 and len(queue) == 0
 
 
-def test_what_no_request_could_be_in_time_for_is_refused_unread_and_nothing_else() -> None:
+def test_what_would_be_late_though_as_small_as_any_of_late_is_refused_unread() -> None:
     queue = RowQueue(LIMITS, Pace())
     for rows in (100, 1000, 2000):
         queue.done(rows, seconds_of(rows))
-    queue.check(1, 0.001, 0.0)  # nothing runs: it is tried
-    for _ in range(6):
-        queue.offer(entry(0.0, 1000, budget=60.0), 0.0)
+    queue.check(0.001, 0.0)  # nothing runs: it is tried
+    queue.offer(entry(-10.0, 2000, budget=60.0), -10.0)
     queue.take(0.0)
-    for cutoff in np.linspace(0.0, 0.5, 101).tolist():
+    small = seconds_of(2000) + seconds_of(100)  # once the batch is done, and what it takes then
+    for _ in range(64):
         with suppress(Rejected):
-            queue.check(500, cutoff, 0.0)
-            queue.check(1, cutoff, 0.0)  # whoever is let in with 500 rows is let in with one
-            assert cutoff >= seconds_of(2000)
+            queue.offer(entry(0.0, 100, budget=0.001), 0.0)
+    queue.check(small + 1e-6, 0.0)
     with pytest.raises(Rejected, match="it would be ready in"):
-        queue.check(1, seconds_of(2000), 0.0)
+        queue.check(small - 1e-6, 0.0)
+    queue.offer(entry(0.0, 5, budget=60.0), 0.0)
+    queue.check(small - 1e-4, 0.0)
     with pytest.raises(Rejected, match="no time to begin"):
-        queue.check(1, 0.0, 0.0)
+        queue.check(0.0, 0.0)
 
 
 def test_a_batch_is_of_one_bundle_and_keeps_the_order_within_it() -> None:
