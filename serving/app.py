@@ -2,6 +2,7 @@
 """The HTTP application around an engine: routes, errors, start and end. Every rejection has one of the fixed reasons and a sentence."""
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -138,6 +139,9 @@ def from_environment() -> FastAPI:
         shadow.start(engine.metrics)
     if decided is not None:
         decided.start(engine.metrics)
+    # What the imports have made stays: looking through all of it for garbage would stop every thread for half a second.
+    gc.collect()
+    gc.freeze()
     return create_app(engine, settings, *(each.close for each in told), admin_routes=admin.routes_of(live, canary, shadow))
 
 

@@ -12,7 +12,8 @@ peers stands the ranker in eager PyTorch over one row for each candidate, as a r
 documentation has it, where they do. All give the same scores, which is looked at first.
 
 **Checks.** A ratio is ours over the best peer's, each at the rate of its own highest goodput (its knee), measured in turns; the smaller of
-both deadlines counts. Our server alone is told the deadline: the others have no word for it.
+both deadlines counts. While bundles are swapped the deadline is one that no request of a steady load misses: of 100 ms a burst that comes by
+chance costs some requests theirs, whether a bundle is loaded or not. Our server alone is told the deadline: the others have no word for it.
 """
 
 from typing import TYPE_CHECKING

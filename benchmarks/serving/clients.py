@@ -19,7 +19,7 @@ GIVE_UP_SECONDS = 2.0
 """After which a client waits no longer, and disconnects."""
 CONNECTIONS = 1024
 PATIENT_MS = 5_000
-"""The deadline of closed loops, which measure capacity."""
+"""The deadline of closed loops, which measure capacity, and while bundles are swapped."""
 CEILING_REQUESTS = 20_000
 
 

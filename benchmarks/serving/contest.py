@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.frame import MIN_PAIRS, Result, threads
 from benchmarks.peers import python_of
 from benchmarks.serving import prepared
-from benchmarks.serving.clients import Clients
+from benchmarks.serving.clients import PATIENT_MS, Clients
 from benchmarks.serving.figures import Step, capacity, knee
 from benchmarks.serving.prepared import Sizes
 from benchmarks.serving.report import Base, Knees, Measured, Sweep, result
@@ -218,7 +218,7 @@ class Contest:
     def _swaps(self, ours: Running, rate: float) -> Swaps:
         plan = self._plan
         self._say(f"{plan.swaps} swaps at half of the capacity")
-        return swaps(ours, WHOLE, self._clients, self._served.home, rate, plan.swaps, DEADLINES[0], plan.seconds)
+        return swaps(ours, WHOLE, self._clients, self._served.home, rate, plan.swaps, PATIENT_MS, plan.seconds)
 
     def _check(self, server: Running, row: str) -> None:
         """Hold that its scores are ours."""
