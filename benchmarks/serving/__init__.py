@@ -11,9 +11,10 @@ ranker, the same batch code; ours is asked by the Open Inference Protocol. In ``
 peers stands the ranker in eager PyTorch over one row for each candidate, as a ranker is commonly served. Peers batch as their
 documentation has it, where they do. All give the same scores, which is looked at first.
 
-**Checks.** A ratio is ours over the best peer's, each at the rate of its own highest goodput (its knee), measured in turns; the smaller of
-both deadlines counts. While bundles are swapped the deadline is one that no request of a steady load misses: of 100 ms a burst that comes by
-chance costs some requests theirs, whether a bundle is loaded or not. Our server alone is told the deadline: the others have no word for it.
+**Checks.** A ratio is ours over the best peer's, each at the rate of its own highest goodput (its knee), measured in turns; the smaller
+of both deadlines counts. While bundles are swapped the deadline is one that no request of a steady load misses: of 100 ms a burst that
+comes by chance costs some requests theirs, whether a bundle is loaded or not. Our server alone is told the deadline: the others have no
+word for it.
 """
 
 from typing import TYPE_CHECKING
