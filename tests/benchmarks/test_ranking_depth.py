@@ -3,6 +3,8 @@
 
 import statistics
 
+import pytest
+
 from benchmarks.ranking_depth import HIGH, LOW, TOGETHER, Course, build, course, picture
 from recsys.scaling.data import PlantedData
 
@@ -23,6 +25,7 @@ def test_the_picture_has_a_panel_for_each_model_and_a_curve_for_each_depth() -> 
     assert all(text in drawn for text in ("first", "second", "2 blocks", "4 blocks"))
 
 
+@pytest.mark.slow
 def test_rankmixer_leaves_the_band_at_32_blocks_as_it_begins_to_learn_and_tokenmixer_large_does_not() -> None:
     data = PlantedData(PlantedData.Config())
     theirs, ours = (course(build(data, name, 32), data, 2 * TOGETHER) for name in ("rankmixer", "tokenmixer_large, mean"))

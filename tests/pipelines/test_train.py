@@ -64,6 +64,7 @@ def test_two_processes_train_the_ranker_of_one(tmp_path: Path, capsys: pytest.Ca
     assert_same_ranker(*(trained(tmp_path / str(processes), capsys, processes, *WITHOUT_CHANCE) for processes in (1, 2)))
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_collaborative_model_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (trained(tmp_path / str(processes), capsys, processes, model="collaborative") for processes in (1, 2))
     assert one.name == two.name, "the number of processes is no part of the key"

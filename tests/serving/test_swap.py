@@ -68,6 +68,7 @@ def holds_together(load: Load, answers: list[Answer]) -> None:
         np.testing.assert_allclose([i.score for i in answer.response.items], [i.score for i in whole.items], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_twenty_swaps_under_load(load: Load) -> None:
     source, answers, engine = swapped_under_load(load, 20, keep=0.0)
     holds_together(load, answers)

@@ -76,6 +76,7 @@ def test_decisions_that_find_no_room_are_dropped_and_counted(load: Load, disk: P
     assert not list((disk / "decisions").glob(".*")), "nothing half-written stays"
 
 
+@pytest.mark.slow
 def test_events_that_cannot_be_written_are_refused_and_sent_again(tiny_run: Any, tmp_path: Path, disk: Path) -> None:
     home = own_home(tiny_run.home, tmp_path)
     shutil.copytree(home / "online", disk / "online")

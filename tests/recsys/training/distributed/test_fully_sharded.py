@@ -143,10 +143,8 @@ def said(folder: Path, world: int, kind: str, dense: str) -> list[dict[str, Any]
     return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "world"),
-    [("ranker", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ranker", 2), ("retriever", 2), ("retriever", 3)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), [("ranker", 2), ("ranker", 3), ("retriever", 2), ("retriever", 3)])
 def test_a_process_holds_its_share_of_parameters_gradients_and_state(kind: str, world: int, tmp_path: Path) -> None:
     """Adam has two numbers for each parameter. A share is at most a row more of each parameter than its N-th, where N does not divide."""
     parts, copies = said(tmp_path / "parts", world, kind, "sharded"), said(tmp_path / "copies", world, kind, "replicated")

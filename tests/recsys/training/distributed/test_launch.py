@@ -39,6 +39,7 @@ def test_a_process_that_torchrun_did_not_start_is_told_so(monkeypatch: pytest.Mo
         join()
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)

@@ -164,6 +164,7 @@ def test_a_full_disk_of_one_process_ends_all_and_the_run_can_go_on(three: Launch
     assert_exactly_once(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_bad_batch_of_one_process_is_left_out_by_all(tmp_path: Path) -> None:
     run = Launched(tmp_path, 2, faults=[{"what": "poison", "rank": 1, "at": 3}])
     assert run.status == 0, run.log[-4000:]
