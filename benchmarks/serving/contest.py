@@ -23,9 +23,10 @@ from benchmarks.serving.clients import PATIENT_MS, Clients
 from benchmarks.serving.figures import Step, capacity, knee
 from benchmarks.serving.prepared import Sizes
 from benchmarks.serving.report import Base, Knees, Measured, Sweep, result
-from benchmarks.serving.servers import OURS, PEERS, ROWS, WHOLE, Contender, Running, free_port, running
+from benchmarks.serving.servers import OURS, PEERS, ROWS, WHOLE, Contender, Running, running
 from benchmarks.serving.swaps import Swaps, swaps
 from benchmarks.worker import Worker
+from pipelines.steps.demo import free_port
 
 HERE = Path(__file__).parent
 DEADLINES = (100, 50)

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import uuid
@@ -20,6 +19,7 @@ import psutil
 from benchmarks.peers import python_of
 from benchmarks.serving.behind import CHAMPION, HOME, MODEL, PORT, WAY
 from benchmarks.worker import ROOT
+from pipelines.steps.demo import free_port
 
 ROWS = SAME, WHOLE = "same_ranker", "full_path"
 WAYS = {SAME: "same", WHOLE: "rows"}
@@ -204,13 +204,6 @@ def request(port: int, method: str, path: str, body: bytes | None = None, header
         raise OSError(f"{method} {path}: {type(error).__name__}: {error}") from None
     finally:
         connection.close()
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _wait(contender: Contender, process: subprocess.Popen[bytes], port: int, log: Path) -> None:

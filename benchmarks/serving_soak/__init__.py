@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.stats import theilslopes
 
 from benchmarks.frame import Check, Result
+from benchmarks.serving.load import encoded
+from benchmarks.serving.servers import Running
 from benchmarks.serving_soak.load import Client, Seen, Windows, capacity
-from benchmarks.serving_soak.server import HOME, MODEL, ROOT, memory, registry_at, running
+from benchmarks.serving_soak.server import HOME, MODEL, registry_at, running
+from benchmarks.worker import ROOT
 from recsys.evaluation.figure import COLOURS, svg
 from recsys.registry import Registry
 
@@ -97,9 +99,9 @@ def soak(minutes: float, home: Path = HOME, picture: Path = PICTURE, options: Se
     registry = registry_at(home)
     course = Course(0.0, [], [], [])
     keep = 60 * minutes / PROMOTIONS / 2
-    with running(home, picture.with_name("server.log"), "--keep-previous-seconds", f"{keep:.0f}", *options) as (port, process):
+    with running(home, picture.with_name("server.log"), "--keep-previous-seconds", f"{keep:.0f}", *options) as server:
         try:
-            asyncio.run(_soaked(course, port, process, registry, minutes))
+            asyncio.run(_soaked(course, server, registry, minutes))
         except KeyboardInterrupt:
             Console(stderr=True).print(f"interrupted after {course.lines[-1].minute if course.lines else 0:.1f} minutes")
     result = result_of(course, minutes)
@@ -109,8 +111,8 @@ def soak(minutes: float, home: Path = HOME, picture: Path = PICTURE, options: Se
     return result
 
 
-async def _soaked(course: Course, port: int, process: psutil.Process, registry: Registry, minutes: float) -> None:
-    client, asked = Client(port), requests()
+async def _soaked(course: Course, server: Running, registry: Registry, minutes: float) -> None:
+    client, asked = Client(server.port), requests()
     found = await capacity(client, asked, _CLIENTS, min(_CAPACITY_SECONDS, _MOST_CAPACITY_SHARE * 60 * minutes))
     course.rate = SHARE * found
     seen, began = Windows(), time.monotonic()
@@ -123,7 +125,7 @@ async def _soaked(course: Course, port: int, process: psutil.Process, registry: 
             bar = progress.add_task("soak", total=60 * minutes)
             while (left := end - time.monotonic()) > 0:
                 await asyncio.sleep(min(WINDOW, left))
-                _note(course, seen.turn(), (time.monotonic() - began) / 60, memory(process))
+                _note(course, seen.turn(), (time.monotonic() - began) / 60, server.resident())
                 last = course.lines[-1]
                 told = f"{last.rss / 1e6:,.0f} MB, p99 {1000 * last.p99:.1f} ms, {sum(last.errors.values())} errors"
                 progress.update(bar, completed=time.monotonic() - began, description=told)
@@ -157,15 +159,9 @@ def requests() -> Iterator[bytes]:
         if number % EVENT_EVERY == 0:
             now = datetime.now(UTC).isoformat()
             body = {"event_id": f"{run_id}-{number}", "user_id": user, "item_id": str(int(rng.integers(1, 50))), "time": now}
-            yield _posted("/v1/events", {**body, "values": {"rating": 5}})
+            yield encoded("/v1/events", json.dumps({**body, "values": {"rating": 5}}).encode())
         else:
-            yield _posted("/v1/recommend", {"user_id": user, "k": 10, "explain": False})
-
-
-def _posted(path: str, body: dict[str, Any]) -> bytes:
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: soak\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-    return head.encode() + content
+            yield encoded("/v1/recommend", json.dumps({"user_id": user, "k": 10, "explain": False}).encode())
 
 
 def slope(minutes: Sequence[float], values: Sequence[float]) -> float:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.serving.load import NO_ANSWER, Connection
+
 LESS = (b'"cached_features"', b'"retriever_only"', b'"popular"')
 _MOST_UNDER_WAY = 2000
-_GONE = 0
 
 
 @dataclass
@@ -43,46 +44,6 @@ class Seen:
         return float(np.percentile(self.seconds, percent)) if self.seconds else float("nan")
 
 
-class _Connection(asyncio.Protocol):
-    def __init__(self) -> None:
-        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
-        self._content = bytearray()
-        self._transport: asyncio.Transport | None = None
-        self.lost = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def ask(self, request: bytes) -> "asyncio.Future[tuple[int, bytes]]":
-        assert self._transport is not None
-        self._answer = asyncio.get_running_loop().create_future()
-        self._transport.write(request)
-        return self._answer
-
-    def data_received(self, data: bytes) -> None:
-        self._content += data
-        head, end, body = bytes(self._content).partition(b"\r\n\r\n")
-        if not end:
-            return
-        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        if len(body) >= length:
-            self._content.clear()
-            self._settle(int(head[9:12]), body)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True
-        self._settle(_GONE, b"")
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-
-    def _settle(self, status: int, body: bytes) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result((status, body))
-
-
 class Client:
     """Kept connections to a server.
 
@@ -92,28 +53,42 @@ class Client:
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._idle: list[_Connection] = []
+        self._idle: list[Connection] = []
+        self._asked: dict[Connection, asyncio.Future[tuple[int, bytes]]] = {}
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body. A kept connection that the server had just closed is no answer: the request is sent over a new one."""
+        """Status and answer. A kept connection that the server had just closed is no answer: the request is sent over a new one."""
         while self._idle:
-            kept = self._idle.pop()
-            if not kept.lost:
-                status, body = await self._over(kept, request)
-                if status != _GONE:
-                    return status, body
+            status, answer = await self._over(self._idle.pop(), request)
+            if status != NO_ANSWER:
+                return status, answer
         try:
-            _, made = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", self._port)
+            made = await asyncio.get_running_loop().create_connection(
+                lambda: Connection(self._answered, self._lost), "127.0.0.1", self._port
+            )
         except OSError:
-            return _GONE, b""
-        return await self._over(made, request)
+            return NO_ANSWER, b""
+        return await self._over(made[1], request)
 
-    async def _over(self, connection: _Connection, request: bytes) -> tuple[int, bytes]:
-        status, body = await connection.ask(request)
-        if not connection.lost:
+    async def _over(self, connection: Connection, request: bytes) -> tuple[int, bytes]:
+        answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+        self._asked[connection] = answer
+        connection.send(0, request)
+        return await answer
+
+    def _answered(self, connection: Connection, status: int, content: bytes, keep: bool) -> None:
+        self._asked.pop(connection).set_result((status, content))
+        if keep:
             self._idle.append(connection)
-        return status, body
+        else:
+            connection.close()
+
+    def _lost(self, connection: Connection) -> None:
+        if connection in self._idle:
+            self._idle.remove(connection)
+        if (answer := self._asked.pop(connection, None)) is not None and not answer.done():
+            answer.set_result((NO_ANSWER, b""))
 
     async def offer(self, requests: Iterator[bytes], rate: float, seed: int, seen: "Windows", until: float) -> None:
         """Send requests at the times of a Poisson process, whatever becomes of those before, until a monotonic second."""
@@ -129,7 +104,7 @@ class Client:
 
     def _send(self, request: bytes, due: float, seen: "Windows") -> None:
         if len(self._under_way) >= _MOST_UNDER_WAY:
-            seen.now.add(_GONE, 0.0, b"")
+            seen.now.add(NO_ANSWER, 0.0, b"")
             return
 
         async def answered() -> None:

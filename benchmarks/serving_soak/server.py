@@ -2,28 +2,24 @@
 """The server that is soaked: a process of its own on a core of its own, over a small registry with two versions."""
 
 import os
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
 from mlflow import MlflowClient
 from rich.console import Console
 
+from benchmarks.serving import servers
+from benchmarks.serving.servers import OURS, WHOLE, Running
+from benchmarks.worker import ROOT
 from pipelines.recipe import Recipe
 from pipelines.run import execute
-from pipelines.steps.demo import free_port
 from recsys.core.config import load_recipe
 from recsys.registry import Evidence, Location, Registry
 
-ROOT = Path(__file__).parents[2]
 HOME = ROOT / ".cache" / "serving_soak" / "home"
 MODEL = "recsys"
-_START_SECONDS = 300
 _SMALL = (
     "dataset={name: synthetic}",
     "text.encoder={name: hashing}",
@@ -55,44 +51,13 @@ def registry_at(home: Path = HOME) -> Registry:
 
 
 @contextmanager
-def running(home: Path, log: Path, *options: str) -> Iterator[tuple[int, psutil.Process]]:
-    """The port and the process of a server that is ready; it is ended however the block ends.
+def running(home: Path, log: Path, *options: str) -> Iterator[Running]:
+    """A server that is ready; it is ended however the block ends.
 
     Raises:
-        RuntimeError: it did not become ready; names the log.
+        RuntimeError: it did not become ready; names the log's end.
     """
-    port, core = free_port(), min(os.sched_getaffinity(0))
-    command = [sys.executable, "-m", "serving", "--port", str(port), "--home", str(home), *options]
+    soaked = replace(OURS, command=lambda port, home: ["-m", "serving", "--port", str(port), "--home", str(home), *options])
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, preexec_fn=lambda: os.sched_setaffinity(0, {core})
-        )
-    try:
-        end = time.monotonic() + _START_SECONDS
-        while version_at(port) is None:
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the server did not become ready: exit status {process.poll()}; see {log}")
-            time.sleep(0.2)
-        yield port, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(30)
-
-
-def version_at(port: int) -> str | None:
-    """What ``/readyz`` says, where it says that all is well."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10) as answer:
-            return str(answer.read().decode())
-    except OSError:
-        return None
-
-
-def memory(process: psutil.Process) -> int:
-    """Resident bytes of a process and its children."""
-    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
+    with servers.running(soaked, home, WHOLE, min(os.sched_getaffinity(0)), log) as server:
+        yield server
