@@ -117,15 +117,25 @@ class Settings(Config):
         """
         epilog = "With --engine ray it is served by replicas under Ray Serve: recsys serve --engine ray --help"
         parser = argparse.ArgumentParser(prog="recsys serve", description="Serve a registered bundle over HTTP.", epilog=epilog)
-        for name, field in cls.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            parser.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description} (default: {default})", metavar="VALUE")
-        chosen = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+        add_options(parser, cls)
+        chosen = chosen_of(parser.parse_args(arguments))
         return parse(cls, _given(os.environ if environment is None else environment) | chosen, source="arguments and environment")
 
     def environment(self) -> dict[str, str]:
         """The variables from which `from_environment` makes the same settings."""
         return {PREFIX + name.upper(): str(value) for name, value in self.model_dump(mode="json").items() if value is not None}
+
+
+def add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
+    """Add an option for every field of a configuration, with its name, its description and its default."""
+    for name, field in config.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description} (default: {default})", metavar="VALUE")
+
+
+def chosen_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The options of `add_options` that were given, by the names of their fields."""
+    return {name: value for name, value in vars(arguments).items() if value is not None}
 
 
 def _given(environment: Mapping[str, str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from recsys.core.config import Config, parse
 from serving.app import from_environment
-from serving.settings import Settings
+from serving.settings import Settings, add_options, chosen_of
 
 DEPLOYMENT = "server"
 
@@ -64,10 +64,9 @@ class OnRay(Config):
             description="Serve a registered bundle by replicas under Ray Serve. The options of recsys serve hold for every replica.",
             allow_abbrev=False,
         )
-        for name, field in cls.model_fields.items():
-            parser.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description} (default: {field.default})", metavar="VALUE")
+        add_options(parser, cls)
         given, rest = parser.parse_known_args(arguments)
-        return parse(cls, {name: value for name, value in vars(given).items() if value is not None}, source="arguments"), rest
+        return parse(cls, chosen_of(given), source="arguments"), rest
 
     def scaling(self) -> dict[str, Any]:
         """What `serve.deployment` takes of this: a fixed number of replicas, or bounds between which there are as many as needed."""

@@ -4,7 +4,6 @@
 import asyncio
 import hashlib
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from serving.security.exposure import check_exposure
 from serving.security.guard import Bucket
 from serving.security.limits import depth_of
 from serving.security.protocol import BoundedProtocol
+from tests.serving.faults.sockets import tell
 from tests.serving.support import settings, wait_until
 
 SECRET_VALUE = "s" * 32
@@ -248,31 +248,12 @@ def listening(application: Any, monkeypatch: pytest.MonkeyPatch, **bounds: str) 
         protocol._bounds.cache_clear()
 
 
-def told(port: int, *parts: bytes, pause: float = 0.0, seconds: float = 10.0) -> tuple[bytes, float]:
-    """What a server answers until it closes the connection, and after how many seconds it does."""
-    began = time.monotonic()
-    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
-        try:
-            for part in parts:
-                connection.sendall(part)
-                time.sleep(pause)
-        except OSError:
-            pass
-        answer = b""
-        try:
-            while part := connection.recv(65536):
-                answer += part
-        except ConnectionResetError:
-            pass
-    return answer, time.monotonic() - began
-
-
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nhost: test\r\n"
 
 
 def test_slow_and_endless_requests_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with listening(limited(seconds=0.5), monkeypatch, head_seconds="0.5", header_bytes="4000") as port:
-        good, _ = told(port, HEAD + b"content-length: 3\r\nconnection: close\r\n\r\nabc")
+        good = tell(port, HEAD + b"content-length: 3\r\nconnection: close\r\n\r\nabc").answer
         assert good.startswith(b"HTTP/1.1 200") and good.endswith(b"\r\n\r\n3")
         for name, parts, pause, status in (
             ("nothing", (), 0.0, b"408"),
@@ -282,15 +263,15 @@ def test_slow_and_endless_requests_are_given_up(monkeypatch: pytest.MonkeyPatch)
             ("a head without end", (HEAD, *[b"x-more: " + b"y" * 1000 + b"\r\n"] * 8), 0.0, b"431"),
             ("one header without end", (HEAD + b"x-long: ", *[b"y" * 1000] * 8), 0.0, b"431"),
         ):
-            answer, took = told(port, *parts, pause=pause)
-            assert answer.startswith(b"HTTP/1.1 " + status) or (status == b"431" and answer == b""), (name, answer)
-            assert took < 5, name
+            told = tell(port, *parts, pause=pause, seconds=10.0)
+            assert told.answer.startswith(b"HTTP/1.1 " + status) or (status == b"431" and told.answer == b""), (name, told.answer)
+            assert told.seconds < 5, name
 
 
 def test_a_gigabyte_is_refused_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     with listening(limited(), monkeypatch) as port:
-        answer, took = told(port, HEAD + b"content-length: 1000000000\r\n\r\n", b"x" * 10_000)
-        assert answer.startswith(b"HTTP/1.1 413") and took < 5
+        told = tell(port, HEAD + b"content-length: 1000000000\r\n\r\n", b"x" * 10_000, seconds=10.0)
+        assert told.answer.startswith(b"HTTP/1.1 413") and told.seconds < 5
         chunks = (b"fff\r\n" + b"x" * 4095 + b"\r\n" for _ in range(3))
-        answer, took = told(port, HEAD + b"transfer-encoding: chunked\r\n\r\n", *chunks)
-        assert (answer.startswith(b"HTTP/1.1 413") or answer == b"") and took < 5
+        told = tell(port, HEAD + b"transfer-encoding: chunked\r\n\r\n", *chunks, seconds=10.0)
+        assert (told.answer.startswith(b"HTTP/1.1 413") or told.answer == b"") and told.seconds < 5
